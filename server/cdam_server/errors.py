@@ -1,0 +1,87 @@
+"""What can go wrong in a request, as the service sees it.
+
+    ServiceError
+    ├── InvalidArgumentError     bad image, bad field, over a limit of the request
+    ├── NotFoundError            unknown model, concept, output
+    ├── FailedPreconditionError  concept of another model; method that this architecture can't serve
+    ├── NotImplementedYetError   part of the API that this version doesn't serve
+    ├── OverloadedError          the queue is full
+    ├── OutOfMemoryError         out of memory with a batch of one
+    ├── DeadlineError            the deadline passed in the queue
+    └── UnavailableError         draining, not ready
+
+Each maps to one gRPC status in `cdam_server.rpc.status`. Messages are for the caller: they name the field, never a
+path or a traceback.
+"""
+
+
+class ServiceError(Exception):
+    """Base of all errors that a caller is told about."""
+
+
+class InvalidArgumentError(ServiceError):
+    """A field of the request is wrong.
+
+    Args:
+        field: Path of the field from the request's root, for example ``image.raw.data`` or ``targets[2].output.index``.
+        message: What is wrong with it, and what would be right.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.description = message
+
+
+class NotFoundError(ServiceError):
+    """Something that the request names does not exist.
+
+    Args:
+        kind: ``model``, ``output`` or ``concept``.
+        name: The name that was not found.
+        message: What the caller can do about it.
+    """
+
+    def __init__(self, kind: str, name: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.name = name
+
+
+class FailedPreconditionError(ServiceError):
+    """The request is fine, but not for this model.
+
+    Args:
+        reason: UPPER_SNAKE_CASE, stable, for programs.
+        message: For people.
+        metadata: Further facts, for programs.
+    """
+
+    def __init__(self, reason: str, message: str, **metadata: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.metadata = metadata
+
+
+class NotImplementedYetError(FailedPreconditionError):
+    """A part of the API that this version of the server does not serve."""
+
+
+class OverloadedError(ServiceError):
+    """The queue is full; come back after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class OutOfMemoryError(FailedPreconditionError):
+    """The request alone does not fit into memory."""
+
+
+class DeadlineError(ServiceError):
+    """The caller's deadline passed before the work began."""
+
+
+class UnavailableError(OverloadedError):
+    """The server is starting or going down; try another, or this one after `retry_after` seconds."""
