@@ -1,0 +1,240 @@
+"""A timm Vision Transformer, split at the input of its last attention.
+
+The split mirrors three small pieces of timm: how a family of models embeds its input, how its last block adds
+attention and MLP to the residual stream, and how its head reads the result. A model whose code differs from what is
+mirrored is refused, never guessed at; `tests/reference` compares every family with a backward pass through the
+untouched model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple, cast
+
+import torch
+from timm.models import beit, eva, vision_transformer
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+
+
+class UnsupportedArchitectureError(ValueError):
+    """CDAM is not defined for this architecture, or the engine does not know its code.
+
+    Attributes:
+        reason: UPPER_SNAKE_CASE, stable, for programs.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Grid(NamedTuple):
+    """A patch grid: patches down, patches across."""
+
+    h: int
+    w: int
+
+
+class Readout(StrEnum):
+    """How the latent is read out of the tokens that leave the last block."""
+
+    CLS_TOKEN = "cls_token"
+    CLS_AND_DISTILLATION_TOKENS = "cls_and_distillation_tokens"
+    AVERAGE_POOL = "average_pool"
+    MAX_POOL = "max_pool"
+    ATTENTION_POOL = "attention_pool"
+
+
+@dataclass(frozen=True, eq=False)
+class TrunkOutput:
+    """What the trunk leaves for the tail.
+
+    Attributes:
+        residual: The last block's input, shape (B, N, D): the residual stream, constant to CDAM.
+        tokens: T, the output of the last block's first LayerNorm, shape (B, N, D).
+        grid: The patch grid; N = prefix tokens + grid.h * grid.w.
+        attention_arguments: What else the last attention is called with (rotary or relative positions).
+    """
+
+    residual: Tensor
+    tokens: Tensor
+    grid: Grid
+    attention_arguments: Mapping[str, Any]
+
+
+class TailOutput(NamedTuple):
+    """What the tail makes of the tokens: latent (B, D) and logits (B, C)."""
+
+    latent: Tensor
+    logits: Tensor
+
+
+class SplitViT:
+    """A timm ViT as trunk and tail; the model itself is neither changed nor hooked.
+
+    Args:
+        model: Any `timm` VisionTransformer, Eva (EVA-02, DINOv3, RoPE ViTs) or Beit, in eval mode.
+
+    Raises:
+        UnsupportedArchitectureError: CDAM is not defined for the model, or its code is not known here.
+        ValueError: The model is in training mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._embed = _family_embedding(model)
+        if model.training:
+            raise ValueError("the model is in training mode, where outputs are random: call model.eval() first")
+        self.model = model
+        self._blocks = cast("Sequence[Any]", model.blocks)
+        _require_pre_norm_block(self._blocks[-1])
+        self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 1))
+        self.num_outputs = int(cast("int", model.num_classes))
+        self.latent_size = int(cast("int", model.num_features))
+        self.readout = _readout(model)
+        patch_embed = cast("Any", model.patch_embed)
+        self.patch_size: tuple[int, int] = tuple(patch_embed.patch_size)
+        self.input_size: tuple[int, int] = tuple(patch_embed.img_size or (224, 224))
+        self.flexible_input_size = bool(getattr(model, "dynamic_img_size", False))
+
+    def grid(self, input_size: tuple[int, int]) -> Grid:
+        """The patch grid of an input of (height, width) pixels.
+
+        Raises:
+            ValueError: The model does not take inputs of this size.
+        """
+        size, patch = tuple(input_size), self.patch_size
+        if size != self.input_size and not self.flexible_input_size:
+            raise ValueError(f"this model takes {_times(self.input_size)} pixels only, not {_times(size)}")
+        if min(size) < 1 or size[0] % patch[0] or size[1] % patch[1]:
+            raise ValueError(f"{_times(size)} pixels is not a multiple of the patch size {_times(patch)}")
+        return Grid(size[0] // patch[0], size[1] // patch[1])
+
+    @torch.no_grad()
+    def trunk(self, pixels: Tensor) -> TrunkOutput:
+        """Run everything before the last attention, without gradients.
+
+        Args:
+            pixels: Normalised input, shape (B, 3, H, W), in the model's dtype and on its device.
+
+        Raises:
+            ValueError: The model does not take inputs of this size.
+        """
+        grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
+        x, arguments = self._embed(self.model, pixels)
+        for block, kwargs in zip(self._blocks[:-1], arguments[:-1], strict=True):
+            x = block(x, **kwargs)
+        if x.shape[1] != self.num_prefix_tokens + grid.h * grid.w:
+            raise RuntimeError(f"{x.shape[1]} tokens, but {self.num_prefix_tokens} prefix tokens and a {grid} grid")
+        return TrunkOutput(x, self._blocks[-1].norm1(x), grid, arguments[-1])
+
+    def tail(self, trunk: TrunkOutput, tokens: Tensor) -> TailOutput:
+        """Run the last attention, residual, MLP, final norm, pooling and head as a function of the tokens.
+
+        Args:
+            trunk: What the trunk left.
+            tokens: T or a variation of it, shape (B, N, D). Gradients flow if the caller's grad mode lets them.
+        """
+        block, model = self._blocks[-1], cast("Any", self.model)
+        attended = block.attn(tokens, **trunk.attention_arguments)
+        x = trunk.residual + _layer_scale(block, 1, attended)
+        x = x + _layer_scale(block, 2, block.mlp(block.norm2(x)))
+        x = model.norm(x)
+        latent = model.forward_head(x, pre_logits=True)
+        if not self.num_outputs:
+            return TailOutput(latent, latent[:, :0])
+        # DeiT's two heads read two tokens; the latent is their mean, the logits are not a function of it.
+        two_heads = self.readout is Readout.CLS_AND_DISTILLATION_TOKENS
+        return TailOutput(latent, model.forward_head(x) if two_heads else model.head(latent))
+
+
+# What a family does before its first block: (model, pixels) -> (tokens, arguments of each block).
+_Embedding = Callable[[Any, Tensor], tuple[Tensor, list[dict[str, Any]]]]
+
+
+def _embed_vit(model: Any, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))  # noqa: SLF001
+    return x, [{}] * len(model.blocks)
+
+
+def _embed_eva(model: Any, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    x, rope = model._pos_embed(model.patch_embed(pixels))  # noqa: SLF001
+    x = model.norm_pre(x)
+    # "Mixed" rotary positions are learned block by block.
+    ropes = rope if getattr(model, "rope_mixed", False) else [rope] * len(model.blocks)
+    return x, [{"rope": rope} for rope in ropes]
+
+
+def _embed_beit(model: Any, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    x = model.patch_embed(pixels)
+    x = torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1)
+    if model.pos_embed is not None:
+        x = x + model.pos_embed
+    bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
+    return model.pos_drop(x), [{"shared_rel_pos_bias": bias}] * len(model.blocks)
+
+
+_FAMILIES: Mapping[type[nn.Module], _Embedding] = {
+    vision_transformer.VisionTransformer: _embed_vit,
+    eva.Eva: _embed_eva,
+    beit.Beit: _embed_beit,
+}
+_BLOCKS: tuple[type[nn.Module], ...] = (vision_transformer.Block, eva.EvaBlock, beit.Block)
+
+
+def _family_embedding(model: nn.Module) -> _Embedding:
+    for family, embed in _FAMILIES.items():
+        # A subclass with a forward pass of its own is another architecture.
+        if isinstance(model, family) and _same_code(model, family, "forward_features"):
+            return embed
+    raise UnsupportedArchitectureError(
+        "UNKNOWN_ARCHITECTURE",
+        f"{type(model).__name__} is not one of the Vision Transformers that can be split at their last attention: "
+        f"timm's {', '.join(family.__name__ for family in _FAMILIES)}",
+    )
+
+
+def _same_code(module: nn.Module, known: type[nn.Module], method: str) -> bool:
+    return getattr(type(module), method) is getattr(known, method)
+
+
+def _require_pre_norm_block(block: nn.Module) -> None:
+    if not any(isinstance(block, known) and _same_code(block, known, "forward") for known in _BLOCKS):
+        raise UnsupportedArchitectureError(
+            "NO_NORMALISED_TOKENS",
+            f"CDAM differentiates the normalised tokens that only the last attention reads, and {type(block).__name__} "
+            "has none: its norm comes after the attention, or several branches share it",
+        )
+    if not isinstance(getattr(block, "attn", None), nn.Module):
+        raise UnsupportedArchitectureError("NO_ATTENTION", "the last block has no attention to explain")
+
+
+def _layer_scale(block: Any, branch: int, x: Tensor) -> Tensor:
+    """The branch's output, scaled as the block does it: a LayerScale module (VisionTransformer) or a gamma."""
+    if hasattr(block, f"ls{branch}"):
+        return cast("Tensor", getattr(block, f"ls{branch}")(x))
+    gamma = getattr(block, f"gamma_{branch}")
+    return x if gamma is None else gamma * x
+
+
+def _readout(model: nn.Module) -> Readout:
+    if isinstance(model, VisionTransformerDistilled):
+        return Readout.CLS_AND_DISTILLATION_TOKENS
+    if getattr(model, "attn_pool", None) is not None:
+        return Readout.ATTENTION_POOL
+    pools = {
+        "token": Readout.CLS_TOKEN,
+        "avg": Readout.AVERAGE_POOL,
+        "avgmax": Readout.MAX_POOL,
+        "max": Readout.MAX_POOL,
+    }
+    pool = str(model.global_pool)
+    if pool not in pools:
+        raise UnsupportedArchitectureError("NO_READOUT", f"the model's pooling {pool!r} leaves no latent to explain")
+    return pools[pool]
+
+
+def _times(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
