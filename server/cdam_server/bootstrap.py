@@ -1,0 +1,208 @@
+"""Where objects meet: settings in, a running server out."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from time import monotonic, perf_counter
+
+import grpc
+import numpy as np
+import structlog
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cdam.v1 import explainer_service_pb2, explainer_service_pb2_grpc
+from cdam_engine import Explanation, TopK
+from cdam_server.admin import AdminServer
+from cdam_server.config import Settings
+from cdam_server.explain import ExplainUseCase
+from cdam_server.loading import load_model
+from cdam_server.models import Bucket, Catalog, Job, ServedModel
+from cdam_server.rpc.images import ImageLimits
+from cdam_server.rpc.interceptors import RequestInterceptor
+from cdam_server.rpc.servicer import ExplainerServicer
+from cdam_server.scheduling import Batcher
+from cdam_server.telemetry import Telemetry
+
+SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
+_DECODERS = 4
+_HEARTBEAT_SECONDS = 1.0
+_log = structlog.get_logger("cdam.server")
+
+
+class Application:
+    """A server with its parts; `start`, then `stop`, both in one event loop.
+
+    Args:
+        settings: The settings.
+        catalog: The models, loaded.
+
+    Attributes:
+        address: Where the API is served, once started.
+    """
+
+    def __init__(self, settings: Settings, catalog: Catalog) -> None:
+        self._settings = settings
+        self._catalog = catalog
+        self._telemetry = Telemetry()
+        self._ready = False
+        self._heartbeat = monotonic()
+        self.address = ""
+
+    async def start(self) -> None:
+        """Open the ports, warm the models up, and only then report ready.
+
+        Raises:
+            OSError: A port is taken.
+        """
+        settings, telemetry = self._settings, self._telemetry
+        probes = {"/livez": self._live, "/readyz": lambda: self._ready}
+        self._admin = AdminServer(settings.admin_address, telemetry.registry, probes)
+        self._batcher: Batcher[Bucket, Job, Explanation] = Batcher(
+            self._catalog.compute,
+            max_batch_size=settings.max_batch_size,
+            max_queue_delay=settings.max_queue_delay_microseconds / 1e6,
+            max_pending=settings.max_pending,
+        )
+        telemetry.pending.set_function(lambda: self._batcher.pending)
+        self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        self._batcher.start()
+        self._pulse = asyncio.create_task(self._beat(), name="heartbeat")
+        await self._serve()
+        _log.info("listening", address=self.address, admin_port=self._admin.port)
+        await self._warm_up()
+        self._ready = True
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        _log.info("ready", models=[served.loaded.name for served in self._catalog])
+
+    async def stop(self) -> None:
+        """Report NOT_SERVING, refuse new requests, finish those in flight, close."""
+        self._ready = False
+        await self._health.enter_graceful_shutdown()
+        _log.info("draining", seconds=self._settings.drain_seconds)
+        await self._server.stop(self._settings.drain_seconds)
+        await self._batcher.close()
+        self._pulse.cancel()
+        self._decoders.shutdown()
+        self._admin.close()
+        _log.info("stopped")
+
+    async def _serve(self) -> None:
+        settings = self._settings
+        self._server = grpc.aio.server(
+            interceptors=[RequestInterceptor(self._telemetry, lambda: self._ready)],
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a share
+            ],
+        )
+        explain = ExplainUseCase(
+            self._catalog,
+            self._batcher,
+            self._decoders,
+            self._telemetry,
+            max_targets=settings.max_targets,
+            max_input_pixels=settings.max_input_pixels,
+        )
+        limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+        explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
+            ExplainerServicer(explain, limits), self._server
+        )
+        self._health = health.aio.HealthServicer()
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        try:
+            port = self._server.add_insecure_port(settings.address)
+        except RuntimeError as error:
+            raise OSError(f"can't listen on {settings.address}: is another server there?") from error
+        host = settings.address.rpartition(":")[0]
+        self.address = settings.address if settings.address.startswith("unix:") else f"{host}:{port}"
+        await self._server.start()
+
+    async def _warm_up(self) -> None:
+        """One request to every model, so that the first caller does not pay for lazy initialisation."""
+        for served in self._catalog:
+            name = served.loaded.name
+            if served.unsupported is not None:
+                _log.warning("model can't be explained", model=name, reason=str(served.unsupported))
+                continue
+            started = perf_counter()
+            size = served.loaded.data_config.input_size
+            job = Job(np.zeros((*size, 3), np.uint8), (TopK(1),) if served.loaded.output_count else ())
+            await self._batcher.submit(Bucket(name, size), job)
+            self._telemetry.models.labels(name).info(
+                {"architecture": served.loaded.architecture, "fingerprint": served.loaded.fingerprint}
+            )
+            _log.info("warm", model=name, seconds=round(perf_counter() - started, 3))
+
+    async def _beat(self) -> None:
+        while True:
+            self._heartbeat = monotonic()
+            await asyncio.sleep(_HEARTBEAT_SECONDS)
+
+    def _live(self) -> bool:
+        """Whether the event loop turns and the batcher works."""
+        return monotonic() - self._heartbeat < 10 * _HEARTBEAT_SECONDS and self._batcher.alive
+
+
+def load_catalog(settings: Settings) -> Catalog:
+    """Load every model of the settings.
+
+    Raises:
+        LoadError: A model can't be loaded; the message says why.
+        ValueError: The device does not exist.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = _device(settings.device)
+    return Catalog([ServedModel(load_model(spec, device=str(device)), device) for spec in settings.specs()])
+
+
+async def serve(settings: Settings, catalog: Catalog) -> None:
+    """Serve until SIGTERM or SIGINT, then drain."""
+    application = Application(settings, catalog)
+    stopping = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stopping.set)
+    await application.start()
+    await stopping.wait()
+    await application.stop()
+
+
+@contextmanager
+def serve_in_background(settings: Settings) -> Iterator[str]:
+    """A server in a thread of this process, ready when the block is entered; yields its address."""
+    catalog = load_catalog(settings)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="server", daemon=True)
+    thread.start()
+    application = Application(settings, catalog)
+    try:
+        asyncio.run_coroutine_threadsafe(application.start(), loop).result()
+        try:
+            yield application.address
+        finally:
+            asyncio.run_coroutine_threadsafe(application.stop(), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,82 @@
+"""`cdam serve`."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+_HELP = """Serve explanations of Vision Transformers over gRPC.
+
+Without options this serves the built-in demo model (handwritten digits in scenes). Every option is also an environment
+variable, CDAM_ADDRESS for --address, and a key of the YAML file given by --config: address. Options win over the
+environment, the environment over the file.
+
+\b
+  cdam serve
+  cdam serve --model vit_small_patch16_224 --pretrained
+  cdam serve --model vit_base_patch14_dinov2 --checkpoint backbone.safetensors --head lesions.safetensors \\
+             --outputs lesions.txt
+  cdam serve --models-file models.yaml --max-batch-size 32
+"""
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command(help=_HELP)
+@click.option("--config", type=_FILE, envvar="CDAM_CONFIG", help="YAML file of settings.")
+@click.option("--address", metavar="HOST:PORT", help="Where to serve the API.  [0.0.0.0:8001]")
+@click.option("--admin-address", metavar="HOST:PORT", help="Where to serve /metrics, /livez, /readyz.  [0.0.0.0:8002]")
+@click.option("--models-file", type=_FILE, help="YAML file of models, if there are several.")
+@click.option("--model", metavar="NAME", help="timm architecture, or demo.  [demo]")
+@click.option("--model-name", metavar="NAME", help="Name that requests use.  [the architecture]")
+@click.option("--pretrained", is_flag=True, default=None, help="Fetch timm's weights from the hub.")
+@click.option("--checkpoint", type=_FILE, help="Weights: .safetensors, or .pth without pickled code.")
+@click.option("--head", type=_FILE, help="Linear head for a headless backbone: .safetensors with weight and bias.")
+@click.option("--outputs", type=_FILE, help="Names of the outputs: text, one a line, or JSON.")
+@click.option(
+    "--task", type=click.Choice(["multi_class", "multi_label", "binary", "regression"]), help="What outputs mean."
+)
+@click.option("--num-outputs", type=click.IntRange(min=0), help="Number of outputs, if not the architecture's own.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, ...  [auto]")
+@click.option("--threads", type=click.IntRange(min=0), help="Compute threads on a CPU; 0: torch's choice.  [0]")
+@click.option("--max-batch-size", type=click.IntRange(min=1), help="Most images in a batch.  [16]")
+@click.option(
+    "--max-queue-delay-microseconds", type=click.IntRange(min=0), help="Longest wait for company while idle.  [0]"
+)
+@click.option("--max-pending", type=click.IntRange(min=1), help="Most requests waiting; more are refused.  [256]")
+@click.option("--max-message-bytes", type=click.IntRange(min=1024), help="Largest message.  [67108864]")
+@click.option("--max-image-bytes", type=click.IntRange(min=1), help="Largest encoded image.  [33554432]")
+@click.option("--max-image-pixels", type=click.IntRange(min=1), help="Most pixels of an image.  [50000000]")
+@click.option(
+    "--max-input-pixels", type=click.IntRange(min=1), help="Most pixels of a requested input size.  [1048576]"
+)
+@click.option("--max-targets", type=click.IntRange(min=1), help="Most targets of a request.  [100]")
+@click.option("--drain-seconds", type=click.FloatRange(min=0), help="Time for requests in flight after SIGTERM.  [30]")
+@click.option(
+    "--log-format", type=click.Choice(["auto", "console", "json"]), help="auto: JSON unless on a terminal.  [auto]"
+)
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level to log.  [info]"
+)
+def serve(config: Path | None, **flags: Any) -> None:
+    """Serve until SIGTERM."""
+    try:
+        from pydantic import ValidationError
+
+        from cdam_server import bootstrap, logs
+        from cdam_server.config import Settings
+        from cdam_server.loading import LoadError
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is missing: pip install 'cdam-serve[server]'") from error
+    try:
+        settings = Settings.load(config, **flags)
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors())
+        raise click.UsageError("\n".join(lines)) from error
+    logs.configure(settings.log_format, settings.log_level)
+    try:
+        asyncio.run(bootstrap.serve(settings, bootstrap.load_catalog(settings)))
+    except (LoadError, ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(0)

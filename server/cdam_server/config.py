@@ -1,0 +1,98 @@
+"""Settings: flags over environment over file. The one reader of the environment and of the settings file."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from cdam_server.loading import ModelSpec, load_models_file
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Everything that can be set, by flag ``--max-batch-size``, environment ``CDAM_MAX_BATCH_SIZE`` or YAML file."""
+
+    model_config = SettingsConfigDict(env_prefix="CDAM_", extra="forbid", frozen=True, protected_namespaces=())
+
+    # Which file the class being built reads; set by `load` alone.
+    _file: ClassVar[Path | None] = None
+
+    address: str = "0.0.0.0:8001"
+    admin_address: str = "0.0.0.0:8002"
+    models_file: Path | None = None
+    model: str = "demo"
+    model_name: str = ""
+    pretrained: bool = False
+    checkpoint: Path | None = None
+    head: Path | None = None
+    outputs: Path | None = None
+    task: Literal["multi_class", "multi_label", "binary", "regression"] | None = None
+    num_outputs: int | None = Field(default=None, ge=0)
+    device: str = "auto"
+    threads: int = Field(default=0, ge=0)
+    max_batch_size: int = Field(default=16, ge=1)
+    max_queue_delay_microseconds: int = Field(default=0, ge=0)
+    max_pending: int = Field(default=256, ge=1)
+    max_message_bytes: int = Field(default=64 * MIB, ge=1024)
+    max_image_bytes: int = Field(default=32 * MIB, ge=1)
+    max_image_pixels: int = Field(default=50_000_000, ge=1)
+    max_input_pixels: int = Field(default=1024 * 1024, ge=1)
+    max_targets: int = Field(default=100, ge=1)
+    drain_seconds: float = Field(default=30.0, ge=0)
+    log_format: Literal["auto", "console", "json"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _one_source_of_models(self) -> Self:
+        if self.models_file is not None and (self.checkpoint or self.head or self.outputs or self.model != "demo"):
+            raise ValueError("models_file lists the models; model, checkpoint, head and outputs describe a single one")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then file."""
+        file = YamlConfigSettingsSource(settings_cls, yaml_file=cls._file)
+        return init_settings, env_settings, file
+
+    @classmethod
+    def load(cls, file: Path | None = None, **flags: Any) -> "Settings":
+        """Settings from flags that were given, the environment and a YAML file.
+
+        Raises:
+            pydantic.ValidationError: A setting is unknown or its value is wrong.
+            OSError: The file can't be read.
+        """
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"there is no settings file {file}")
+        reader = type("Settings", (cls,), {"_file": file})
+        loaded = reader(**{name: value for name, value in flags.items() if value is not None})
+        assert isinstance(loaded, Settings)
+        return loaded
+
+    def specs(self) -> list[ModelSpec]:
+        """The models to serve, the default one first.
+
+        Raises:
+            LoadError: The models file is wrong.
+        """
+        if self.models_file is not None:
+            return load_models_file(self.models_file)
+        given = {
+            "pretrained": self.pretrained or None,
+            "checkpoint": self.checkpoint,
+            "head": self.head,
+            "outputs": self.outputs,
+            "task": self.task,
+            "num_outputs": self.num_outputs,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return [ModelSpec(name=self.model_name or self.model, architecture=self.model, **chosen)]

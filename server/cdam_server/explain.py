@@ -1,0 +1,211 @@
+"""Explain: from a request's words to a job for the engine, and back with all that the answer needs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cdam_engine import Explanation, Output, Target, TopK
+from cdam_engine.preprocess import Prepared, Resize, prepare
+from cdam_server.errors import (
+    DeadlineError,
+    InvalidArgumentError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
+from cdam_server.loading import Task
+from cdam_server.models import Bucket, Catalog, Job, ServedModel
+from cdam_server.scheduling import Batcher, ClosedError, Done, ExpiredError, QueueFullError
+from cdam_server.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class OutputNamed:
+    """An output by name, still to be looked up."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Command:
+    """A request to explain one image, decoded but for the image.
+
+    Attributes:
+        model: Name of the model; empty for the default one.
+        open_image: Decodes the image, upright RGB; slow, so it is called outside the event loop.
+        targets: What to explain.
+        resize: Which part of the image the model sees.
+        input_size: (height, width) in pixels, or None for the model's own.
+        timeout: Seconds that the caller will still wait, or None.
+    """
+
+    model: str
+    open_image: Callable[[], Image.Image]
+    targets: tuple[Output | TopK | OutputNamed, ...]
+    resize: Resize
+    input_size: tuple[int, int] | None
+    timeout: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """The answer to a command.
+
+    Attributes:
+        model: The model that was explained.
+        prepared: The image as the model saw it, with its geometry.
+        done: The explanation, and how its batch came about.
+        request_indices: For each explained target, the index of the command's target that it came from.
+        probabilities: Of every output, shape (C,); None for a regression.
+        decode_seconds: Time for decoding and resizing the image.
+    """
+
+    model: ServedModel
+    prepared: Prepared
+    done: Done[Explanation]
+    request_indices: tuple[int, ...]
+    probabilities: NDArray[np.float64] | None
+    decode_seconds: float
+
+
+class ExplainUseCase:
+    """Explains one image at a time; the batcher brings them together.
+
+    Args:
+        catalog: The models.
+        batcher: Where jobs go.
+        decoders: Threads for decoding images.
+        telemetry: Metrics.
+        max_targets: Largest number of targets of a request, top-k counted as k.
+        max_input_pixels: Largest input that a request may ask for.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        batcher: Batcher[Bucket, Job, Explanation],
+        decoders: ThreadPoolExecutor,
+        telemetry: Telemetry,
+        *,
+        max_targets: int,
+        max_input_pixels: int,
+    ) -> None:
+        self.catalog = catalog
+        self._batcher = batcher
+        self._decoders = decoders
+        self._telemetry = telemetry
+        self._max_targets = max_targets
+        self._max_input_pixels = max_input_pixels
+
+    async def __call__(self, command: Command) -> Explained:
+        """Check, prepare, queue, compute.
+
+        Raises:
+            ServiceError: The request is wrong, or can't be served now.
+        """
+        model = self.catalog.get(command.model)
+        input_size = self._input_size(model, command)
+        targets = self._targets(model, command)
+        prepared, decode_seconds = await asyncio.get_running_loop().run_in_executor(
+            self._decoders, _prepare, model, command, input_size
+        )
+        done = await self._compute(model, Job(prepared.pixels, targets), input_size, command.timeout)
+        self._observe(model, done, decode_seconds)
+        return Explained(
+            model=model,
+            prepared=prepared,
+            done=done,
+            request_indices=_request_indices(targets),
+            probabilities=_probabilities(done.answer.logits, model.loaded.task),
+            decode_seconds=decode_seconds,
+        )
+
+    def _input_size(self, model: ServedModel, command: Command) -> tuple[int, int]:
+        size = command.input_size or model.loaded.data_config.input_size
+        if size[0] * size[1] > self._max_input_pixels:
+            raise InvalidArgumentError(
+                "preprocessing.input_size", f"{size[0]} x {size[1]} is more than {self._max_input_pixels} pixels"
+            )
+        try:
+            model.explainer.vit.grid(size)
+        except ValueError as error:
+            raise InvalidArgumentError("preprocessing.input_size", str(error)) from error
+        return size
+
+    def _targets(self, model: ServedModel, command: Command) -> tuple[Target, ...]:
+        """The targets with names looked up and every index in range."""
+        count = model.loaded.output_count
+        resolved: list[Target] = []
+        for position, target in enumerate(command.targets):
+            field = f"targets[{position}]"
+            match target:
+                case OutputNamed(name):
+                    resolved.append(Output(model.output_index(name, f"{field}.output.name")))
+                case Output(index) if index >= count:
+                    message = f"{field}.output.index: model {model.loaded.name!r} has {count} outputs, so no {index}"
+                    raise NotFoundError("output", str(index), message)
+                case TopK(k) if not 1 <= k <= count:
+                    raise InvalidArgumentError(f"{field}.top_k.k", f"must be from 1 to {count}, the number of outputs")
+                case _:
+                    resolved.append(target)
+        wanted = sum(target.k if isinstance(target, TopK) else 1 for target in resolved)
+        if wanted > self._max_targets:
+            raise InvalidArgumentError("targets", f"{wanted} targets; at most {self._max_targets} a request")
+        return tuple(resolved)
+
+    async def _compute(
+        self,
+        model: ServedModel,
+        job: Job,
+        input_size: tuple[int, int],
+        timeout: float | None,  # noqa: ASYNC109
+    ) -> Done[Explanation]:
+        try:
+            return await self._batcher.submit(Bucket(model.loaded.name, input_size), job, timeout=timeout)
+        except QueueFullError as error:
+            raise OverloadedError(str(error), error.retry_after) from error
+        except ExpiredError as error:
+            raise DeadlineError(str(error)) from error
+        except ClosedError as error:
+            raise UnavailableError("the server is going down", 1.0) from error
+
+    def _observe(self, model: ServedModel, done: Done[Explanation], decode_seconds: float) -> None:
+        telemetry, name = self._telemetry, model.loaded.name
+        telemetry.compute.labels("decode", "").observe(decode_seconds)
+        telemetry.compute.labels("trunk", "cdam").observe(done.answer.trunk_seconds)
+        telemetry.compute.labels("tail", "cdam").observe(done.answer.tail_seconds)
+        telemetry.queue.labels(name).observe(done.queue_seconds)
+        telemetry.batch_size.labels(name).observe(done.batch_size)
+
+
+def _prepare(model: ServedModel, command: Command, input_size: tuple[int, int]) -> tuple[Prepared, float]:
+    started = perf_counter()
+    image = command.open_image()
+    prepared = prepare(image, model.loaded.data_config, resize=command.resize, input_size=input_size)
+    return prepared, perf_counter() - started
+
+
+def _request_indices(targets: tuple[Target, ...]) -> tuple[int, ...]:
+    counts = (target.k if isinstance(target, TopK) else 1 for target in targets)
+    return tuple(index for index, count in enumerate(counts) for _ in range(count))
+
+
+def _probabilities(logits: NDArray[np.floating], task: Task) -> NDArray[np.float64] | None:
+    """What a classifier's logits mean: softmax over classes, or a sigmoid for each label."""
+    values = logits.astype(np.float64)
+    match task:
+        case Task.MULTI_CLASS:
+            exponentials = np.exp(values - values.max(initial=-np.inf))
+            return np.asarray(exponentials / exponentials.sum())
+        case Task.MULTI_LABEL | Task.BINARY:
+            return np.asarray(0.5 * (1.0 + np.tanh(0.5 * values)))  # no overflow at either end
+        case Task.REGRESSION:
+            return None

@@ -1,0 +1,101 @@
+"""What every RPC of the API goes through: one log line, metrics, and errors turned into statuses."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from time import perf_counter
+from typing import Any
+
+import grpc
+import structlog
+
+from cdam_server.errors import UnavailableError
+from cdam_server.rpc.status import status_of
+from cdam_server.telemetry import Telemetry
+
+_PREFIX = "/cdam.v1."
+_log = structlog.get_logger("cdam.rpc")
+
+
+class RequestInterceptor(grpc.aio.ServerInterceptor):
+    """Logs, measures, and answers errors.
+
+    Args:
+        telemetry: Where to count.
+        ready: Whether the server takes requests; while it doesn't, they are answered UNAVAILABLE.
+    """
+
+    def __init__(self, telemetry: Telemetry, ready: Callable[[], bool]) -> None:
+        self._telemetry = telemetry
+        self._ready = ready
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Wrap the handlers of the API; those of health and reflection go as they are."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(_PREFIX):
+            return handler  # type: ignore[no-any-return]
+        method = handler_call_details.method.rpartition("/")[2]
+        make = getattr(grpc, f"{_shape(handler)}_rpc_method_handler")
+        wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
+        return make(  # type: ignore[no-any-return]
+            wrap(method, getattr(handler, _shape(handler))),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _wrap_unary(self, method: str, behaviour: Any) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            async with self._observed(method, request, context):
+                return await behaviour(request, context)
+
+        return call
+
+    def _wrap_stream(self, method: str, behaviour: Any) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            async with self._observed(method, request, context):
+                async for response in behaviour(request, context):
+                    yield response
+
+        return call
+
+    @asynccontextmanager
+    async def _observed(
+        self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[None]:
+        started = perf_counter()
+        code, failure = grpc.StatusCode.OK, None
+        structlog.contextvars.clear_contextvars()
+        request_id = getattr(request, "request_id", "")
+        try:
+            if not self._ready():
+                raise UnavailableError("the server is not ready", 1.0)  # noqa: TRY301
+            yield
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:  # noqa: BLE001 - this is where every error ends
+            status = status_of(error, request_id)
+            code, failure = status.code, status.message
+            if status.error_id:
+                _log.error("internal error", error_id=status.error_id, exc_info=error)
+            self._telemetry.failures.labels(code.name).inc()
+            await context.abort(code, status.message, status.trailing_metadata())
+        finally:
+            seconds = perf_counter() - started
+            self._telemetry.handled.labels(method, code.name).inc()
+            self._telemetry.handling.labels(method).observe(seconds)
+            facts = {"method": method, "code": code.name, "seconds": round(seconds, 6), "peer": context.peer()}
+            if failure:
+                facts["error"] = failure
+            _log.info("rpc", **facts, **structlog.contextvars.get_contextvars())
+
+
+def _shape(handler: Any) -> str:
+    """The name of the handler's shape, for example ``unary_stream``."""
+    return "_".join(
+        "stream" if streams else "unary" for streams in (handler.request_streaming, handler.response_streaming)
+    )

@@ -1,0 +1,115 @@
+"""The service's RPCs; each one decodes, makes one call, and encodes."""
+
+from collections.abc import AsyncIterator
+from time import perf_counter
+from typing import Any
+from uuid import uuid4
+
+import grpc
+import structlog
+
+from cdam.v1 import concept_pb2, evaluation_pb2, explain_pb2, explainer_service_pb2_grpc, model_pb2
+from cdam_server.errors import InvalidArgumentError, NotImplementedYetError
+from cdam_server.explain import ExplainUseCase
+from cdam_server.rpc import decode, encode
+from cdam_server.rpc.images import ImageLimits
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
+    """`cdam.v1.ExplainerService`.
+
+    Args:
+        explain: The Explain use case.
+        limits: Limits of images.
+    """
+
+    def __init__(self, explain: ExplainUseCase, limits: ImageLimits) -> None:
+        self._explain = explain
+        self._limits = limits
+
+    async def Explain(  # type: ignore[override]
+        self, request: explain_pb2.ExplainRequest, context: _Context
+    ) -> explain_pb2.ExplainResponse:
+        """Explain one image."""
+        started = perf_counter()
+        request_id = request.request_id or uuid4().hex
+        structlog.contextvars.bind_contextvars(request_id=request_id, model=request.model, targets=len(request.targets))
+        command = decode.explain_command(request, self._limits, context.time_remaining())
+        explained = await self._explain(command)
+        return encode.explain_response(explained, request_id, max(1, len(request.methods)), perf_counter() - started)
+
+    async def ListModels(  # type: ignore[override]
+        self,
+        request: model_pb2.ListModelsRequest,
+        context: _Context,
+    ) -> model_pb2.ListModelsResponse:
+        """List the models, a page at a time; a page's token is the index of its first model."""
+        if request.page_token and not request.page_token.isdecimal():
+            raise InvalidArgumentError("page_token", "is not one that this server gave out")
+        catalog = self._explain.catalog
+        models = [encode.model(served, is_default=served is catalog.default) for served in catalog]
+        first = int(request.page_token or 0)
+        last = first + (request.page_size or len(models))
+        return model_pb2.ListModelsResponse(
+            models=models[first:last], next_page_token=str(last) if last < len(models) else ""
+        )
+
+    async def GetModel(  # type: ignore[override]
+        self,
+        request: model_pb2.GetModelRequest,
+        context: _Context,
+    ) -> model_pb2.GetModelResponse:
+        """Describe one model."""
+        catalog = self._explain.catalog
+        served = catalog.get(request.name)
+        return model_pb2.GetModelResponse(model=encode.model(served, is_default=served is catalog.default))
+
+    async def ConceptRegister(  # type: ignore[override]
+        self, request: concept_pb2.ConceptRegisterRequest, context: _Context
+    ) -> concept_pb2.ConceptRegisterResponse:
+        """Not served yet."""
+        raise _not_served("ConceptRegister")
+
+    async def ConceptRegisterStream(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[concept_pb2.ConceptRegisterStreamRequest], context: _Context
+    ) -> concept_pb2.ConceptRegisterStreamResponse:
+        """Not served yet."""
+        raise _not_served("ConceptRegisterStream")
+
+    async def GetConcept(  # type: ignore[override]
+        self, request: concept_pb2.GetConceptRequest, context: _Context
+    ) -> concept_pb2.GetConceptResponse:
+        """Not served yet."""
+        raise _not_served("GetConcept")
+
+    async def ListConcepts(  # type: ignore[override]
+        self, request: concept_pb2.ListConceptsRequest, context: _Context
+    ) -> concept_pb2.ListConceptsResponse:
+        """Not served yet."""
+        raise _not_served("ListConcepts")
+
+    async def DeleteConcept(  # type: ignore[override]
+        self, request: concept_pb2.DeleteConceptRequest, context: _Context
+    ) -> concept_pb2.DeleteConceptResponse:
+        """Not served yet."""
+        raise _not_served("DeleteConcept")
+
+    async def ExplainStream(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[explain_pb2.ExplainStreamRequest], context: _Context
+    ) -> AsyncIterator[explain_pb2.ExplainStreamResponse]:
+        """Not served yet."""
+        raise _not_served("ExplainStream")
+        yield  # makes this a generator, as the shape of the RPC demands
+
+    async def Evaluate(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[evaluation_pb2.EvaluateRequest], context: _Context
+    ) -> AsyncIterator[evaluation_pb2.EvaluateResponse]:
+        """Not served yet."""
+        raise _not_served("Evaluate")
+        yield  # makes this a generator, as the shape of the RPC demands
+
+
+def _not_served(rpc: str) -> NotImplementedYetError:
+    return NotImplementedYetError("RPC_NOT_IMPLEMENTED", f"this version of the server does not serve {rpc}", rpc=rpc)

@@ -1,0 +1,50 @@
+"""Prometheus metrics; one object of each, in a registry of their own."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+# 1 ms to 30 s, each bucket 1.67 times the one before.
+_SECONDS = tuple(round(0.001 * (30_000 ** (step / 20)), 6) for step in range(21))
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Telemetry:
+    """The metrics of one server.
+
+    Attributes:
+        registry: Where they are collected from.
+    """
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.handled = Counter(
+            "grpc_server_handled", "RPCs completed, by method and status code.", ["method", "code"], registry=registry
+        )
+        self.handling = Histogram(
+            "grpc_server_handling_seconds",
+            "Time from an RPC's arrival to its answer.",
+            ["method"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.queue = Histogram(
+            "cdam_queue_duration_seconds",
+            "Time that requests waited for their batch.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.compute = Histogram(
+            "cdam_compute_duration_seconds",
+            "Time that batches spent in a stage: decode (one request), trunk, tail.",
+            ["stage", "method"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "cdam_batch_size", "Images in a batch.", ["model"], buckets=_SIZES, registry=registry
+        )
+        self.pending = Gauge("cdam_pending_requests", "Requests waiting for a batch.", registry=registry)
+        self.failures = Counter(
+            "cdam_request_failures", "Requests that were not answered with a map.", ["reason"], registry=registry
+        )
+        self.models = Info("cdam_model", "Models that are loaded.", ["model"], registry=registry)

@@ -1,0 +1,52 @@
+"""SIGTERM under load: what was let in is answered, what comes later is refused, the exit code is 0."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+
+import grpc
+from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
+from processes import serving
+
+SCENE = (files("cdam_server.demo") / "assets" / "samples" / "scene1.png").read_bytes()
+
+
+def test_sigterm_under_load(tmp_path: Path) -> None:
+    target = target_pb2.Target(top_k=target_pb2.TopKTarget(k=3))
+    request = explain_pb2.ExplainRequest(image=common_pb2.Image(encoded=SCENE), targets=[target])
+    codes: Counter[str] = Counter()
+    stop = threading.Event()
+    with serving(tmp_path / "log") as server, grpc.insecure_channel(server.address) as channel:
+        stub = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
+
+        def call() -> None:
+            while not stop.is_set():
+                try:
+                    stub.Explain(request, timeout=30)
+                    codes["OK"] += 1
+                except grpc.RpcError as error:
+                    codes[error.code().name] += 1
+                    time.sleep(0.05)
+
+        callers = [threading.Thread(target=call) for _ in range(8)]
+        for caller in callers:
+            caller.start()
+        while codes["OK"] < 20:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        code = server.process.wait(timeout=60)
+        stop.set()
+        for caller in callers:
+            caller.join()
+    assert code == 0
+    assert set(codes) <= {"OK", "UNAVAILABLE"}, codes
+    events = [line["event"] for line in server.log_lines()]
+    assert events[-1] == "stopped"
+    answered = [line for line in server.log_lines() if line["event"] == "rpc"]
+    assert {line["code"] for line in answered} <= {"OK", "UNAVAILABLE"}
+    assert sum(line["code"] == "OK" for line in answered) == codes["OK"]

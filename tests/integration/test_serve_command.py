@@ -1,0 +1,103 @@
+"""`cdam serve` as an operator meets it: a process, its log, its admin port, its complaints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import grpc
+import pytest
+from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
+from processes import free_ports, serving
+
+SCENE = (files("cdam_server.demo") / "assets" / "samples" / "scene1.png").read_bytes()
+
+
+def _request(**fields: object) -> explain_pb2.ExplainRequest:
+    target = target_pb2.Target(output=target_pb2.OutputTarget(index=3))
+    return explain_pb2.ExplainRequest(image=common_pb2.Image(encoded=SCENE), targets=[target], **fields)
+
+
+def test_log_metrics_and_probes(tmp_path: Path) -> None:
+    with serving(tmp_path / "log") as server:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
+            stub.Explain(_request(request_id="abc"))
+            with pytest.raises(grpc.RpcError):
+                stub.Explain(_request(model="nobody"))
+        assert server.get("/livez")[0] == server.get("/readyz")[0] == 200
+        assert server.get("/nothing")[0] == 404
+        metrics = server.get("/metrics")[1]
+    for line in (
+        'grpc_server_handled_total{code="OK",method="Explain"} 1.0',
+        'grpc_server_handled_total{code="NOT_FOUND",method="Explain"} 1.0',
+        'grpc_server_handling_seconds_count{method="Explain"} 2.0',
+        'cdam_request_failures_total{reason="NOT_FOUND"} 1.0',
+        'cdam_queue_duration_seconds_count{model="demo"} 1.0',
+        'cdam_compute_duration_seconds_count{method="cdam",stage="tail"} 1.0',
+        'cdam_batch_size_count{model="demo"} 1.0',
+        "cdam_pending_requests 0.0",
+    ):
+        assert line in metrics, metrics
+    calls = [line for line in server.log_lines() if line["event"] == "rpc"]
+    assert [(line["method"], line["code"]) for line in calls] == [("Explain", "OK"), ("Explain", "NOT_FOUND")]
+    assert calls[0]["request_id"] == "abc"
+    assert "nobody" in str(calls[1]["error"])
+
+
+def _serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cdam_server.cli", "serve", *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_flags_win_over_the_environment_and_the_environment_over_the_file(tmp_path: Path) -> None:
+    from cdam_server.config import Settings
+
+    file = tmp_path / "settings.yaml"
+    file.write_text("max_batch_size: 2\nmax_pending: 3\nmax_targets: 4\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDAM_MAX_PENDING", "30")
+        patch.setenv("CDAM_MAX_TARGETS", "40")
+        settings = Settings.load(file, max_targets=400, max_batch_size=None)
+    assert (settings.max_batch_size, settings.max_pending, settings.max_targets) == (2, 30, 400)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "words"),
+    [
+        (["--model", "vit_of_the_future"], {}, ["vit_of_the_future"]),
+        (["--device", "abacus"], {}, ["abacus"]),
+        ([], {"CDAM_MAX_BATCH_SIZE": "many"}, ["max_batch_size"]),
+        (["--model", "vit_tiny_patch16_224", "--models-file", "README.md"], {}, ["models"]),
+    ],
+)
+def test_a_wrong_setting_ends_in_one_clear_line(flags: list[str], environment: dict[str, str], words: list[str]) -> None:
+    done = _serve(*flags, **environment)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_an_unknown_key_in_the_settings_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("max_bach_size: 2\n")
+    done = _serve("--config", str(file))
+    assert done.returncode == 2
+    assert "max_bach_size" in done.stderr
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with serving(tmp_path / "log") as server:
+        done = _serve("--address", server.address, "--admin-address", f"127.0.0.1:{free_ports(1)[0]}")
+    assert done.returncode == 1
+    assert server.address in done.stderr
+    assert "Traceback" not in done.stderr
