@@ -26,6 +26,7 @@ class Settings(BaseSettings):
     model_name: str = ""
     pretrained: bool = False
     checkpoint: Path | None = None
+    random_weights: bool = False
     head: Path | None = None
     outputs: Path | None = None
     task: Literal["multi_class", "multi_label", "binary", "regression"] | None = None
@@ -89,10 +90,12 @@ class Settings(BaseSettings):
         given = {
             "pretrained": self.pretrained or None,
             "checkpoint": self.checkpoint,
+            "random_weights": self.random_weights or None,
             "head": self.head,
             "outputs": self.outputs,
             "task": self.task,
             "num_outputs": self.num_outputs,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
-        return [ModelSpec(name=self.model_name or self.model, architecture=self.model, **chosen)]
+        name = self.model_name or self.model
+        return [ModelSpec.model_validate({"name": name, "architecture": self.model, **chosen})]

@@ -26,8 +26,9 @@ import captum
 import timm
 import torch
 from captum.attr import LayerGradientXActivation
-from cdam_engine import Explainer, Output
 from torch import Tensor, nn
+
+from cdam_engine import Explainer, Output
 
 CONTESTANTS = ("forward", "cdam-serve", "captum", "full backward")
 
@@ -118,7 +119,9 @@ def _machine(device: torch.device) -> dict[str, object]:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def main() -> None:

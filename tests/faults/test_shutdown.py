@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import grpc
+
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
 from processes import serving
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
 from processes import free_ports, serving
 
@@ -80,7 +81,9 @@ def test_flags_win_over_the_environment_and_the_environment_over_the_file(tmp_pa
         (["--model", "vit_tiny_patch16_224", "--models-file", "README.md"], {}, ["models"]),
     ],
 )
-def test_a_wrong_setting_ends_in_one_clear_line(flags: list[str], environment: dict[str, str], words: list[str]) -> None:
+def test_a_wrong_setting_ends_in_one_clear_line(
+    flags: list[str], environment: dict[str, str], words: list[str]
+) -> None:
     done = _serve(*flags, **environment)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr

@@ -11,6 +11,12 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from PIL import Image
+
 from cdam.v1 import (
     common_pb2,
     concept_pb2,
@@ -24,12 +30,8 @@ from cdam.v1 import (
 from cdam_engine import Explainer, Output
 from cdam_engine.preprocess import DataConfig, normalise
 from cdam_server.demo import model as demo_model
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from PIL import Image
 
+Stub = explainer_service_pb2_grpc.ExplainerServiceStub
 SAMPLES = files("cdam_server.demo") / "assets" / "samples"
 
 
@@ -78,7 +80,7 @@ def _refused(call: object, *details: type) -> tuple[grpc.StatusCode, str, list[o
     return error.code(), error.details(), unpacked
 
 
-def test_a_map_is_the_engines_map_of_the_same_image(stub, scene) -> None:
+def test_a_map_is_the_engines_map_of_the_same_image(stub: Stub, scene: bytes) -> None:
     answer = stub.Explain(_request(scene, _output(3), _output("7"), request_id="mine"))
     model = demo_model.load()
     pixels = np.asarray(Image.open(io.BytesIO(scene)).convert("RGB"))
@@ -97,7 +99,7 @@ def test_a_map_is_the_engines_map_of_the_same_image(stub, scene) -> None:
     assert [item.label for item in answer.targets] == ["3", "7"]
 
 
-def test_geometry_and_timing(stub, scene) -> None:
+def test_geometry_and_timing(stub: Stub, scene: bytes) -> None:
     answer = stub.Explain(_request(scene, _output(0)))
     geometry = answer.geometry
     assert (geometry.patch_grid.height, geometry.patch_grid.width) == (16, 16)
@@ -111,7 +113,7 @@ def test_geometry_and_timing(stub, scene) -> None:
     assert answer.request_id
 
 
-def test_top_k_stands_for_its_outputs_highest_first(stub, scene) -> None:
+def test_top_k_stands_for_its_outputs_highest_first(stub: Stub, scene: bytes) -> None:
     answer = stub.Explain(_request(scene, _output(5), target_pb2.Target(top_k=target_pb2.TopKTarget(k=3))))
     assert [item.request_index for item in answer.targets] == [0, 1, 1, 1]
     assert answer.targets[0].output_index == 5
@@ -121,14 +123,14 @@ def test_top_k_stands_for_its_outputs_highest_first(stub, scene) -> None:
     assert digits <= {item.label for item in answer.targets[1:]}
 
 
-def test_every_method_asked_for_gives_its_maps(stub, scene) -> None:
+def test_every_method_asked_for_gives_its_maps(stub: Stub, scene: bytes) -> None:
     cdam = method_pb2.Method(cdam=method_pb2.CdamMethod())
     answer = stub.Explain(_request(scene, _output(1), _output(2), methods=[cdam, cdam]))
     assert [(item.method_index, item.target_index) for item in answer.maps] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     np.testing.assert_array_equal(_scores(answer.maps[0]), _scores(answer.maps[2]))
 
 
-def test_other_input_sizes_and_squash(stub) -> None:
+def test_other_input_sizes_and_squash(stub: Stub) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (200, 100), (90, 120, 60)).save(buffer, "PNG")
     preprocessing = common_pb2.Preprocessing(
@@ -149,7 +151,10 @@ def test_other_input_sizes_and_squash(stub) -> None:
         ({"image": common_pb2.Image()}, "image"),
         ({"image": common_pb2.Image(encoded=b"")}, "image.encoded"),
         ({"image": common_pb2.Image(encoded=b"no image")}, "image.encoded"),
-        ({"image": common_pb2.Image(raw=common_pb2.RawImage(height=2, width=2, channels=3, data=b"1"))}, "image.raw.data"),
+        (
+            {"image": common_pb2.Image(raw=common_pb2.RawImage(height=2, width=2, channels=3, data=b"1"))},
+            "image.raw.data",
+        ),
         ({"targets": []}, "targets"),
         ({"targets": [target_pb2.Target()]}, "targets[0]"),
         ({"targets": [target_pb2.Target(output=target_pb2.OutputTarget())]}, "targets[0].output"),
@@ -175,7 +180,7 @@ def test_other_input_sizes_and_squash(stub) -> None:
         ),
     ],
 )
-def test_a_bad_field_is_named(stub, scene, change: dict[str, object], field: str) -> None:
+def test_a_bad_field_is_named(stub: Stub, scene: bytes, change: dict[str, object], field: str) -> None:
     fields = {"image": common_pb2.Image(encoded=scene), "targets": [_output(0)], **change}
     code, message, (detail,) = _refused(
         lambda: stub.Explain(explain_pb2.ExplainRequest(**fields)), error_details_pb2.BadRequest
@@ -194,7 +199,9 @@ def test_a_bad_field_is_named(stub, scene, change: dict[str, object], field: str
         ({"targets": [_output("")]}, "cdam.v1.output", ""),
     ],
 )
-def test_what_does_not_exist_is_named(stub, scene, change: dict[str, object], kind: str, name: str) -> None:
+def test_what_does_not_exist_is_named(
+    stub: Stub, scene: bytes, change: dict[str, object], kind: str, name: str
+) -> None:
     fields = {"image": common_pb2.Image(encoded=scene), "targets": [_output(0)], "request_id": "r1", **change}
     code, _, (detail, about) = _refused(
         lambda: stub.Explain(explain_pb2.ExplainRequest(**fields)),
@@ -206,7 +213,7 @@ def test_what_does_not_exist_is_named(stub, scene, change: dict[str, object], ki
     assert about.request_id == "r1"
 
 
-def test_what_this_version_does_not_serve_says_so(stub, scene) -> None:
+def test_what_this_version_does_not_serve_says_so(stub: Stub, scene: bytes) -> None:
     smooth = method_pb2.Method(smooth_cdam=method_pb2.SmoothCdamMethod())
     concept = target_pb2.Target(concept=target_pb2.ConceptTarget(name="stripes"))
     calls = {
@@ -229,7 +236,7 @@ def test_what_this_version_does_not_serve_says_so(stub, scene) -> None:
         assert (code, detail.reason) == (grpc.StatusCode.UNIMPLEMENTED, "RPC_NOT_IMPLEMENTED")
 
 
-def test_models(stub) -> None:
+def test_models(stub: Stub) -> None:
     (model,) = stub.ListModels(model_pb2.ListModelsRequest()).models
     assert model == stub.GetModel(model_pb2.GetModelRequest(name="demo")).model
     assert model.is_default
@@ -242,7 +249,7 @@ def test_models(stub) -> None:
     assert code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_health_and_reflection(channel) -> None:
+def test_health_and_reflection(channel: grpc.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
     for service in ("", "cdam.v1.ExplainerService"):
         answer = health.Check(health_pb2.HealthCheckRequest(service=service))
@@ -251,7 +258,7 @@ def test_health_and_reflection(channel) -> None:
     assert "cdam.v1.ExplainerService" in services
 
 
-def test_requests_at_once_are_batched_and_equal_to_requests_alone(stub, scene) -> None:
+def test_requests_at_once_are_batched_and_equal_to_requests_alone(stub: Stub, scene: bytes) -> None:
     images = [(SAMPLES / f"scene{i}.png").read_bytes() for i in range(1, 7)]
     alone = [stub.Explain(_request(image, _output(i))) for i, image in enumerate(images)]
     futures = [

@@ -32,6 +32,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--model-name", metavar="NAME", help="Name that requests use.  [the architecture]")
 @click.option("--pretrained", is_flag=True, default=None, help="Fetch timm's weights from the hub.")
 @click.option("--checkpoint", type=_FILE, help="Weights: .safetensors, or .pth without pickled code.")
+@click.option("--random-weights", is_flag=True, default=None, help="Weights drawn at random, to measure speed.")
 @click.option("--head", type=_FILE, help="Linear head for a headless backbone: .safetensors with weight and bias.")
 @click.option("--outputs", type=_FILE, help="Names of the outputs: text, one a line, or JSON.")
 @click.option(
@@ -71,12 +72,11 @@ def serve(config: Path | None, **flags: Any) -> None:
         raise click.ClickException(f"{error.name} is missing: pip install 'cdam-serve[server]'") from error
     try:
         settings = Settings.load(config, **flags)
+        logs.configure(settings.log_format, settings.log_level)
+        asyncio.run(bootstrap.serve(settings, bootstrap.load_catalog(settings)))
     except ValidationError as error:
         lines = (f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors())
         raise click.UsageError("\n".join(lines)) from error
-    logs.configure(settings.log_format, settings.log_level)
-    try:
-        asyncio.run(bootstrap.serve(settings, bootstrap.load_catalog(settings)))
     except (LoadError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     sys.exit(0)

@@ -1,8 +1,10 @@
 """The service's RPCs; each one decodes, makes one call, and encodes."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import grpc
@@ -14,7 +16,7 @@ from cdam_server.explain import ExplainUseCase
 from cdam_server.rpc import decode, encode
 from cdam_server.rpc.images import ImageLimits
 
-_Context = grpc.aio.ServicerContext[Any, Any]
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
@@ -29,9 +31,7 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         self._explain = explain
         self._limits = limits
 
-    async def Explain(  # type: ignore[override]
-        self, request: explain_pb2.ExplainRequest, context: _Context
-    ) -> explain_pb2.ExplainResponse:
+    async def Explain(self, request: explain_pb2.ExplainRequest, context: _Context) -> explain_pb2.ExplainResponse:
         """Explain one image."""
         started = perf_counter()
         request_id = request.request_id or uuid4().hex
@@ -40,7 +40,7 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         explained = await self._explain(command)
         return encode.explain_response(explained, request_id, max(1, len(request.methods)), perf_counter() - started)
 
-    async def ListModels(  # type: ignore[override]
+    async def ListModels(
         self,
         request: model_pb2.ListModelsRequest,
         context: _Context,
@@ -56,7 +56,7 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
             models=models[first:last], next_page_token=str(last) if last < len(models) else ""
         )
 
-    async def GetModel(  # type: ignore[override]
+    async def GetModel(
         self,
         request: model_pb2.GetModelRequest,
         context: _Context,
@@ -66,49 +66,49 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         served = catalog.get(request.name)
         return model_pb2.GetModelResponse(model=encode.model(served, is_default=served is catalog.default))
 
-    async def ConceptRegister(  # type: ignore[override]
+    async def ConceptRegister(
         self, request: concept_pb2.ConceptRegisterRequest, context: _Context
     ) -> concept_pb2.ConceptRegisterResponse:
         """Not served yet."""
         raise _not_served("ConceptRegister")
 
-    async def ConceptRegisterStream(  # type: ignore[override]
+    async def ConceptRegisterStream(
         self, request_iterator: AsyncIterator[concept_pb2.ConceptRegisterStreamRequest], context: _Context
     ) -> concept_pb2.ConceptRegisterStreamResponse:
         """Not served yet."""
         raise _not_served("ConceptRegisterStream")
 
-    async def GetConcept(  # type: ignore[override]
+    async def GetConcept(
         self, request: concept_pb2.GetConceptRequest, context: _Context
     ) -> concept_pb2.GetConceptResponse:
         """Not served yet."""
         raise _not_served("GetConcept")
 
-    async def ListConcepts(  # type: ignore[override]
+    async def ListConcepts(
         self, request: concept_pb2.ListConceptsRequest, context: _Context
     ) -> concept_pb2.ListConceptsResponse:
         """Not served yet."""
         raise _not_served("ListConcepts")
 
-    async def DeleteConcept(  # type: ignore[override]
+    async def DeleteConcept(
         self, request: concept_pb2.DeleteConceptRequest, context: _Context
     ) -> concept_pb2.DeleteConceptResponse:
         """Not served yet."""
         raise _not_served("DeleteConcept")
 
-    async def ExplainStream(  # type: ignore[override]
+    async def ExplainStream(
         self, request_iterator: AsyncIterator[explain_pb2.ExplainStreamRequest], context: _Context
     ) -> AsyncIterator[explain_pb2.ExplainStreamResponse]:
         """Not served yet."""
         raise _not_served("ExplainStream")
-        yield  # makes this a generator, as the shape of the RPC demands
+        yield  # type: ignore[unreachable]  # makes this a generator, as the shape of the RPC demands
 
-    async def Evaluate(  # type: ignore[override]
+    async def Evaluate(
         self, request_iterator: AsyncIterator[evaluation_pb2.EvaluateRequest], context: _Context
     ) -> AsyncIterator[evaluation_pb2.EvaluateResponse]:
         """Not served yet."""
         raise _not_served("Evaluate")
-        yield  # makes this a generator, as the shape of the RPC demands
+        yield  # type: ignore[unreachable]  # makes this a generator, as the shape of the RPC demands
 
 
 def _not_served(rpc: str) -> NotImplementedYetError:

@@ -46,23 +46,27 @@ class Status:
 
 def _bad_request(error: errors.InvalidArgumentError) -> Message:
     violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
-    return error_details_pb2.BadRequest(field_violations=[violation])
+    detail: Message = error_details_pb2.BadRequest(field_violations=[violation])
+    return detail
 
 
 def _resource_info(error: errors.NotFoundError) -> Message:
-    return error_details_pb2.ResourceInfo(
+    detail: Message = error_details_pb2.ResourceInfo(
         resource_type=f"{DOMAIN}.{error.kind}", resource_name=error.name, description=str(error)
     )
+    return detail
 
 
 def _error_info(error: errors.FailedPreconditionError) -> Message:
-    return error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    detail: Message = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    return detail
 
 
 def _retry_info(error: errors.OverloadedError) -> Message:
     delay = Duration()
     delay.FromNanoseconds(int(error.retry_after * 1e9))
-    return error_details_pb2.RetryInfo(retry_delay=delay)
+    detail: Message = error_details_pb2.RetryInfo(retry_delay=delay)
+    return detail
 
 
 # The first row whose class fits counts, so subclasses stand before their bases.

@@ -1,0 +1,15 @@
+"""The `cdam` command."""
+
+import click
+
+from cdam import __version__
+from cdam_server.cli.serve import serve
+
+
+@click.group()
+@click.version_option(__version__, prog_name="cdam")
+def main() -> None:
+    """Explain what a Vision Transformer sees: serve explanations, or ask a server for them."""
+
+
+main.add_command(serve)
