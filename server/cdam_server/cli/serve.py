@@ -34,7 +34,12 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--checkpoint", type=_FILE, help="Weights: .safetensors, or .pth without pickled code.")
 @click.option("--random-weights", is_flag=True, default=None, help="Weights drawn at random, to measure speed.")
 @click.option("--head", type=_FILE, help="Linear head for a headless backbone: .safetensors with weight and bias.")
-@click.option("--outputs", type=_FILE, help="Names of the outputs: text, one a line, or JSON.")
+@click.option(
+    "--outputs",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Names of the outputs: text, one a line, or JSON; or imagenet-1k.",
+)
 @click.option(
     "--task", type=click.Choice(["multi_class", "multi_label", "binary", "regression"]), help="What outputs mean."
 )

@@ -135,9 +135,9 @@ def _decode_raw(raw: common_pb2.RawImage, limits: ImageLimits, field: str) -> Im
 def _blaming_the_bytes(field: str, limits: ImageLimits) -> Iterator[None]:
     """Turns whatever PIL raises into an `InvalidArgumentError`.
 
-    PIL promises no set of exceptions for bad bytes. Seen so far: OSError, SyntaxError, ValueError, TypeError,
-    IndexError, KeyError, AttributeError, AssertionError, EOFError, OverflowError, MemoryError, struct.error, and
-    warnings where they are errors. Hence only image decoding stands inside.
+    PIL promises no set of exceptions for bad bytes. Most are OSError, SyntaxError and ValueError; its plugins and the
+    libraries below them also let through EOFError, struct.error, MemoryError and others, and warnings where those are
+    errors. Hence everything is caught, and only image decoding stands inside.
     """
     try:
         yield
