@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -35,7 +36,7 @@ class RelevanceMap:
     """Signed relevance of each patch for one target.
 
     Attributes:
-        scores: Shape (h, w), raw, in the model's dtype.
+        scores: Shape (h, w), raw; float32, or float64 if the model is.
         prefix_share: sum |score| over prefix tokens / sum |score| over all tokens, 0 if all are zero.
     """
 
@@ -94,25 +95,26 @@ class Explainer:
             ValueError: The model does not take inputs of this size, or `targets` is not of length B.
             IndexError: A target names an output that the model does not have.
         """
+        if pixels.ndim != 4:
+            raise ValueError(f"pixels has shape {tuple(pixels.shape)}, not (B, 3, H, W)")
         if len(pixels) != len(targets):
             raise ValueError(f"{len(pixels)} images, but targets for {len(targets)}")
-        # The caller's inference mode would forbid the tail's gradients.
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with _own_modes(pixels.device):
             started = perf_counter()
             trunk = self.vit.trunk(pixels)
             _finish(pixels.device)
             trunk_done = perf_counter()
             tail = AutogradTail(self.vit, trunk)
-            logits = tail.logits.cpu()
+            logits = _on_cpu(tail.logits)
             resolved = [resolve(wanted, row) for wanted, row in zip(targets, logits, strict=True)]
-            scores = cdam(tail, resolved).cpu()
+            scores = _on_cpu(cdam(tail, resolved))
             tail_done = perf_counter()
         prefix = self.vit.num_prefix_tokens
         return [
             Explanation(
                 grid=trunk.grid,
                 logits=row.numpy(),
-                targets=tuple(ExplainedTarget(output.index, float(row[output.index])) for output in outputs),
+                targets=tuple(ExplainedTarget(int(output.index), float(row[output.index])) for output in outputs),
                 maps=tuple(_relevance_map(item, prefix, trunk.grid) for item in items[: len(outputs)]),
                 trunk_seconds=trunk_done - started,
                 tail_seconds=tail_done - trunk_done,
@@ -126,6 +128,19 @@ def _relevance_map(scores: Tensor, prefix: int, grid: Grid) -> RelevanceMap:
     total = float(scores.abs().sum())
     share = float(scores[:prefix].abs().sum()) / total if total else 0.0
     return RelevanceMap(scores[prefix:].reshape(grid).numpy(), share)
+
+
+@contextmanager
+def _own_modes(device: torch.device) -> Iterator[None]:
+    """No mode of the caller's: inference mode would forbid the tail's gradients, autocast change the arithmetic."""
+    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _on_cpu(values: Tensor) -> Tensor:
+    """As numpy can take them: it knows no bfloat16."""
+    half = values.dtype in (torch.bfloat16, torch.float16)
+    return values.float().cpu() if half else values.cpu()
 
 
 def _finish(device: torch.device) -> None:

@@ -85,19 +85,23 @@ class SplitViT:
 
     def __init__(self, model: nn.Module) -> None:
         self._embed = _family_embedding(model)
-        if model.training:
-            raise ValueError("the model is in training mode, where outputs are random: call model.eval() first")
         self.model = model
         self._blocks = cast("Sequence[Any]", model.blocks)
         _require_pre_norm_block(self._blocks[-1])
+        self._check_mode()
         self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 1))
-        self.num_outputs = int(cast("int", model.num_classes))
+        self.num_outputs = _num_outputs(model)
         self.latent_size = int(cast("int", model.num_features))
         self.readout = _readout(model)
-        patch_embed = cast("Any", model.patch_embed)
-        self.patch_size: tuple[int, int] = tuple(patch_embed.patch_size)
-        self.input_size: tuple[int, int] = tuple(patch_embed.img_size or (224, 224))
+        self._patch_embed = cast("Any", model.patch_embed)
+        # Pixels between neighbouring tokens; a convolutional stem has no patches, but a stride all the same.
+        self.patch_size: tuple[int, int] = tuple(self._patch_embed.feat_ratio(as_scalar=False))
         self.flexible_input_size = bool(getattr(model, "dynamic_img_size", False))
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """The model's own input size, (height, width) in pixels."""
+        return tuple(self._patch_embed.img_size or (224, 224))
 
     def grid(self, input_size: tuple[int, int]) -> Grid:
         """The patch grid of an input of (height, width) pixels.
@@ -108,9 +112,10 @@ class SplitViT:
         size, patch = tuple(input_size), self.patch_size
         if size != self.input_size and not self.flexible_input_size:
             raise ValueError(f"this model takes {_times(self.input_size)} pixels only, not {_times(size)}")
-        if min(size) < 1 or size[0] % patch[0] or size[1] % patch[1]:
+        pads = bool(getattr(self._patch_embed, "dynamic_img_pad", False))
+        if min(size) < 1 or (not pads and (size[0] % patch[0] or size[1] % patch[1])):
             raise ValueError(f"{_times(size)} pixels is not a multiple of the patch size {_times(patch)}")
-        return Grid(size[0] // patch[0], size[1] // patch[1])
+        return Grid(-(-size[0] // patch[0]), -(-size[1] // patch[1]))
 
     @torch.no_grad()
     def trunk(self, pixels: Tensor) -> TrunkOutput:
@@ -120,8 +125,9 @@ class SplitViT:
             pixels: Normalised input, shape (B, 3, H, W), in the model's dtype and on its device.
 
         Raises:
-            ValueError: The model does not take inputs of this size.
+            ValueError: The model does not take inputs of this size, or is in training mode.
         """
+        self._check_mode()
         grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
         x, arguments = self._embed(self.model, pixels)
         for block, kwargs in zip(self._blocks[:-1], arguments[:-1], strict=True):
@@ -148,6 +154,10 @@ class SplitViT:
         # DeiT's two heads read two tokens; the latent is their mean, the logits are not a function of it.
         two_heads = self.readout is Readout.CLS_AND_DISTILLATION_TOKENS
         return TailOutput(latent, model.forward_head(x) if two_heads else model.head(latent))
+
+    def _check_mode(self) -> None:
+        if any(module.training for module in self.model.modules()):
+            raise ValueError("the model is in training mode, where outputs are random: call model.eval() first")
 
 
 # What a family does before its first block: (model, pixels) -> (tokens, arguments of each block).
@@ -186,22 +196,26 @@ _BLOCKS: tuple[type[nn.Module], ...] = (vision_transformer.Block, eva.EvaBlock, 
 
 def _family_embedding(model: nn.Module) -> _Embedding:
     for family, embed in _FAMILIES.items():
-        # A subclass with a forward pass of its own is another architecture.
-        if isinstance(model, family) and _same_code(model, family, "forward_features"):
-            return embed
+        if isinstance(model, family):
+            heads = (VisionTransformerDistilled,) if isinstance(model, VisionTransformerDistilled) else (family,)
+            mirrored = {"forward": (family,), "forward_features": (family,), "forward_head": heads}
+            if all(_is_code_of(model, method, classes) for method, classes in mirrored.items()):
+                return embed
     raise UnsupportedArchitectureError(
         "UNKNOWN_ARCHITECTURE",
         f"{type(model).__name__} is not one of the Vision Transformers that can be split at their last attention: "
-        f"timm's {', '.join(family.__name__ for family in _FAMILIES)}",
+        f"timm's {', '.join(family.__name__ for family in _FAMILIES)}, with their own forward pass",
     )
 
 
-def _same_code(module: nn.Module, known: type[nn.Module], method: str) -> bool:
-    return getattr(type(module), method) is getattr(known, method)
+def _is_code_of(module: nn.Module, method: str, classes: Sequence[type[nn.Module]]) -> bool:
+    """Whether the method is one of these classes' own: neither a subclass nor the instance has another."""
+    code = getattr(getattr(module, method), "__func__", None)
+    return any(code is getattr(known, method) for known in classes)
 
 
 def _require_pre_norm_block(block: nn.Module) -> None:
-    if not any(isinstance(block, known) and _same_code(block, known, "forward") for known in _BLOCKS):
+    if not isinstance(block, _BLOCKS) or not _is_code_of(block, "forward", _BLOCKS):
         raise UnsupportedArchitectureError(
             "NO_NORMALISED_TOKENS",
             f"CDAM differentiates the normalised tokens that only the last attention reads, and {type(block).__name__} "
@@ -234,6 +248,13 @@ def _readout(model: nn.Module) -> Readout:
     if pool not in pools:
         raise UnsupportedArchitectureError("NO_READOUT", f"the model's pooling {pool!r} leaves no latent to explain")
     return pools[pool]
+
+
+def _num_outputs(model: Any) -> int:
+    """From the head itself: `num_classes` is easily left behind when somebody puts in another one."""
+    if isinstance(model.head, nn.Linear):
+        return model.head.out_features
+    return 0 if isinstance(model.head, nn.Identity) else int(model.num_classes)
 
 
 def _times(size: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic, perf_counter
 
 import grpc
@@ -31,6 +31,7 @@ from cdam_server.telemetry import Telemetry
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _DECODERS = 4
 _HEARTBEAT_SECONDS = 1.0
+_LAST_CALL_SECONDS = 1.0
 _log = structlog.get_logger("cdam.server")
 
 
@@ -85,7 +86,12 @@ class Application:
         self._ready = False
         await self._health.enter_graceful_shutdown()
         _log.info("draining", seconds=self._settings.drain_seconds)
-        await self._server.stop(self._settings.drain_seconds)
+        # gRPC's own stop drops calls that have arrived but not begun; until all others are answered, new ones are
+        # told UNAVAILABLE instead.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_seconds):
+                await self._interceptor.wait_until_idle()
+        await self._server.stop(grace=_LAST_CALL_SECONDS)
         await self._batcher.close()
         self._pulse.cancel()
         self._decoders.shutdown()
@@ -94,8 +100,9 @@ class Application:
 
     async def _serve(self) -> None:
         settings = self._settings
+        self._interceptor = RequestInterceptor(self._telemetry, lambda: self._ready)
         self._server = grpc.aio.server(
-            interceptors=[RequestInterceptor(self._telemetry, lambda: self._ready)],
+            interceptors=[self._interceptor],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),

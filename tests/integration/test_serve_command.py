@@ -75,7 +75,7 @@ def test_flags_win_over_the_environment_and_the_environment_over_the_file(tmp_pa
 @pytest.mark.parametrize(
     ("flags", "environment", "words"),
     [
-        (["--model", "vit_of_the_future"], {}, ["vit_of_the_future"]),
+        (["--model", "vit_of_the_future", "--random-weights"], {}, ["vit_of_the_future"]),
         (["--device", "abacus"], {}, ["abacus"]),
         ([], {"CDAM_MAX_BATCH_SIZE": "many"}, ["max_batch_size"]),
         (["--model", "vit_tiny_patch16_224", "--models-file", "README.md"], {}, ["models"]),

@@ -83,7 +83,7 @@ def _refused(call: object, *details: type) -> tuple[grpc.StatusCode, str, list[o
 def test_a_map_is_the_engines_map_of_the_same_image(stub: Stub, scene: bytes) -> None:
     answer = stub.Explain(_request(scene, _output(3), _output("7"), request_id="mine"))
     model = demo_model.load()
-    pixels = np.asarray(Image.open(io.BytesIO(scene)).convert("RGB"))
+    pixels = np.array(Image.open(io.BytesIO(scene)).convert("RGB"))
     inputs = normalise(torch.from_numpy(pixels)[None], DataConfig.from_timm(model), torch.float32)
     (expected,) = Explainer(model).explain(inputs, [[Output(3), Output(7)]])
     assert answer.request_id == "mine"
@@ -148,7 +148,7 @@ def test_other_input_sizes_and_squash(stub: Stub) -> None:
     ("change", "field"),
     [
         ({"image": None}, "image"),
-        ({"image": common_pb2.Image()}, "image"),
+        ({"image": common_pb2.Image()}, "image.source"),
         ({"image": common_pb2.Image(encoded=b"")}, "image.encoded"),
         ({"image": common_pb2.Image(encoded=b"no image")}, "image.encoded"),
         (

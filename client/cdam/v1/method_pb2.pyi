@@ -236,7 +236,7 @@ class SmoothCdamMethod(_message.Message):
     """Seed of the draws: the same seed gives the same map, alone or in any batch."""
     @_builtins.property
     def noise(self) -> Global___Noise:
-        """The noise. Unset: the server's default relative level, given in the answer's documentation."""
+        """The noise, added to the tokens. Unset: the method's documented default."""
 
     def __init__(
         self,
@@ -427,7 +427,7 @@ class SmoothGradMethod(_message.Message):
     """Seed of the draws."""
     @_builtins.property
     def noise(self) -> Global___Noise:
-        """The noise, added to the normalised input. Unset: the server's default relative level."""
+        """The noise, added to the normalised input. Unset: the method's documented default."""
 
     def __init__(
         self,

@@ -3,6 +3,8 @@
 import click
 
 from cdam import __version__
+from cdam_server.cli.explain import explain
+from cdam_server.cli.models import models
 from cdam_server.cli.serve import serve
 
 
@@ -12,4 +14,5 @@ def main() -> None:
     """Explain what a Vision Transformer sees: serve explanations, or ask a server for them."""
 
 
-main.add_command(serve)
+for command in (serve, explain, models):
+    main.add_command(command)

@@ -80,7 +80,10 @@ def serve(config: Path | None, **flags: Any) -> None:
         logs.configure(settings.log_format, settings.log_level)
         asyncio.run(bootstrap.serve(settings, bootstrap.load_catalog(settings)))
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors())
+        lines = (
+            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        )
         raise click.UsageError("\n".join(lines)) from error
     except (LoadError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

@@ -35,7 +35,7 @@ def explain_response(
         request_id=request_id,
         model=loaded.name,
         model_fingerprint=loaded.fingerprint,
-        geometry=_geometry(explained.prepared, explanation.grid),
+        geometry=_geometry(explained.prepared, explanation.grid, explained.model.explainer.vit.patch_size),
         timing=explain_pb2.Timing(
             decode=_duration(explained.decode_seconds),
             queue=_duration(done.queue_seconds),
@@ -104,11 +104,18 @@ def _methods(served: ServedModel) -> list[model_pb2.MethodSupport]:
     return support
 
 
-def _geometry(prepared: Prepared, grid: tuple[int, int]) -> explain_pb2.MapGeometry:
+def _geometry(prepared: Prepared, grid: tuple[int, int], patch: tuple[int, int]) -> explain_pb2.MapGeometry:
+    """Where the grid lies; where a model pads its input to whole patches, the grid reaches beyond the input."""
     region = prepared.region
+    down, across = (grid[axis] * patch[axis] / prepared.input_size[axis] for axis in (0, 1))
     return explain_pb2.MapGeometry(
         patch_grid=_size(grid),
-        region=common_pb2.Region(left=region.left, top=region.top, right=region.right, bottom=region.bottom),
+        region=common_pb2.Region(
+            left=region.left,
+            top=region.top,
+            right=region.left + (region.right - region.left) * across,
+            bottom=region.top + (region.bottom - region.top) * down,
+        ),
         image_size=_size(prepared.image_size),
         input_size=_size(prepared.input_size),
     )

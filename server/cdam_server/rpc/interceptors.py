@@ -30,6 +30,13 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, telemetry: Telemetry, ready: Callable[[], bool]) -> None:
         self._telemetry = telemetry
         self._ready = ready
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_until_idle(self) -> None:
+        """Return when no RPC of the API is being answered."""
+        await self._idle.wait()
 
     async def intercept_service(
         self,
@@ -72,6 +79,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         code, failure = grpc.StatusCode.OK, None
         structlog.contextvars.clear_contextvars()
         request_id = getattr(request, "request_id", "")
+        self._in_flight += 1
+        self._idle.clear()
         try:
             if not self._ready():
                 raise UnavailableError("the server is not ready", 1.0)  # noqa: TRY301
@@ -87,6 +96,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             self._telemetry.failures.labels(code.name).inc()
             await context.abort(code, status.message, status.trailing_metadata())
         finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
             seconds = perf_counter() - started
             self._telemetry.handled.labels(method, code.name).inc()
             self._telemetry.handling.labels(method).observe(seconds)

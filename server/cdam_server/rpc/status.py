@@ -14,6 +14,7 @@ from cdam_server import errors
 
 DOMAIN = "cdam.v1"
 DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,28 @@ class Status:
         code: The gRPC status code.
         message: For a developer to read.
         details: google.rpc messages.
+        retry_after: Seconds after which it may go better, or None.
         error_id: For an internal error: the id under which the log has it.
     """
 
     code: grpc.StatusCode
     message: str
     details: Sequence[Message] = ()
+    retry_after: float | None = None
     error_id: str = ""
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """The details as gRPC carries them."""
         if not self.details:
             return ()
+        # gRPC's own retries don't read RetryInfo; this they do.
+        pushback = () if self.retry_after is None else ((PUSHBACK_KEY, str(round(1000 * self.retry_after))),)
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         for detail in self.details:
             packed = AnyMessage()
             packed.Pack(detail)
             status.details.append(packed)
-        return ((DETAILS_KEY, status.SerializeToString()),)
+        return ((DETAILS_KEY, status.SerializeToString()), *pushback)
 
 
 def _bad_request(error: errors.InvalidArgumentError) -> Message:
@@ -87,7 +92,8 @@ def status_of(error: Exception, request_id: str = "") -> Status:
     about = [error_details_pb2.RequestInfo(request_id=request_id)] if request_id else []
     for kind, code, detail in _TABLE:
         if isinstance(error, kind):
-            return Status(code, str(error), [*([detail(error)] if detail else []), *about])
+            details = [*([detail(error)] if detail else []), *about]
+            return Status(code, str(error), details, getattr(error, "retry_after", None))
     error_id = uuid4().hex
     info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"error_id": error_id})
-    return Status(grpc.StatusCode.INTERNAL, f"internal error {error_id}", [info, *about], error_id)
+    return Status(grpc.StatusCode.INTERNAL, f"internal error {error_id}", [info, *about], error_id=error_id)

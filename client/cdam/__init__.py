@@ -1,0 +1,125 @@
+"""The client of cdam-serve: explanations of Vision Transformers over gRPC.
+
+    import cdam
+
+    with cdam.Client("localhost:8001") as client:
+        explanation = client.explain("scene.png", targets=["7", cdam.TopK(3)], methods=["cdam", cdam.SmoothCdam(seed=1)])
+        for relevance in explanation:
+            print(relevance.label, relevance.method.kind, relevance.scores.sum())
+        explanation["3", "cdam"].overlay().save("three.png")
+
+`AsyncClient` is the same for asyncio. Errors are drawn as a tree in `CdamError`'s module and all derive from it.
+"""
+
+from cdam import render
+from cdam._channel import TLS
+from cdam._client import AsyncClient, Client
+from cdam._encode import Priority, Resize
+from cdam._errors import (
+    AlreadyExists,
+    CdamError,
+    DeadlineExceeded,
+    FailedPrecondition,
+    FieldViolation,
+    ImageError,
+    Internal,
+    InvalidArgument,
+    MalformedResponse,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    ResourceExhausted,
+    RpcError,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+from cdam._explanation import ExplainedTarget, Explanation, Geometry, Parts, RelevanceMap, Timing
+from cdam._images import ImageLike
+from cdam._methods import (
+    METHODS,
+    Attention,
+    AttentionRollout,
+    Cdam,
+    InputXGradient,
+    IntegratedCdam,
+    IntegratedGradients,
+    Method,
+    MethodKind,
+    MethodLike,
+    Noise,
+    PartialLrp,
+    PatchMaskPrediction,
+    Quadrature,
+    RelevancePropagation,
+    SmoothCdam,
+    SmoothGrad,
+    TokenAblation,
+)
+from cdam._models import Model
+from cdam._overlay import Background, Interpolation, Region
+from cdam._targets import Concept, Contrast, Output, Similarity, Target, TargetLike, TopK
+from cdam._version import __version__
+
+__all__ = [
+    "METHODS",
+    "TLS",
+    "AlreadyExists",
+    "AsyncClient",
+    "Attention",
+    "AttentionRollout",
+    "Background",
+    "Cdam",
+    "CdamError",
+    "Client",
+    "Concept",
+    "Contrast",
+    "DeadlineExceeded",
+    "ExplainedTarget",
+    "Explanation",
+    "FailedPrecondition",
+    "FieldViolation",
+    "Geometry",
+    "ImageError",
+    "ImageLike",
+    "InputXGradient",
+    "IntegratedCdam",
+    "IntegratedGradients",
+    "Internal",
+    "Interpolation",
+    "InvalidArgument",
+    "MalformedResponse",
+    "Method",
+    "MethodKind",
+    "MethodLike",
+    "Model",
+    "Noise",
+    "NotFound",
+    "Output",
+    "Overloaded",
+    "PartialLrp",
+    "Parts",
+    "PatchMaskPrediction",
+    "PermissionDenied",
+    "Priority",
+    "Quadrature",
+    "Region",
+    "RelevanceMap",
+    "RelevancePropagation",
+    "Resize",
+    "ResourceExhausted",
+    "RpcError",
+    "Similarity",
+    "SmoothCdam",
+    "SmoothGrad",
+    "Target",
+    "TargetLike",
+    "Timing",
+    "TokenAblation",
+    "TopK",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "__version__",
+    "render",
+]

@@ -1,0 +1,188 @@
+"""From the API's messages to the caller's words."""
+
+import math
+from types import MappingProxyType
+
+import numpy as np
+from google.protobuf.duration_pb2 import Duration
+from numpy.typing import NDArray
+
+from cdam._encode import short_name
+from cdam._errors import MalformedResponse
+from cdam._explanation import ExplainedTarget, Explanation, Geometry, Parts, RelevanceMap, Timing
+from cdam._methods import Cdam, Method
+from cdam._models import Model
+from cdam._overlay import Region
+from cdam._targets import Concept, Contrast, Output, Similarity
+from cdam.v1 import common_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
+
+_SIMILARITIES: dict[int, Similarity] = {
+    target_pb2.SIMILARITY_DOT: "dot",
+    target_pb2.SIMILARITY_COSINE: "cosine",
+    target_pb2.SIMILARITY_L2: "l2",
+}
+
+
+def decode_explanation(
+    response: explain_pb2.ExplainResponse, methods: tuple[Method, ...], image: common_pb2.Image
+) -> Explanation:
+    """The answer to a request with these methods and this image.
+
+    Raises:
+        MalformedResponse: if the answer contradicts itself or the request.
+    """
+    geometry = _geometry(response.geometry)
+    targets = tuple(_explained_target(target) for target in response.targets)
+    return Explanation(
+        request_id=response.request_id,
+        model=response.model,
+        fingerprint=response.model_fingerprint,
+        geometry=geometry,
+        targets=targets,
+        maps=tuple(_map(m, methods or (Cdam(),), targets, geometry, image) for m in response.maps),
+        timing=_timing(response.timing),
+        token_cache_hit=response.token_cache_hit,
+    )
+
+
+def decode_model(model: model_pb2.Model) -> Model:
+    """The model that a message describes."""
+    support = {short_name(method_pb2.MethodKind, "METHOD_KIND", m.method): m for m in model.methods}
+    return Model(
+        name=model.name,
+        is_default=model.is_default,
+        architecture=model.architecture,
+        fingerprint=model.fingerprint,
+        task=short_name(model_pb2.Task, "TASK", model.task),
+        output_names=tuple(model.output_names),
+        output_count=model.output_count,
+        input_size=_size(model.input_size),
+        flexible_input_size=model.flexible_input_size,
+        patch_size=_size(model.patch_size),
+        patch_grid=_size(model.patch_grid),
+        prefix_tokens=model.prefix_tokens,
+        latent_size=model.latent_size,
+        readout=short_name(model_pb2.Readout, "READOUT", model.readout),
+        precision=short_name(model_pb2.Precision, "PRECISION", model.precision),
+        methods=tuple(kind for kind, m in support.items() if m.supported),
+        unsupported=MappingProxyType({kind: m.reason for kind, m in support.items() if not m.supported}),
+    )
+
+
+def decode_tensor(tensor: common_pb2.FloatTensor, shape: tuple[int, ...] | None = None) -> NDArray[np.float32]:
+    """The array, float32 and read-only.
+
+    Raises:
+        MalformedResponse: if its bytes don't fill its shape, or it hasn't the shape that it must have.
+    """
+    its_shape = tuple(tensor.shape)
+    if len(tensor.data) != 4 * math.prod(its_shape):
+        raise MalformedResponse(f"{len(tensor.data)} bytes of float32 don't fill the shape {its_shape}")
+    if shape is not None and its_shape != shape:
+        raise MalformedResponse(f"an array of shape {its_shape} where {shape} is due")
+    array = np.frombuffer(tensor.data, "<f4").reshape(its_shape).astype(np.float32, copy=False)
+    array.flags.writeable = False
+    return array
+
+
+def _geometry(geometry: explain_pb2.MapGeometry) -> Geometry:
+    region = geometry.region
+    decoded = Geometry(
+        patch_grid=_size(geometry.patch_grid),
+        region=Region(region.left, region.top, region.right, region.bottom),
+        image_size=_size(geometry.image_size),
+        input_size=_size(geometry.input_size),
+    )
+    if not (region.left < region.right and region.top < region.bottom and all(decoded.patch_grid + decoded.image_size)):
+        raise MalformedResponse(f"maps that lie nowhere: {decoded}")
+    return decoded
+
+
+def _size(size: common_pb2.Size) -> tuple[int, int]:
+    return size.height, size.width
+
+
+def _explained_target(target: explain_pb2.ExplainedTarget) -> ExplainedTarget:
+    return ExplainedTarget(
+        target=_target(target.target),
+        label=target.label,
+        value=target.value,
+        probability=target.probability if target.HasField("probability") else None,
+        output_index=target.output_index if target.HasField("output_index") else None,
+        request_index=target.request_index,
+    )
+
+
+def _target(target: target_pb2.Target) -> Output | Concept | Contrast:
+    match target.WhichOneof("kind"):
+        case "output":
+            return _output(target.output)
+        case "concept":
+            return _concept(target.concept)
+        case "contrast":
+            return Contrast(_scalar(target.contrast.positive), _scalar(target.contrast.negative))
+        case kind:
+            raise MalformedResponse(f"an explained target of kind {kind}")
+
+
+def _scalar(target: target_pb2.ScalarTarget) -> Output | Concept:
+    return _concept(target.concept) if target.WhichOneof("kind") == "concept" else _output(target.output)
+
+
+def _output(target: target_pb2.OutputTarget) -> Output:
+    return Output(target.name if target.WhichOneof("selector") == "name" else target.index)
+
+
+def _concept(target: target_pb2.ConceptTarget) -> Concept:
+    similarity = _SIMILARITIES.get(target.similarity, "dot")
+    match target.WhichOneof("selector"):
+        case "name":
+            return Concept(name=target.name, similarity=similarity)
+        case "id":
+            return Concept(id=target.id, similarity=similarity)
+        case _:
+            return Concept(vector=decode_tensor(target.vector), similarity=similarity)
+
+
+def _map(
+    relevance: explain_pb2.RelevanceMap,
+    methods: tuple[Method, ...],
+    targets: tuple[ExplainedTarget, ...],
+    geometry: Geometry,
+    image: common_pb2.Image,
+) -> RelevanceMap:
+    if relevance.method_index >= len(methods):
+        raise MalformedResponse(f"a map by method {relevance.method_index} of {len(methods)}")
+    if relevance.HasField("target_index") and relevance.target_index >= len(targets):
+        raise MalformedResponse(f"a map for target {relevance.target_index} of {len(targets)}")
+    grid = geometry.patch_grid
+    parts = relevance.parts
+    return RelevanceMap(
+        scores=decode_tensor(relevance.scores, grid),
+        target=targets[relevance.target_index] if relevance.HasField("target_index") else None,
+        method=methods[relevance.method_index],
+        geometry=geometry,
+        prefix_share=relevance.prefix_share if relevance.HasField("prefix_share") else None,
+        parts=Parts(decode_tensor(parts.value, grid), decode_tensor(parts.key, grid))
+        if relevance.HasField("parts")
+        else None,
+        standard_error=decode_tensor(relevance.standard_error, grid) if relevance.HasField("standard_error") else None,
+        completeness_residual=relevance.completeness_residual if relevance.HasField("completeness_residual") else None,
+        steps=relevance.steps if relevance.HasField("steps") else None,
+        _image=image,
+    )
+
+
+def _timing(timing: explain_pb2.Timing) -> Timing:
+    return Timing(
+        decode=_seconds(timing.decode),
+        queue=_seconds(timing.queue),
+        trunk=_seconds(timing.trunk),
+        tail=_seconds(timing.tail),
+        total=_seconds(timing.total),
+        batch_size=timing.batch_size,
+    )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9

@@ -1,0 +1,126 @@
+"""From the caller's words to the API's messages."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from cdam._images import ImageLike, encode_image
+from cdam._methods import Method, MethodLike, Noise, as_methods
+from cdam._targets import Concept, Contrast, Output, Target, TargetLike, TopK, as_targets
+from cdam.v1 import common_pb2, explain_pb2, method_pb2, target_pb2
+
+Resize: TypeAlias = Literal["crop", "squash"]
+"""Which part of an image the model sees: its centre, as the model was evaluated, or all of it, stretched."""
+
+Priority: TypeAlias = Literal["low", "normal", "high"]
+"""How urgent a request is among those waiting."""
+
+
+def encode_explain(
+    image: ImageLike,
+    targets: TargetLike | Sequence[TargetLike],
+    *,
+    methods: MethodLike | Sequence[MethodLike],
+    model: str,
+    resize: Resize | None,
+    input_size: tuple[int, int] | None,
+    request_id: str,
+    priority: Priority | None,
+) -> explain_pb2.ExplainRequest:
+    """The request of Explain."""
+    request = explain_pb2.ExplainRequest(
+        model=model,
+        image=encode_image(image),
+        targets=[encode_target(target) for target in as_targets(targets)],
+        methods=[encode_method(method) for method in as_methods(methods)],
+        request_id=request_id,
+        priority=enum_value(explain_pb2.Priority, "PRIORITY", priority),
+    )
+    if resize is not None:
+        request.preprocessing.resize_mode = enum_value(common_pb2.ResizeMode, "RESIZE_MODE", resize)
+    if input_size is not None:
+        height, width = input_size
+        request.preprocessing.input_size.CopyFrom(common_pb2.Size(height=height, width=width))
+    return request
+
+
+def encode_target(target: Target) -> target_pb2.Target:
+    """The message for a target."""
+    match target:
+        case Output():
+            return target_pb2.Target(output=_output(target))
+        case TopK():
+            return target_pb2.Target(top_k=target_pb2.TopKTarget(k=target.k))
+        case Concept():
+            return target_pb2.Target(concept=_concept(target))
+        case Contrast():
+            return target_pb2.Target(
+                contrast=target_pb2.ContrastTarget(positive=_scalar(target.positive), negative=_scalar(target.negative))
+            )
+
+
+def encode_method(method: Method) -> method_pb2.Method:
+    """The message for a method: fields have the same names on both sides, and None is left unset."""
+    message = method_pb2.Method()
+    settings = getattr(message, method.kind)
+    settings.SetInParent()
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        match field.name, value:
+            case _, None:
+                continue
+            case "noise", Noise():
+                settings.noise.CopyFrom(_noise(value))
+            case "quadrature", str():
+                settings.quadrature = enum_value(method_pb2.Quadrature, "QUADRATURE", value)
+            case "heads", _:
+                settings.heads.extend(value)
+            case _:
+                setattr(settings, field.name, value)
+    return message
+
+
+def enum_value(enum: Any, prefix: str, name: str | None) -> Any:
+    """The enum's value for a short name: "crop" is RESIZE_MODE_CROP; None is unspecified."""
+    try:
+        return enum.Value(f"{prefix}_{(name or 'unspecified').upper()}")
+    except ValueError:
+        names = ", ".join(repr(short_name(enum, prefix, value)) for value in enum.values() if value)
+        raise ValueError(f"{prefix.lower()}: {name!r} is none of {names}") from None
+
+
+def short_name(enum: Any, prefix: str, value: int) -> str:
+    """The short name for an enum's value; "unknown" for one that a newer server made."""
+    return enum.Name(value).removeprefix(f"{prefix}_").lower() if value in enum.values() else "unknown"
+
+
+def _output(target: Output) -> target_pb2.OutputTarget:
+    if isinstance(target.selector, str):
+        return target_pb2.OutputTarget(name=target.selector)
+    return target_pb2.OutputTarget(index=target.selector)
+
+
+def _noise(noise: Noise) -> method_pb2.Noise:
+    if noise.relative is not None:
+        return method_pb2.Noise(relative=noise.relative)
+    return method_pb2.Noise(absolute=noise.absolute) if noise.absolute is not None else method_pb2.Noise()
+
+
+def _concept(target: Concept) -> target_pb2.ConceptTarget:
+    message = target_pb2.ConceptTarget(similarity=enum_value(target_pb2.Similarity, "SIMILARITY", target.similarity))
+    if target.name is not None:
+        message.name = target.name
+    elif target.id is not None:
+        message.id = target.id
+    elif target.vector is not None:
+        message.vector.shape.append(len(target.vector))
+        message.vector.data = np.asarray(target.vector, "<f4").tobytes()
+    return message
+
+
+def _scalar(target: int | str | Output | Concept) -> target_pb2.ScalarTarget:
+    if isinstance(target, Concept):
+        return target_pb2.ScalarTarget(concept=_concept(target))
+    return target_pb2.ScalarTarget(output=_output(target if isinstance(target, Output) else Output(target)))

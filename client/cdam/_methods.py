@@ -1,0 +1,224 @@
+"""How to explain: one frozen class for each method of the API, with the API's names and defaults."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+Quadrature: TypeAlias = Literal["riemann_right", "gauss_legendre"]
+"""How a path integral is approximated: by a right-hand Riemann sum, as in the papers, or by Gauss-Legendre nodes."""
+
+MethodKind: TypeAlias = Literal[
+    "cdam",
+    "smooth_cdam",
+    "integrated_cdam",
+    "attention",
+    "attention_rollout",
+    "relevance_propagation",
+    "partial_lrp",
+    "input_x_gradient",
+    "smooth_grad",
+    "integrated_gradients",
+    "token_ablation",
+    "patch_mask_prediction",
+]
+"""A method's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Standard deviation of Gaussian noise; with neither given, the method's default.
+
+    Attributes:
+        relative: As a fraction of max - min of what the noise is added to, image by image.
+        absolute: In the units of what the noise is added to.
+    """
+
+    relative: float | None = None
+    absolute: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.relative is not None and self.absolute is not None:
+            raise ValueError("noise is relative or absolute, not both")
+
+
+@dataclass(frozen=True)
+class Cdam:
+    """Class-discriminative attention map: S_i = sum_j T_ij df/dT_ij.
+
+    Attributes:
+        parts: Also answer the two maps that S is the sum of, through the values and through the keys.
+    """
+
+    kind: ClassVar[MethodKind] = "cdam"
+    parts: bool = False
+
+
+@dataclass(frozen=True)
+class SmoothCdam:
+    """CDAM averaged over noisy copies of the tokens.
+
+    Attributes:
+        samples: Number of draws; None: the server's default.
+        noise: The noise; None: the server's default.
+        seed: The same seed gives the same map, alone or in any batch.
+    """
+
+    kind: ClassVar[MethodKind] = "smooth_cdam"
+    samples: int | None = None
+    noise: Noise | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class IntegratedCdam:
+    """CDAM integrated along the path from zero tokens.
+
+    Attributes:
+        steps: Number of points on the path; None: the server's default.
+        quadrature: How the integral is approximated.
+        tolerance: Refine until |completeness residual| is at most this, in units of the target; None: don't refine.
+    """
+
+    kind: ClassVar[MethodKind] = "integrated_cdam"
+    steps: int | None = None
+    quadrature: Quadrature = "riemann_right"
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of the readout token over the patches, last block. Needs no target.
+
+    Attributes:
+        heads: The heads to average, from 0; empty: all.
+    """
+
+    kind: ClassVar[MethodKind] = "attention"
+    heads: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttentionRollout:
+    """Attention rollout (Abnar and Zuidema 2020). Needs no target."""
+
+    kind: ClassVar[MethodKind] = "attention_rollout"
+
+
+@dataclass(frozen=True)
+class RelevancePropagation:
+    """Relevance propagation for attention models (Chefer, Gur and Wolf 2021)."""
+
+    kind: ClassVar[MethodKind] = "relevance_propagation"
+
+
+@dataclass(frozen=True)
+class PartialLrp:
+    """Partial layer-wise relevance propagation (Voita et al. 2019), last layer."""
+
+    kind: ClassVar[MethodKind] = "partial_lrp"
+
+
+@dataclass(frozen=True)
+class InputXGradient:
+    """Input x gradient, summed over each patch."""
+
+    kind: ClassVar[MethodKind] = "input_x_gradient"
+
+
+@dataclass(frozen=True)
+class SmoothGrad:
+    """SmoothGrad (Smilkov et al. 2017), summed over each patch.
+
+    Attributes:
+        samples: Number of draws; None: the server's default.
+        noise: The noise, added to the normalised input; None: the server's default.
+        seed: Seed of the draws.
+    """
+
+    kind: ClassVar[MethodKind] = "smooth_grad"
+    samples: int | None = None
+    noise: Noise | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class IntegratedGradients:
+    """Integrated gradients (Sundararajan et al. 2017), summed over each patch.
+
+    Attributes:
+        steps: Number of points on the path; None: the server's default.
+        quadrature: How the integral is approximated.
+    """
+
+    kind: ClassVar[MethodKind] = "integrated_gradients"
+    steps: int | None = None
+    quadrature: Quadrature = "riemann_right"
+
+
+@dataclass(frozen=True)
+class TokenAblation:
+    """Change of the target when one patch token is removed."""
+
+    kind: ClassVar[MethodKind] = "token_ablation"
+
+
+@dataclass(frozen=True)
+class PatchMaskPrediction:
+    """The classifier applied to every patch token (after Kang, Heo and Choe 2024)."""
+
+    kind: ClassVar[MethodKind] = "patch_mask_prediction"
+
+
+Method: TypeAlias = (
+    Cdam
+    | SmoothCdam
+    | IntegratedCdam
+    | Attention
+    | AttentionRollout
+    | RelevancePropagation
+    | PartialLrp
+    | InputXGradient
+    | SmoothGrad
+    | IntegratedGradients
+    | TokenAblation
+    | PatchMaskPrediction
+)
+MethodLike: TypeAlias = MethodKind | Method
+"""A method, or the name of one with its defaults."""
+
+METHODS: dict[str, type[Method]] = {
+    method.kind: method
+    for method in (
+        Cdam,
+        SmoothCdam,
+        IntegratedCdam,
+        Attention,
+        AttentionRollout,
+        RelevancePropagation,
+        PartialLrp,
+        InputXGradient,
+        SmoothGrad,
+        IntegratedGradients,
+        TokenAblation,
+        PatchMaskPrediction,
+    )
+}
+"""Every method, by name."""
+
+
+def as_method(method: MethodLike) -> Method:
+    """The method that is meant."""
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"a method is one of cdam's classes or a name, not {type(method).__name__}")
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    return METHODS[method]()
+
+
+def as_methods(methods: MethodLike | Sequence[MethodLike]) -> tuple[Method, ...]:
+    """The methods that are meant, of one or several."""
+    if isinstance(methods, str | Method):
+        return (as_method(methods),)
+    return tuple(as_method(method) for method in methods)

@@ -1,0 +1,54 @@
+"""`cdam models`."""
+
+import dataclasses
+import json
+from typing import Any
+
+import click
+
+import cdam
+from cdam_server.cli.explain import Failure, columns, connection_options, describe, server_from
+
+_HELP = """List the models that a server has loaded, its default one first.
+
+\b
+Examples
+  cdam models
+  cdam models --server dns:///cdam.example.org:8001 --tls
+  cdam models --json | jq '.[0].output_names'
+"""
+
+
+@click.command(help=_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print everything that is known of them, as JSON.")
+@connection_options
+def models(*, as_json: bool, **connection: Any) -> None:
+    """List the models."""
+    server = server_from(**connection)
+    try:
+        with server.client() as client:
+            found = client.models()
+    except cdam.RpcError as error:
+        raise Failure(f"{server.address}: {describe(error)}") from error
+    if as_json:
+        click.echo(json.dumps([_as_json(model) for model in found], indent=2))
+        return
+    rows = [("model", "architecture", "task", "outputs", "input", "patches", "methods")]
+    rows += [
+        (
+            model.name + (" (default)" if model.is_default else ""),
+            model.architecture,
+            model.task,
+            str(model.output_count),
+            "{} x {}".format(*model.input_size) + (", flexible" if model.flexible_input_size else ""),
+            "{} x {}".format(*model.patch_grid),
+            ", ".join(model.methods) or "-",
+        )
+        for model in found
+    ]
+    click.echo("\n".join(columns(rows, right={3})))
+
+
+def _as_json(model: cdam.Model) -> dict[str, Any]:
+    fields = ((field.name, getattr(model, field.name)) for field in dataclasses.fields(model))
+    return {name: dict(value) if name == "unsupported" else value for name, value in fields}

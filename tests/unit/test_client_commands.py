@@ -1,0 +1,237 @@
+"""`cdam explain` and `cdam models` against a scripted server."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import grpc
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from google.rpc import error_details_pb2 as details
+from PIL import Image
+
+import cdam
+from cdam_server.cli.explain import explain, parse_size, parse_target
+from cdam_server.cli.models import models
+from scripted_server import Failure, Script, scores, serving
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    with serving(Script()) as script:
+        yield script
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.png"
+    Image.new("RGB", (60, 40), "teal").save(path)
+    return path
+
+
+@pytest.fixture
+def run(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CDAM_SERVER", script.address)
+    return lambda command, *arguments: CliRunner().invoke(command, [str(a) for a in arguments])
+
+
+def test_explain_writes_overlays_and_scores(run: Run, script: Script, image: Path, tmp_path: Path) -> None:
+    result = run(explain, image, "-t", "7", "-t", "top:2", "-m", "cdam", "-o", tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "scene.0.cdam.png",
+        "scene.1.cdam.png",
+        "scene.7.cdam.png",
+        "scene.json",
+    ]
+    saved = json.loads((tmp_path / "out" / "scene.json").read_text())
+    assert (saved["patch_grid"], saved["region"]["right"], saved["model"]) == ([2, 3], 60, "first")
+    assert saved["maps"][0]["probability"] == 0.25
+    np.testing.assert_array_equal(np.float32(saved["maps"][1]["scores"]), scores(1))
+    with Image.open(tmp_path / "out" / "scene.7.cdam.png") as overlay:
+        assert overlay.size == (540, 360)
+    (sent,) = script.requests
+    assert [t.WhichOneof("kind") for t in sent.targets] == ["output", "top_k"]
+    assert sent.targets[0].output.name == "7"
+    assert "first, 2 x 3 patches, 12.0 ms" in result.stdout
+    assert "25.0%" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) < 200
+
+
+def test_explain_without_words(run: Run, script: Script, image: Path, tmp_path: Path) -> None:
+    assert run(explain, image).exit_code == 0
+    assert script.requests[0].targets[0].top_k.k == 1
+    assert (tmp_path / "scene.0.cdam.png").exists()
+
+
+def test_explain_passes_everything_on(run: Run, script: Script, image: Path, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("s3cret\n")
+    run(
+        explain,
+        *(image, "-t", "#3", "-t", "index:4", "-t", "name:top:1", "-m", "smooth_cdam", "--model", "second"),
+        *("--resize", "squash", "--input-size", "32x48", "--token-file", "token", "--timeout", "7", "--json"),
+    )
+    (sent,) = script.requests
+    assert [t.output.index or t.output.name for t in sent.targets] == [3, 4, "top:1"]
+    assert (sent.model, sent.methods[0].WhichOneof("kind")) == ("second", "smooth_cdam")
+    assert (sent.preprocessing.resize_mode, sent.preprocessing.input_size.height) == (2, 32)
+    assert script.metadata[0]["authorization"] == "Bearer s3cret"
+    assert script.seconds_left[0] < 7.1
+
+
+def test_json_is_a_line_for_each_image_and_writes_nothing(run: Run, image: Path, tmp_path: Path) -> None:
+    before = set(tmp_path.iterdir())
+    result = run(explain, image, image, "--json")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["image"] for line in lines] == [str(image)] * 2
+    assert lines[0]["maps"][0]["overlay"] is None
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_images_of_the_same_name_keep_their_own_files(run: Run, image: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (60, 40)).save(other / "SCENE.png")
+    result = run(explain, image, other / "SCENE.png", image, "-t", "a", "-t", "a", "-o", "out")
+    assert result.exit_code == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+    assert len({p.name.lower() for p in (tmp_path / "out").iterdir()}) == 9
+
+
+def test_file_names_are_tame(run: Run, image: Path, tmp_path: Path) -> None:
+    result = run(explain, image, "-t", "../../etc/passwd", "-t", "x" * 300, "-t", "naïve: 50/50?", "-o", "out")
+    assert result.exit_code == 0
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
+    assert names[0] == "scene.etc_passwd.cdam.png"
+    assert names[1] == "scene.naïve_50_50.cdam.png"
+    assert all(len(name.encode()) < 255 for name in names)
+    assert len(names) == 3
+
+
+def test_a_sheet_a_shared_scale_and_blocks(run: Run, image: Path, tmp_path: Path) -> None:
+    result = run(explain, image, "-t", "a", "-t", "b", "--sheet", "--shared-scale", "--blocks", "-o", "out")
+    assert result.exit_code == 0
+    with Image.open(tmp_path / "out" / "scene.sheet.png") as sheet:
+        assert sheet.width > 500
+
+
+def test_one_bad_image_does_not_stop_the_others(run: Run, image: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    result = run(explain, "notes.txt", "nowhere.png", tmp_path, image, "-o", "out")
+    assert result.exit_code == 1
+    first, second, third = result.stderr.splitlines()
+    assert first.startswith("Error: notes.txt: not an image")
+    assert second == "Error: nowhere.png: No such file or directory"
+    assert third == f"Error: {tmp_path}: Is a directory"
+    assert (tmp_path / "out" / "scene.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("targets[1].top_k.k", "--target top:99: too many"),
+        ("preprocessing.input_size", "--input-size: too many"),
+        ("image.encoded", "the image: too many"),
+        ("something.new", "something.new: too many"),
+    ],
+)
+def test_wrong_fields_are_named_as_the_command_line_does(
+    run: Run, script: Script, image: Path, field: str, said: str
+) -> None:
+    violation = details.BadRequest.FieldViolation(field=field, description="too many")
+    wrong = details.BadRequest(field_violations=[violation])
+    script.failures = [Failure(grpc.StatusCode.INVALID_ARGUMENT, "", [wrong])]
+    result = run(explain, image, "-t", "a", "-t", "top:99")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"Error: {image}: {said}\n"
+
+
+def test_without_a_server_nothing_is_tried_twice(run: Run, image: Path) -> None:
+    result = run(explain, image, image, "--server", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: 127.0.0.1:1: no server answers there (")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-t", "top:0"], "'top:0' wants a whole number from 1"),
+        (["-t", "top:many"], "'top:many' wants a whole number"),
+        (["-t", "#-1"], "'#-1' wants a whole number from 0"),
+        (["-t", "index:"], "'index:' wants a whole number"),
+        (["-t", "name:"], "the name is missing"),
+        (["-t", ""], "the name is missing"),
+        (["-m", "cdamn"], "'cdamn' is not one of"),
+        (["--input-size", "224x"], "not HEIGHTxWIDTH"),
+        (["--input-size", "0x5"], "not HEIGHTxWIDTH"),
+        (["--resize", "stretch"], "'crop', 'squash'"),
+        (["--timeout", "0"], "timeout"),
+        (["--token", "t", "--server", "far:1"], "refusing to send a token in plaintext"),
+        (["--cert", __file__], "--cert and --key go together"),
+    ],
+)
+def test_usage_errors(run: Run, script: Script, image: Path, arguments: list[str], said: str) -> None:
+    result = run(explain, image, *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not script.requests
+
+
+def test_explain_wants_an_image(run: Run) -> None:
+    assert run(explain).exit_code == 2
+
+
+def test_help_has_examples(run: Run) -> None:
+    result = run(explain, "--help")
+    assert "cdam explain scene.png --target 7 --target top:3" in result.stdout
+    assert all(f"--{name}" in result.stdout for name in ("target", "method", "out", "server", "json", "local", "sheet"))
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("7", cdam.Output("7")),
+        ("#7", cdam.Output(7)),
+        ("index:7", cdam.Output(7)),
+        ("top:3", cdam.TopK(3)),
+        ("name:top:3", cdam.Output("top:3")),
+        ("name:#7", cdam.Output("#7")),
+        ("top hat", cdam.Output("top hat")),
+        ("on top: hat", cdam.Output("on top: hat")),
+    ],
+)
+def test_targets(text: str, target: cdam.Target) -> None:
+    assert parse_target(text) == target
+
+
+def test_sizes() -> None:
+    assert parse_size("224") == (224, 224)
+    assert parse_size("224x336") == (224, 336)
+    with pytest.raises(click.BadParameter):
+        parse_size("-1x2")
+
+
+def test_models(run: Run) -> None:
+    result = run(models)
+    assert result.exit_code == 0
+    head, first, second = result.stdout.splitlines()
+    assert head.split() == ["model", "architecture", "task", "outputs", "input", "patches", "methods"]
+    assert first.split()[:2] == ["first", "(default)"]
+    assert "32 x 48" in second
+
+
+def test_models_as_json(run: Run) -> None:
+    first, _ = json.loads(run(models, "--json").stdout)
+    assert first["output_names"] == ["cat", "dog"]
+    assert first["unsupported"] == {"smooth_cdam": "not yet"}
+
+
+def test_models_without_a_server(run: Run) -> None:
+    result = run(models, "--server", "127.0.0.1:1")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
