@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
-from processes import serving
+from processes import ServerProcess, serving
 
 SCENE = (files("cdam_server.demo") / "assets" / "samples" / "scene1.png").read_bytes()
 
@@ -51,3 +51,14 @@ def test_sigterm_under_load(tmp_path: Path) -> None:
     calls = [line["code"] for line in server.log_lines() if line["event"] == "rpc"]
     assert set(calls) <= {"OK", "UNAVAILABLE"}
     assert calls.count("OK") == codes["OK"]
+
+
+def test_sigterm_while_loading(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path / "log", "--model", "vit_large_patch16_224", "--random-weights")
+    try:
+        time.sleep(5)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=60) in (0, -signal.SIGTERM)  # the latter before the command has begun
+    finally:
+        server.process.kill()
+        server.process.wait()

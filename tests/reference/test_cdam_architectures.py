@@ -77,11 +77,11 @@ def test_blocks_that_only_the_last_block_gives_away(block: type[nn.Module]) -> N
     model = fresh(BY_ID["eight_outputs"]).eval()
     dim, heads = model.embed_dim, model.blocks[0].attn.num_heads
     first, last = model.blocks
-    model.blocks = nn.Sequential(first, block(dim, heads).eval())
+    model.blocks = nn.Sequential(first, block(dim, heads)).eval()
     with pytest.raises(UnsupportedArchitectureError) as refused:
         Explainer(model)
     assert refused.value.reason == "NO_NORMALISED_TOKENS"
-    model.blocks = nn.Sequential(block(dim, heads).eval(), last)
+    model.blocks = nn.Sequential(block(dim, heads), last).eval()
     Explainer(model)
 
 

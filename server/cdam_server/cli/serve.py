@@ -1,6 +1,7 @@
 """`cdam serve`."""
 
 import asyncio
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def serve(config: Path | None, **flags: Any) -> None:
     try:
         settings = Settings.load(config, **flags)
         logs.configure(settings.log_format, settings.log_level)
+        # As PID 1 of a container the process would not hear a SIGTERM while it loads; serving has a handler of its own.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         asyncio.run(bootstrap.serve(settings, bootstrap.load_catalog(settings)))
     except ValidationError as error:
         lines = (
