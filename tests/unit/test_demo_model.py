@@ -60,10 +60,11 @@ class TestOnScenes:
     def test_measured_again_on_fewer_scenes(self, model: VisionTransformer) -> None:
         from cdam_server.demo import figures
 
-        again = figures.measure(model, "test", singles=100, pairs=50, triples=10)
-        assert again.single_top1 >= 0.93
-        assert again.pair_top2 >= 0.72
-        assert again.map_right_digits >= 0.90
+        again = figures.measure(model, "test", singles=200, pairs=200, triples=10)
+        assert again.single_top1 >= 0.95
+        assert again.pair_top2 >= 0.90
+        assert again.map_right_digits >= 0.95
+        assert again.map_right_scenes >= 0.90
 
     def test_maps_equal_plain_autograd(self, model: VisionTransformer) -> None:
         from cdam_server.demo import figures
@@ -71,8 +72,7 @@ class TestOnScenes:
 
         inputs = figures.to_input(np.stack([draw_scene("test", seed, 2).image for seed in range(3)]))
         classes = torch.tensor([[0, 1], [2, 3], [4, 5]])
-        logits, maps = figures.cdam_maps(model, inputs, classes)
-        assert torch.equal(logits, model(inputs).detach())
+        maps = figures.cdam_maps(model, inputs, classes)
         assert maps.shape == (3, 2, 16, 16)
         block, x = model.blocks[-1], model.pos_drop(model._pos_embed(model.patch_embed(inputs)))
         x = model.blocks[:-1](x).detach()
@@ -83,15 +83,7 @@ class TestOnScenes:
                 logit = model.forward_head(model.norm(mid + block.mlp(block.norm2(mid))))[0, classes[i, k]]
                 (grad,) = torch.autograd.grad(logit, tokens)
                 expected = (tokens * grad).sum(-1)[0, 1:].reshape(16, 16)
-                torch.testing.assert_close(maps[i, k], expected.detach(), rtol=1e-4, atol=1e-5)
-
-    def test_maps_leave_no_hook_and_parameters_as_they_were(self, model: VisionTransformer) -> None:
-        from cdam_server.demo import figures
-
-        with pytest.raises(RuntimeError):
-            figures.cdam_maps(model, torch.zeros(1, 5, 64, 64), torch.zeros(1, 1, dtype=torch.int64))
-        assert not model.blocks[-1].norm1._forward_hooks
-        assert all(p.requires_grad for p in model.parameters())
+                np.testing.assert_allclose(maps[i, k], expected.detach(), rtol=1e-4, atol=1e-5)
 
     def test_shipped_samples_are_the_scenes_they_name(self) -> None:
         import json

@@ -6,15 +6,15 @@
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from timm.models import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
+from cdam_engine import Explainer, Output
 from cdam_server.demo import model as demo_model
 from cdam_server.demo.scenes import Scene, Split, draw_scene
 
@@ -64,8 +64,8 @@ def patch_weights(mask: NDArray[np.bool_], side: int) -> NDArray[np.float32]:
     return share
 
 
-def cdam_maps(model: VisionTransformer, inputs: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and CDAM maps of k classes per image, by autograd over the last block only.
+def cdam_maps(model: VisionTransformer, inputs: Tensor, classes: Tensor) -> NDArray[np.float32]:
+    """CDAM maps of k classes per image.
 
     Args:
         model: a ViT in eval mode.
@@ -73,38 +73,10 @@ def cdam_maps(model: VisionTransformer, inputs: Tensor, classes: Tensor) -> tupl
         classes: (B, k) int64, the classes to explain.
 
     Returns:
-        (B, 10) logits and (B, k, h, w) signed maps.
+        (B, k, h, w) signed maps.
     """
-    with _tokens_of(model) as captured, torch.enable_grad():
-        logits = model(inputs)
-        tokens = captured[0]
-        maps = []
-        for column in classes.T:
-            (grad,) = torch.autograd.grad(logits.gather(1, column[:, None]).sum(), tokens, retain_graph=True)
-            maps.append((tokens * grad).sum(-1)[:, model.num_prefix_tokens :])
-    grid: tuple[int, int] = model.patch_embed.grid_size
-    return logits.detach(), torch.stack(maps, 1).detach().reshape(*classes.shape, *grid)
-
-
-@contextmanager
-def _tokens_of(model: VisionTransformer) -> Iterator[list[Tensor]]:
-    """Makes the last block's normalised tokens a leaf of the graph, so that nothing before them is differentiated."""
-    captured: list[Tensor] = []
-
-    def capture(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        captured.append(output.detach().requires_grad_())
-        return captured[-1]
-
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    handle = model.blocks[-1].norm1.register_forward_hook(capture)
-    try:
-        for p in frozen:
-            p.requires_grad_(False)
-        yield captured
-    finally:
-        handle.remove()
-        for p in frozen:
-            p.requires_grad_(True)
+    explanations = Explainer(model).explain(inputs, [[Output(c) for c in row] for row in classes.tolist()])
+    return np.stack([[relevance.scores for relevance in item.maps] for item in explanations]).astype(np.float32)
 
 
 def top_rate(model: VisionTransformer, scenes: Sequence[Scene]) -> float:
@@ -125,9 +97,9 @@ def map_sums(model: VisionTransformer, scenes: Sequence[Scene]) -> NDArray[np.fl
     sums = []
     for batch in _batches(scenes):
         classes = torch.tensor([s.labels for s in batch])
-        _, maps = cdam_maps(model, to_input(np.stack([s.image for s in batch])), classes)
+        maps = cdam_maps(model, to_input(np.stack([s.image for s in batch])), classes)
         masks = np.stack([[patch_weights(o.mask, side) for o in s.objects] for s in batch])
-        sums.append(np.einsum("bihw,bjhw->bij", maps.numpy(), masks))
+        sums.append(np.einsum("bihw,bjhw->bij", maps, masks))
     return np.concatenate(sums).astype(np.float32)
 
 

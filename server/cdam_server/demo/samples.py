@@ -17,7 +17,7 @@ from cdam_server.demo import figures
 from cdam_server.demo import model as demo_model
 from cdam_server.demo.scenes import Scene, draw_scene
 
-PICKED: tuple[tuple[int, int], ...] = ((11, 2), (13, 3), (14, 2), (26, 3), (2, 2), (27, 3))
+PICKED: tuple[tuple[int, int], ...] = ((11, 2), (13, 3), (14, 2), (26, 3), (28, 2), (27, 3))
 """The samples' scenes: (seed, number of digits)."""
 
 

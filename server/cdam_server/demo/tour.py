@@ -17,7 +17,7 @@ def main() -> None:
     """Start a server, explain a scene for two classes, write the overlays, stop the server."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the overlays (%(default)s)")
-    parser.add_argument("--scene", type=int, choices=range(1, 7), default=1, help="sample scene (%(default)s)")
+    parser.add_argument("--scene", type=int, choices=range(1, 7), default=5, help="sample scene (%(default)s)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     api, admin = _free_ports(2)
@@ -58,7 +58,7 @@ def _explain_scene(address: str, number: int, out: Path) -> None:
                 f"counter-evidence {relevance.scores.clip(max=0).sum():+.2f}  -> {path}"
             )
         sheet = out / f"scene{number}.png"
-        cdam.render.sheet(explanation, scene).save(sheet)
+        cdam.render.sheet(explanation, scene, shared_scale=False).save(sheet)
         print(f"  side by side -> {sheet}")
 
 
