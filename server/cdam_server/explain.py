@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -65,7 +66,7 @@ class Explained:
         done: The explanation, and how its batch came about.
         request_indices: For each explained target, the index of the command's target that it came from.
         probabilities: Of every output, shape (C,); None for a regression.
-        decode_seconds: Time for decoding and resizing the image.
+        decode_seconds: Time for decoding and resizing the image, the wait for a decoder counted in.
     """
 
     model: ServedModel
@@ -104,6 +105,7 @@ class ExplainUseCase:
         self._telemetry = telemetry
         self._max_targets = max_targets
         self._max_input_pixels = max_input_pixels
+        self._preparing = 0
 
     async def __call__(self, command: Command) -> Explained:
         """Check, prepare, queue, compute.
@@ -114,10 +116,12 @@ class ExplainUseCase:
         model = self.catalog.get(command.model)
         input_size = self._input_size(model, command)
         targets = self._targets(model, command)
-        prepared, decode_seconds = await asyncio.get_running_loop().run_in_executor(
-            self._decoders, _prepare, model, command, input_size
-        )
-        done = await self._compute(model, Job(prepared.pixels, targets), input_size, command.timeout)
+        with _refusals():
+            self._batcher.check_room(self._preparing)
+            prepared, decode_seconds = await self._prepare(model, command, input_size)
+            timeout = None if command.timeout is None else command.timeout - decode_seconds
+            bucket = Bucket(model.loaded.name, input_size)
+            done = await self._batcher.submit(bucket, Job(prepared.pixels, targets), timeout=timeout)
         self._observe(model, done, decode_seconds)
         return Explained(
             model=model,
@@ -161,21 +165,19 @@ class ExplainUseCase:
             raise InvalidArgumentError("targets", f"{wanted} targets; at most {self._max_targets} a request")
         return tuple(resolved)
 
-    async def _compute(
-        self,
-        model: ServedModel,
-        job: Job,
-        input_size: tuple[int, int],
-        timeout: float | None,  # noqa: ASYNC109
-    ) -> Done[Explanation]:
+    async def _prepare(
+        self, model: ServedModel, command: Command, input_size: tuple[int, int]
+    ) -> tuple[Prepared, float]:
+        """The image as the model sees it, and the time from now until it was there."""
+        started = perf_counter()
+        self._preparing += 1
         try:
-            return await self._batcher.submit(Bucket(model.loaded.name, input_size), job, timeout=timeout)
-        except QueueFullError as error:
-            raise OverloadedError(str(error), error.retry_after) from error
-        except ExpiredError as error:
-            raise DeadlineError(str(error)) from error
-        except ClosedError as error:
-            raise UnavailableError("the server is going down", 1.0) from error
+            prepared = await asyncio.get_running_loop().run_in_executor(
+                self._decoders, _open_and_resize, model, command, input_size
+            )
+        finally:
+            self._preparing -= 1
+        return prepared, perf_counter() - started
 
     def _observe(self, model: ServedModel, done: Done[Explanation], decode_seconds: float) -> None:
         telemetry, name = self._telemetry, model.loaded.name
@@ -186,11 +188,21 @@ class ExplainUseCase:
         telemetry.batch_size.labels(name).observe(done.batch_size)
 
 
-def _prepare(model: ServedModel, command: Command, input_size: tuple[int, int]) -> tuple[Prepared, float]:
-    started = perf_counter()
-    image = command.open_image()
-    prepared = prepare(image, model.loaded.data_config, resize=command.resize, input_size=input_size)
-    return prepared, perf_counter() - started
+def _open_and_resize(model: ServedModel, command: Command, input_size: tuple[int, int]) -> Prepared:
+    return prepare(command.open_image(), model.loaded.data_config, resize=command.resize, input_size=input_size)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """The batcher's refusals, in the service's words."""
+    try:
+        yield
+    except QueueFullError as error:
+        raise OverloadedError(str(error), error.retry_after) from error
+    except ExpiredError as error:
+        raise DeadlineError(str(error)) from error
+    except ClosedError as error:
+        raise UnavailableError("the server is going down", 1.0) from error
 
 
 def _request_indices(targets: tuple[Target, ...]) -> tuple[int, ...]:

@@ -162,6 +162,7 @@ def test_other_input_sizes_and_squash(stub: Stub) -> None:
         ({"targets": [target_pb2.Target(top_k=target_pb2.TopKTarget(k=11))]}, "targets[0].top_k.k"),
         ({"targets": [_output(0)] * 101}, "targets"),
         ({"methods": [method_pb2.Method()]}, "methods[0]"),
+        ({"methods": [method_pb2.Method(cdam=method_pb2.CdamMethod())] * 17}, "methods"),
         ({"request_id": "\n"}, "request_id"),
         ({"request_id": "x" * 129}, "request_id"),
         ({"priority": 9}, "priority"),

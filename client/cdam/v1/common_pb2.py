@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63\x64\x61m/v1/common.proto\x12\x07\x63\x64\x61m.v1\x1a\x19google/protobuf/any.proto\"F\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12 \n\x03raw\x18\x02 \x01(\x0b\x32\x11.cdam.v1.RawImageH\x00\x42\x08\n\x06source\"I\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"*\n\x0b\x46loatTensor\x12\r\n\x05shape\x18\x01 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"%\n\x04Size\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\"B\n\x06Region\x12\x0c\n\x04left\x18\x01 \x01(\x01\x12\x0b\n\x03top\x18\x02 \x01(\x01\x12\r\n\x05right\x18\x03 \x01(\x01\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x01\"\\\n\rPreprocessing\x12(\n\x0bresize_mode\x18\x01 \x01(\x0e\x32\x13.cdam.v1.ResizeMode\x12!\n\ninput_size\x18\x02 \x01(\x0b\x32\r.cdam.v1.Size\"M\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any*W\n\nResizeMode\x12\x1b\n\x17RESIZE_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10RESIZE_MODE_CROP\x10\x01\x12\x16\n\x12RESIZE_MODE_SQUASH\x10\x02\x42N\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63\x64\x61m/v1/common.proto\x12\x07\x63\x64\x61m.v1\x1a\x19google/protobuf/any.proto\"F\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12 \n\x03raw\x18\x02 \x01(\x0b\x32\x11.cdam.v1.RawImageH\x00\x42\x08\n\x06source\"I\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"*\n\x0b\x46loatTensor\x12\r\n\x05shape\x18\x01 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"%\n\x04Size\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\"B\n\x06Region\x12\x0c\n\x04left\x18\x01 \x01(\x01\x12\x0b\n\x03top\x18\x02 \x01(\x01\x12\r\n\x05right\x18\x03 \x01(\x01\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x01\"\\\n\rPreprocessing\x12(\n\x0bresize_mode\x18\x01 \x01(\x0e\x32\x13.cdam.v1.ResizeMode\x12!\n\ninput_size\x18\x02 \x01(\x0b\x32\r.cdam.v1.Size\"Q\n\tItemError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any*W\n\nResizeMode\x12\x1b\n\x17RESIZE_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10RESIZE_MODE_CROP\x10\x01\x12\x16\n\x12RESIZE_MODE_SQUASH\x10\x02\x42N\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cdam.v1.common_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017io.cdamserve.v1P\001Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1'
-  _globals['_RESIZEMODE']._serialized_start=531
-  _globals['_RESIZEMODE']._serialized_end=618
+  _globals['_RESIZEMODE']._serialized_start=535
+  _globals['_RESIZEMODE']._serialized_end=622
   _globals['_IMAGE']._serialized_start=60
   _globals['_IMAGE']._serialized_end=130
   _globals['_RAWIMAGE']._serialized_start=132
@@ -47,6 +47,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGION']._serialized_end=356
   _globals['_PREPROCESSING']._serialized_start=358
   _globals['_PREPROCESSING']._serialized_end=450
-  _globals['_ERROR']._serialized_start=452
-  _globals['_ERROR']._serialized_end=529
+  _globals['_ITEMERROR']._serialized_start=452
+  _globals['_ITEMERROR']._serialized_end=533
 # @@protoc_insertion_point(module_scope)

@@ -235,7 +235,7 @@ class Preprocessing(_message.Message):
 Global___Preprocessing: _TypeAlias = Preprocessing  # noqa: Y015
 
 @_typing.final
-class Error(_message.Message):
+class ItemError(_message.Message):
     """Why one item of a stream failed while the others went on. The fields are those of google.rpc.Status."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -264,4 +264,4 @@ class Error(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Error: _TypeAlias = Error  # noqa: Y015
+Global___ItemError: _TypeAlias = ItemError  # noqa: Y015

@@ -455,7 +455,7 @@ class ExplainStreamResponse(_message.Message):
         """It was explained."""
 
     @_builtins.property
-    def error(self) -> _common_pb2.Error:
+    def error(self) -> _common_pb2.ItemError:
         """It failed, alone."""
 
     def __init__(
@@ -463,7 +463,7 @@ class ExplainStreamResponse(_message.Message):
         *,
         request_id: _builtins.str = ...,
         response: Global___ExplainResponse | None = ...,
-        error: _common_pb2.Error | None = ...,
+        error: _common_pb2.ItemError | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

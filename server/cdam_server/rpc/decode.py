@@ -11,6 +11,7 @@ from cdam_server.explain import Command, OutputNamed
 from cdam_server.rpc.images import ImageLimits, decode_image
 
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{0,128}")
+_MAX_METHODS = 16
 _RESIZE: dict[int, Resize] = {
     common_pb2.RESIZE_MODE_UNSPECIFIED: "crop",
     common_pb2.RESIZE_MODE_CROP: "crop",
@@ -33,6 +34,8 @@ def explain_command(request: explain_pb2.ExplainRequest, limits: ImageLimits, ti
         raise InvalidArgumentError("targets", "at least one is required")
     if request.priority not in explain_pb2.Priority.values():
         raise InvalidArgumentError("priority", f"{request.priority} is not a priority")
+    if len(request.methods) > _MAX_METHODS:
+        raise InvalidArgumentError("methods", f"{len(request.methods)} methods; at most {_MAX_METHODS} a request")
     for position, method in enumerate(request.methods):
         _check_method(method, f"methods[{position}]")
     return Command(

@@ -108,6 +108,22 @@ class Batcher(Generic[Bucket, Job, Answer]):
         """Begin to work; to be called in the event loop that submits."""
         self._runner = asyncio.create_task(self._run(), name="batcher")
 
+    def check_room(self, preparing: int = 0) -> None:
+        """Refuse early: before a job is prepared at some cost.
+
+        Args:
+            preparing: Number of jobs that will be submitted soon.
+
+        Raises:
+            ClosedError: The batcher takes no more jobs.
+            QueueFullError: Too many jobs are waiting, those being prepared counted in.
+        """
+        if self._closed:
+            raise ClosedError
+        pending = len(self._waiting) + preparing
+        if pending >= self._max_pending:
+            raise QueueFullError(pending, self._retry_after())
+
     async def submit(self, bucket: Bucket, job: Job, *, timeout: float | None = None) -> Done[Answer]:  # noqa: ASYNC109
         """Wait for a job's answer; cancelling the wait withdraws the job.
 
@@ -122,10 +138,7 @@ class Batcher(Generic[Bucket, Job, Answer]):
             ExpiredError: The time ran out before the work began.
             Exception: Whatever the compute function raised or returned for this job.
         """
-        if self._closed:
-            raise ClosedError
-        if len(self._waiting) >= self._max_pending:
-            raise QueueFullError(len(self._waiting), self._retry_after())
+        self.check_room()
         loop = asyncio.get_running_loop()
         now = loop.time()
         entry = _Entry(bucket, job, loop.create_future(), now, math.inf if timeout is None else now + timeout)
