@@ -147,6 +147,7 @@ async def test_a_compute_function_that_answers_too_little_is_an_error_for_everyo
 
 
 async def test_closing_answers_all_that_were_let_in_and_no_more() -> None:
+    threads = set(threading.enumerate())
     gate = Gate()
     batcher = Batcher(gate, max_batch_size=1)
     batcher.start()
@@ -159,4 +160,5 @@ async def test_closing_answers_all_that_were_let_in_and_no_more() -> None:
     gate.open.set()
     assert [item.answer for item in await asyncio.gather(*tasks)] == [0, 2, 4]
     await closing
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("compute")]
+    left = set(threading.enumerate()) - threads
+    assert not [thread for thread in left if thread.name.startswith("compute")]
