@@ -21,17 +21,19 @@ $(VENV)/python:
 	@touch $@
 
 $(VENV)/server: $(VENV)/python pyproject.toml constraints.txt
+	@echo "installing torch, timm and grpc into $(VENV): about 5 GB, some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/python pyproject.toml constraints.txt
+	@echo "installing torch, timm, grpc and the development tools into $(VENV): about 5 GB, some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,demo,dev]'
 	@touch $@ $(VENV)/server
 
 demo: $(VENV)/server ## start the demo server, explain a scene over gRPC, write overlays to out/demo
 	$(BIN)/python -m cdam_server.demo.tour --out out/demo $(ARGS)
 
-serve: $(VENV)/server ## serve the demo model on localhost:8001 (ARGS="--model vit_small_patch16_224" for another)
+serve: $(VENV)/server ## serve the demo model on localhost:8001 (ARGS="--model NAME --pretrained" for another)
 	$(BIN)/cdam serve $(ARGS)
 
 test: $(VENV)/dev ## run the tests (ARGS="-k name" for some)

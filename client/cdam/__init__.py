@@ -3,10 +3,10 @@
     import cdam
 
     with cdam.Client("localhost:8001") as client:
-        explanation = client.explain("scene.png", targets=["7", cdam.TopK(3)], methods=["cdam", cdam.SmoothCdam(seed=1)])
+        explanation = client.explain("scene.png", targets=["7", cdam.TopK(3)])
         for relevance in explanation:
             print(relevance.label, relevance.method.kind, relevance.scores.sum())
-        explanation["3", "cdam"].overlay().save("three.png")
+        explanation["7"].overlay().save("seven.png")
 
 `AsyncClient` is the same for asyncio. Errors are drawn as a tree in `CdamError`'s module and all derive from it.
 """

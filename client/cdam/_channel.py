@@ -118,6 +118,8 @@ def connection(
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 5000),
     ]
+    if is_local(address):
+        options.append(("grpc.enable_http_proxy", 0))  # what stays on this machine is no proxy's business
     if tls is not None and tls.server_name:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return Connection(

@@ -120,7 +120,7 @@ class Client(_BaseClient):
             targets: One or several of: an output's index (int) or name (str), `Output`, `TopK`, `Concept`, `Contrast`.
             methods: One or several of this package's method classes, or their names ("smooth_cdam"); empty: CDAM.
             model: Name of the model; empty: the server's default.
-            resize: "crop": the centre, as the model was evaluated; "squash": all of the image, stretched;
+            resize: "model": as the model was evaluated, mostly the centre; "squash": all of the image, stretched;
                 None: the model's own way.
             input_size: (height, width) in pixels, where the model is flexible; None: its own.
             request_id: The caller's name for this request; empty: the server makes one.

@@ -11,7 +11,7 @@ from cdam._methods import Method, MethodLike, Noise, as_methods
 from cdam._targets import Concept, Contrast, Output, Target, TargetLike, TopK, as_targets
 from cdam.v1 import common_pb2, explain_pb2, method_pb2, target_pb2
 
-Resize: TypeAlias = Literal["crop", "squash"]
+Resize: TypeAlias = Literal["model", "squash"]
 """Which part of an image the model sees: its centre, as the model was evaluated, or all of it, stretched."""
 
 Priority: TypeAlias = Literal["low", "normal", "high"]
@@ -83,7 +83,7 @@ def encode_method(method: Method) -> method_pb2.Method:
 
 
 def enum_value(enum: Any, prefix: str, name: str | None) -> Any:
-    """The enum's value for a short name: "crop" is RESIZE_MODE_CROP; None is unspecified."""
+    """The enum's value for a short name: "model" is RESIZE_MODE_MODEL; None is unspecified."""
     try:
         return enum.Value(f"{prefix}_{(name or 'unspecified').upper()}")
     except ValueError:

@@ -252,12 +252,14 @@ class Explanation:
     def __getitem__(self, key: str | tuple[str, str]) -> RelevanceMap:
         """The map for a target's label; of several methods, ask for ``explanation[label, method]``.
 
+        An output that was asked for twice, by its name and among the top three, say, has equal maps: the first is given.
+
         Raises:
             KeyError: if no map, or more than one, is meant.
         """
         label, kind = (key, None) if isinstance(key, str) else key
         found = [m for m in self.maps if m.label == label and kind in {None, m.method.kind}]
-        if len(found) == 1:
+        if found and len({(m.method, m.target.target if m.target else None) for m in found}) == 1:
             return found[0]
         there = ", ".join(repr((m.label, m.method.kind)) for m in self.maps)
         raise KeyError(f"{key!r} means {len(found)} maps; there are {there}")

@@ -60,13 +60,13 @@ class SmoothCdam:
     Attributes:
         samples: Number of draws; None: the server's default.
         noise: The noise; None: the server's default.
-        seed: The same seed gives the same map, alone or in any batch.
+        seed: None: 0. The same seed gives the same map, alone or in any batch.
     """
 
     kind: ClassVar[MethodKind] = "smooth_cdam"
     samples: int | None = None
     noise: Noise | None = None
-    seed: int = 0
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ class SmoothGrad:
     Attributes:
         samples: Number of draws; None: the server's default.
         noise: The noise, added to the normalised input; None: the server's default.
-        seed: Seed of the draws.
+        seed: Seed of the draws; None: 0.
     """
 
     kind: ClassVar[MethodKind] = "smooth_grad"
     samples: int | None = None
     noise: Noise | None = None
-    seed: int = 0
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def sheet(
     pen = _Pen(canvas, layout)
     if title:
         pen.text((layout.margin, layout.margin), title, layout.large)
-    pen.cell(0, top, original.resize(layout.picture, Image.Resampling.BICUBIC), explanation.model or "image", "input")
+    pen.cell(0, top, original.resize(layout.picture, Image.Resampling.BICUBIC), "input", explanation.model)
     for row in rows:
         one_scale = len({scales[id(m)] for m in row}) == 1
         for column, relevance in enumerate(row, 1):

@@ -21,7 +21,7 @@ from PIL import Image
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
-Resize = Literal["crop", "squash"]
+Resize = Literal["model", "squash"]
 """Which part of an image the model sees: its own crop, or all of it."""
 
 _INTERPOLATIONS: Final = {
@@ -163,7 +163,7 @@ def prepare(
     image: Image.Image,
     config: DataConfig,
     *,
-    resize: Resize = "crop",
+    resize: Resize = "model",
     input_size: Size | None = None,
 ) -> Prepared:
     """The image at the model's input size.
@@ -171,7 +171,7 @@ def prepare(
     Args:
         image: RGB, upright.
         config: The model's.
-        resize: ``crop``: the model's own way, equal to timm's evaluation transform. ``squash``: the whole image,
+        resize: ``model``: the model's own way, equal to timm's evaluation transform. ``squash``: the whole image,
             stretched to the input size.
         input_size: (height, width) in place of the configuration's.
 

@@ -3,10 +3,12 @@
 It runs in threads of its own, so that a busy event loop can't fail a probe that only asks whether the process lives.
 """
 
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
@@ -26,10 +28,11 @@ class AdminServer:
     def __init__(self, address: str, registry: CollectorRegistry, probes: Mapping[str, Callable[[], bool]]) -> None:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if self.path == "/metrics":
+                path = urlsplit(self.path).path
+                if path == "/metrics":
                     self._answer(HTTPStatus.OK, generate_latest(registry), CONTENT_TYPE_LATEST)
-                elif self.path in probes:
-                    well = probes[self.path]()
+                elif path in probes:
+                    well = probes[path]()
                     status = HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE
                     self._answer(status, b"ok\n" if well else b"not ready\n", "text/plain")
                 else:
@@ -47,7 +50,14 @@ class AdminServer:
                 """Probes are not worth a line."""
 
         host, _, port = address.rpartition(":")
-        self._server = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
+
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        try:
+            self._server = Server((host.strip("[]"), int(port)), Handler)
+        except OSError as error:
+            raise OSError(f"can't listen on {address} (admin_address): {error.strerror or error}") from error
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, name="admin", daemon=True)
         self._thread.start()

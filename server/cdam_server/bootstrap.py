@@ -21,7 +21,7 @@ from cdam_server.admin import AdminServer
 from cdam_server.config import Settings
 from cdam_server.explain import ExplainUseCase
 from cdam_server.loading import load_model
-from cdam_server.models import Bucket, Catalog, Job, ServedModel
+from cdam_server.models import Bucket, Catalog, Job, NonFiniteError, ServedModel
 from cdam_server.rpc.images import ImageLimits
 from cdam_server.rpc.interceptors import RequestInterceptor
 from cdam_server.rpc.servicer import ExplainerServicer
@@ -91,10 +91,11 @@ class Application:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._interceptor.wait_until_idle()
+                await self._batcher.close()
         await self._server.stop(grace=_LAST_CALL_SECONDS)
-        await self._batcher.close()
+        self._batcher.abandon()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
         self._pulse.cancel()
-        self._decoders.shutdown()
         self._admin.close()
         _log.info("stopped")
 
@@ -115,11 +116,11 @@ class Application:
             self._decoders,
             self._telemetry,
             max_targets=settings.max_targets,
-            max_input_pixels=settings.max_input_pixels,
+            max_patches=settings.max_patches,
         )
         limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
-            ExplainerServicer(explain, limits), self._server
+            ExplainerServicer(explain, limits, settings.max_targets), self._server
         )
         self._health = health.aio.HealthServicer()
         for service in ("", SERVICE):
@@ -129,7 +130,7 @@ class Application:
         try:
             port = self._server.add_insecure_port(settings.address)
         except RuntimeError as error:
-            raise OSError(f"can't listen on {settings.address}: is another server there?") from error
+            raise OSError(f"can't listen on {settings.address} (address): is another server there?") from error
         host = settings.address.rpartition(":")[0]
         self.address = settings.address if settings.address.startswith("unix:") else f"{host}:{port}"
         await self._server.start()
@@ -144,7 +145,10 @@ class Application:
             started = perf_counter()
             size = served.loaded.data_config.input_size
             job = Job(np.zeros((*size, 3), np.uint8), (TopK(1),) if served.loaded.output_count else ())
-            await self._batcher.submit(Bucket(name, size), job)
+            try:
+                await self._batcher.submit(Bucket(name, size), job)
+            except NonFiniteError as error:
+                raise ValueError(f"model {name!r} can't be used: {error}") from error
             self._telemetry.models.labels(name).info(
                 {"architecture": served.loaded.architecture, "fingerprint": served.loaded.fingerprint}
             )
@@ -170,7 +174,11 @@ def load_catalog(settings: Settings) -> Catalog:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
-    return Catalog([ServedModel(load_model(spec, device=str(device)), device) for spec in settings.specs()])
+    models = []
+    for spec in settings.specs():
+        _log.info("loading", model=spec.name)
+        models.append(ServedModel(load_model(spec, device=device), device))
+    return Catalog(models)
 
 
 async def serve(settings: Settings, catalog: Catalog) -> None:

@@ -3,12 +3,23 @@
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 from cdam_server.loading import ModelSpec, load_models_file
 
 MIB = 1024 * 1024
+_ONE_MODEL = {
+    "model",
+    "model_name",
+    "pretrained",
+    "checkpoint",
+    "random_weights",
+    "head",
+    "outputs",
+    "task",
+    "num_outputs",
+}
 
 
 class Settings(BaseSettings):
@@ -19,8 +30,9 @@ class Settings(BaseSettings):
     # Which file the class being built reads; set by `load` alone.
     _file: ClassVar[Path | None] = None
 
-    address: str = "0.0.0.0:8001"
-    admin_address: str = "0.0.0.0:8002"
+    # Without TLS and authentication only this machine is served, unless told otherwise.
+    address: str = "127.0.0.1:8001"
+    admin_address: str = "127.0.0.1:8002"
     models_file: Path | None = None
     model: str = "demo"
     model_name: str = ""
@@ -39,16 +51,32 @@ class Settings(BaseSettings):
     max_message_bytes: int = Field(default=64 * MIB, ge=1024)
     max_image_bytes: int = Field(default=32 * MIB, ge=1)
     max_image_pixels: int = Field(default=50_000_000, ge=1)
-    max_input_pixels: int = Field(default=1024 * 1024, ge=1)
+    max_patches: int = Field(default=2500, ge=1)
     max_targets: int = Field(default=100, ge=1)
     drain_seconds: float = Field(default=30.0, ge=0)
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    @field_validator("address", "admin_address")
+    @classmethod
+    def _host_and_port(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        if not address.startswith("unix:") and not (host and port.isdecimal() and int(port) < 65536):
+            raise ValueError(f"must be HOST:PORT, not {address!r}")
+        return address
+
+    @model_validator(mode="after")
+    def _two_ports(self) -> Self:
+        port = self.address.rpartition(":")[2]
+        if port != "0" and port == self.admin_address.rpartition(":")[2]:
+            raise ValueError(f"address and admin_address must not share port {port}")
+        return self
+
     @model_validator(mode="after")
     def _one_source_of_models(self) -> Self:
-        if self.models_file is not None and (self.checkpoint or self.head or self.outputs or self.model != "demo"):
-            raise ValueError("models_file lists the models; model, checkpoint, head and outputs describe a single one")
+        given = self.model_fields_set & _ONE_MODEL
+        if self.models_file is not None and given:
+            raise ValueError(f"models_file lists the models; {', '.join(sorted(given))} would describe a single one")
         return self
 
     @classmethod

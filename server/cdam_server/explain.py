@@ -17,6 +17,7 @@ from cdam_engine import Explanation, Output, Target, TopK
 from cdam_engine.preprocess import Prepared, Resize, prepare
 from cdam_server.errors import (
     DeadlineError,
+    FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
     OverloadedError,
@@ -46,6 +47,7 @@ class Command:
         resize: Which part of the image the model sees.
         input_size: (height, width) in pixels, or None for the model's own.
         timeout: Seconds that the caller will still wait, or None.
+        rank: Commands of lower rank go first.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Command:
     resize: Resize
     input_size: tuple[int, int] | None
     timeout: float | None
+    rank: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +89,7 @@ class ExplainUseCase:
         decoders: Threads for decoding images.
         telemetry: Metrics.
         max_targets: Largest number of targets of a request, top-k counted as k.
-        max_input_pixels: Largest input that a request may ask for.
+        max_patches: Most patches that a request's input size may give.
     """
 
     def __init__(
@@ -97,14 +100,14 @@ class ExplainUseCase:
         telemetry: Telemetry,
         *,
         max_targets: int,
-        max_input_pixels: int,
+        max_patches: int,
     ) -> None:
         self.catalog = catalog
         self._batcher = batcher
         self._decoders = decoders
         self._telemetry = telemetry
         self._max_targets = max_targets
-        self._max_input_pixels = max_input_pixels
+        self._max_patches = max_patches
         self._preparing = 0
 
     async def __call__(self, command: Command) -> Explained:
@@ -121,7 +124,8 @@ class ExplainUseCase:
             prepared, decode_seconds = await self._prepare(model, command, input_size)
             timeout = None if command.timeout is None else command.timeout - decode_seconds
             bucket = Bucket(model.loaded.name, input_size)
-            done = await self._batcher.submit(bucket, Job(prepared.pixels, targets), timeout=timeout)
+            job = Job(prepared.pixels, targets)
+            done = await self._batcher.submit(bucket, job, timeout=timeout, rank=command.rank)
         self._observe(model, done, decode_seconds)
         return Explained(
             model=model,
@@ -133,20 +137,23 @@ class ExplainUseCase:
         )
 
     def _input_size(self, model: ServedModel, command: Command) -> tuple[int, int]:
-        size = command.input_size or model.loaded.data_config.input_size
-        if size[0] * size[1] > self._max_input_pixels:
-            raise InvalidArgumentError(
-                "preprocessing.input_size", f"{size[0]} x {size[1]} is more than {self._max_input_pixels} pixels"
-            )
+        own = model.loaded.data_config.input_size
+        size = command.input_size or own
         try:
-            model.explainer.vit.grid(size)
+            grid = model.explainer.vit.grid(size)
         except ValueError as error:
             raise InvalidArgumentError("preprocessing.input_size", str(error)) from error
+        # Attention's cost grows with the square of the patches; a model's own size is its operator's choice.
+        if size != own and grid.h * grid.w > self._max_patches:
+            message = f"gives {grid.h} x {grid.w} patches; at most {self._max_patches} are allowed"
+            raise InvalidArgumentError("preprocessing.input_size", message)
         return size
 
     def _targets(self, model: ServedModel, command: Command) -> tuple[Target, ...]:
         """The targets with names looked up and every index in range."""
         count = model.loaded.output_count
+        if not count:
+            raise FailedPreconditionError("NO_OUTPUTS", f"model {model.loaded.name!r} has no outputs: it needs a head")
         resolved: list[Target] = []
         for position, target in enumerate(command.targets):
             field = f"targets[{position}]"
@@ -154,7 +161,9 @@ class ExplainUseCase:
                 case OutputNamed(name):
                     resolved.append(Output(model.output_index(name, f"{field}.output.name")))
                 case Output(index) if index >= count:
-                    message = f"{field}.output.index: model {model.loaded.name!r} has {count} outputs, so no {index}"
+                    message = (
+                        f"{field}.output.index: model {model.loaded.name!r} has outputs 0 to {count - 1}, not {index}"
+                    )
                     raise NotFoundError("output", str(index), message)
                 case TopK(k) if not 1 <= k <= count:
                     raise InvalidArgumentError(f"{field}.top_k.k", f"must be from 1 to {count}, the number of outputs")

@@ -116,7 +116,9 @@ class ModelSpec(BaseModel):
             return self
         sources = [self.pretrained, self.checkpoint is not None, self.random_weights]
         if sum(sources) != 1:
-            raise ValueError("give one source of weights: pretrained, checkpoint or random_weights")
+            raise ValueError(
+                "give one source of weights: pretrained, checkpoint or random_weights (flags of the same names)"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -83,7 +84,14 @@ class ServedModel:
         """
         matches = [index for index, known in enumerate(self.loaded.output_names) if known == name]
         if not matches:
-            raise NotFoundError("output", name, f"{field}: model {self.loaded.name!r} has no output named {name!r}")
+            similar = difflib.get_close_matches(name, self.loaded.output_names, n=3, cutoff=0.5)
+            similar += [known for known in self.loaded.output_names if name and name in known and known not in similar][
+                :3
+            ]
+            hint = f"; is it {' or '.join(map(repr, similar))}?" if similar else ""
+            raise NotFoundError(
+                "output", name, f"{field}: model {self.loaded.name!r} has no output named {name!r}{hint}"
+            )
         if len(matches) > 1:
             raise InvalidArgumentError(field, f"outputs {matches} are all named {name!r}; say which by index")
         return matches[0]
@@ -98,7 +106,10 @@ class ServedModel:
             pixels = torch.from_numpy(np.stack([job.pixels for job in jobs])).to(self._device)
             inputs = normalise(pixels, self.loaded.data_config, torch.float32)
             explanations = self.explainer.explain(inputs, [job.targets for job in jobs])
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            # On a CPU torch has no class of its own for it.
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
             raise OutOfMemoryError("OUT_OF_MEMORY", "the image does not fit into the device's memory") from error
         return [_checked(explanation) for explanation in explanations]
 
@@ -128,7 +139,7 @@ class Catalog:
         if not name:
             return self.default
         if name not in self._models:
-            raise NotFoundError("model", name, f"there is no model {name!r}; there are {', '.join(self._models)}")
+            raise NotFoundError("model", name, f"there is no model {name!r}; the server has {', '.join(self._models)}")
         return self._models[name]
 
     def compute(self, bucket: Bucket, jobs: Sequence[Job]) -> list[Explanation | Exception]:

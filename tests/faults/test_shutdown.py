@@ -62,3 +62,20 @@ def test_sigterm_while_loading(tmp_path: Path) -> None:
     finally:
         server.process.kill()
         server.process.wait()
+
+
+def test_abandoned_work_does_not_outlast_the_drain(tmp_path: Path) -> None:
+    target = target_pb2.Target(top_k=target_pb2.TopKTarget(k=10))
+    size = common_pb2.Size(height=768, width=768)
+    request = explain_pb2.ExplainRequest(
+        image=common_pb2.Image(encoded=SCENE),
+        targets=[target],
+        preprocessing=common_pb2.Preprocessing(input_size=size),
+    )
+    flags = ("--drain-seconds", "1", "--max-patches", "40000")
+    with serving(tmp_path / "log", *flags) as server, grpc.insecure_channel(server.address) as channel:
+        call = explainer_service_pb2_grpc.ExplainerServiceStub(channel).Explain.future(request, timeout=60)
+        time.sleep(2)  # it is being computed now, for the better part of a minute
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=20) == 0
+        assert call.exception() is not None

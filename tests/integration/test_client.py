@@ -79,7 +79,7 @@ async def test_asyncio(server_address: str, client: cdam.Client, scene: bytes) -
 def test_an_overlay_of_a_wide_photo_covers_what_the_model_saw(client: cdam.Client, scene: bytes) -> None:
     wide = np.full((64, 128, 3), 128, np.uint8)
     wide[:, 32:96] = _pixels(scene)
-    crop = client.explain(wide, "7", resize="crop")
+    crop = client.explain(wide, "7", resize="model")
     squash = client.explain(wide, "7", resize="squash")
     assert crop.image_size == squash.image_size == (64, 128)
     assert crop.region == cdam.Region(32, 0, 96, 64)

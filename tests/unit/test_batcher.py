@@ -162,3 +162,19 @@ async def test_closing_answers_all_that_were_let_in_and_no_more() -> None:
     await closing
     left = set(threading.enumerate()) - threads
     assert not [thread for thread in left if thread.name.startswith("compute")]
+
+
+async def test_jobs_of_lower_rank_go_first() -> None:
+    gate = Gate()
+    batcher = Batcher(gate, max_batch_size=2)
+    batcher.start()
+    hold = asyncio.create_task(batcher.submit("a", 0))
+    await _entered(gate)
+    tasks = [
+        asyncio.create_task(batcher.submit("a", job, rank=rank)) for job, rank in ((1, 1), (2, 0), (3, 0), (4, -1))
+    ]
+    await asyncio.sleep(0)
+    gate.open.set()
+    await asyncio.gather(hold, *tasks)
+    assert gate.batches == [("a", [0]), ("a", [4, 2]), ("a", [3, 1])]
+    await batcher.close()

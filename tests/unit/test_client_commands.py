@@ -170,7 +170,7 @@ def test_without_a_server_nothing_is_tried_twice(run: Run, image: Path) -> None:
         (["-m", "cdamn"], "'cdamn' is not one of"),
         (["--input-size", "224x"], "not HEIGHTxWIDTH"),
         (["--input-size", "0x5"], "not HEIGHTxWIDTH"),
-        (["--resize", "stretch"], "'crop', 'squash'"),
+        (["--resize", "stretch"], "'model', 'squash'"),
         (["--timeout", "0"], "timeout"),
         (["--token", "t", "--server", "far:1"], "refusing to send a token in plaintext"),
         (["--cert", __file__], "--cert and --key go together"),

@@ -191,7 +191,7 @@ def test_contradictions_are_found_before_anything_is_sent(make: Any, error: type
 
 
 def test_an_unknown_word_is_answered_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="'crop', 'squash'"):
+    with pytest.raises(ValueError, match="'model', 'squash'"):
         _request(resize="stretch")
 
 

@@ -106,5 +106,5 @@ def test_number_of_digits_is_checked(digits: int) -> None:
 def test_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     scenes.load_digits.cache_clear()
-    with pytest.raises(ImportError, match=r"cdam-serve\[demo\]"):
+    with pytest.raises(ImportError, match=r"extra `demo`"):
         load_digits("test")

@@ -27,9 +27,9 @@ class _ResizeMode:
 class _ResizeModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResizeMode.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RESIZE_MODE_UNSPECIFIED: _ResizeMode.ValueType  # 0
-    """The model's own way (RESIZE_MODE_CROP)."""
-    RESIZE_MODE_CROP: _ResizeMode.ValueType  # 1
-    """As the model was evaluated: resize by its crop fraction, keep the aspect ratio, cut out the centre."""
+    """RESIZE_MODE_MODEL."""
+    RESIZE_MODE_MODEL: _ResizeMode.ValueType  # 1
+    """As the model was evaluated; for most models: resize by its crop fraction, keep the aspect ratio, cut out the centre."""
     RESIZE_MODE_SQUASH: _ResizeMode.ValueType  # 2
     """The whole image, stretched to the input size."""
 
@@ -37,9 +37,9 @@ class ResizeMode(_ResizeMode, metaclass=_ResizeModeEnumTypeWrapper):
     """Which part of an image the model sees."""
 
 RESIZE_MODE_UNSPECIFIED: ResizeMode.ValueType  # 0
-"""The model's own way (RESIZE_MODE_CROP)."""
-RESIZE_MODE_CROP: ResizeMode.ValueType  # 1
-"""As the model was evaluated: resize by its crop fraction, keep the aspect ratio, cut out the centre."""
+"""RESIZE_MODE_MODEL."""
+RESIZE_MODE_MODEL: ResizeMode.ValueType  # 1
+"""As the model was evaluated; for most models: resize by its crop fraction, keep the aspect ratio, cut out the centre."""
 RESIZE_MODE_SQUASH: ResizeMode.ValueType  # 2
 """The whole image, stretched to the input size."""
 Global___ResizeMode: _TypeAlias = ResizeMode  # noqa: Y015

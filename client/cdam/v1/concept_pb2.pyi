@@ -486,7 +486,7 @@ class DeleteConceptRequest(_message.Message):
     name: _builtins.str
     """Name of the concept. Required."""
     model: _builtins.str
-    """Its model; empty: the server's default model."""
+    """Its model. Required: what is deleted must not depend on the server's default."""
     expected_version: _builtins.int
     """Only if the newest version is this one; else ABORTED."""
     def __init__(

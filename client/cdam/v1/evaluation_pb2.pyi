@@ -123,7 +123,7 @@ class EvaluationProtocol(_message.Message):
     model: _builtins.str
     """Name of the model; empty: the server's default model."""
     seed: _builtins.int
-    """Seed of all randomness; with a sample's id it fixes every draw, whatever the order or the number of servers."""
+    """Seed of all randomness; unset: 0. With a sample's id it fixes every draw, whatever the order or the number of servers."""
     expected_samples: _builtins.int
     """Number of samples that will follow, for the estimate of the time left; 0: not known."""
     bootstrap_resamples: _builtins.int
@@ -146,18 +146,23 @@ class EvaluationProtocol(_message.Message):
         model: _builtins.str = ...,
         methods: _abc.Iterable[Global___EvaluatedMethod] | None = ...,
         metrics: _abc.Iterable[Global___Metric] | None = ...,
-        seed: _builtins.int = ...,
+        seed: _builtins.int | None = ...,
         preprocessing: _common_pb2.Preprocessing | None = ...,
         expected_samples: _builtins.int = ...,
         bootstrap_resamples: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bootstrap_resamples", b"_bootstrap_resamples", "bootstrap_resamples", b"bootstrap_resamples", "preprocessing", b"preprocessing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bootstrap_resamples", b"_bootstrap_resamples", "_seed", b"_seed", "bootstrap_resamples", b"bootstrap_resamples", "preprocessing", b"preprocessing", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bootstrap_resamples", b"_bootstrap_resamples", "bootstrap_resamples", b"bootstrap_resamples", "expected_samples", b"expected_samples", "methods", b"methods", "metrics", b"metrics", "model", b"model", "preprocessing", b"preprocessing", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bootstrap_resamples", b"_bootstrap_resamples", "_seed", b"_seed", "bootstrap_resamples", b"bootstrap_resamples", "expected_samples", b"expected_samples", "methods", b"methods", "metrics", b"metrics", "model", b"model", "preprocessing", b"preprocessing", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bootstrap_resamples: _TypeAlias = _typing.Literal["bootstrap_resamples"]  # noqa: Y015
     _WhichOneofArgType__bootstrap_resamples: _TypeAlias = _typing.Literal["_bootstrap_resamples", b"_bootstrap_resamples"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bootstrap_resamples) -> _WhichOneofReturnType__bootstrap_resamples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___EvaluationProtocol: _TypeAlias = EvaluationProtocol  # noqa: Y015
 
@@ -570,32 +575,58 @@ class SampleResult(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SAMPLE_ID_FIELD_NUMBER: _builtins.int
-    VALUES_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     sample_id: _builtins.str
     """The sample's id."""
     @_builtins.property
-    def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricValue]:
-        """Every value, if it could be measured."""
+    def measured(self) -> Global___MetricValues:
+        """It was measured."""
 
     @_builtins.property
     def error(self) -> _common_pb2.ItemError:
-        """Why it could not."""
+        """It could not be measured."""
 
     def __init__(
         self,
         *,
         sample_id: _builtins.str = ...,
-        values: _abc.Iterable[Global___MetricValue] | None = ...,
+        measured: Global___MetricValues | None = ...,
         error: _common_pb2.ItemError | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "measured", b"measured", "outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "sample_id", b"sample_id", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "measured", b"measured", "outcome", b"outcome", "sample_id", b"sample_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["measured", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___SampleResult: _TypeAlias = SampleResult  # noqa: Y015
+
+@_typing.final
+class MetricValues(_message.Message):
+    """Every number of one sample."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricValue]:
+        """One for each method, metric and quantity."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[Global___MetricValue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SampleResult: _TypeAlias = SampleResult  # noqa: Y015
+Global___MetricValues: _TypeAlias = MetricValues  # noqa: Y015
 
 @_typing.final
 class MetricValue(_message.Message):
@@ -734,11 +765,11 @@ class EvaluationRow(_message.Message):
     mean: _builtins.float
     """Mean over samples."""
     standard_error: _builtins.float
-    """Standard error of the mean."""
+    """Standard error of the mean; unset for a single sample."""
     interval_low: _builtins.float
-    """Lower end of the 95 % bootstrap interval."""
+    """Lower end of the 95 % bootstrap interval; unset for a single sample."""
     interval_high: _builtins.float
-    """Upper end of the 95 % bootstrap interval."""
+    """Upper end of the 95 % bootstrap interval; unset for a single sample."""
     samples: _builtins.int
     """Samples that have this quantity."""
     def __init__(
@@ -748,16 +779,27 @@ class EvaluationRow(_message.Message):
         metric_index: _builtins.int = ...,
         quantity: _builtins.str = ...,
         mean: _builtins.float = ...,
-        standard_error: _builtins.float = ...,
-        interval_low: _builtins.float = ...,
-        interval_high: _builtins.float = ...,
+        standard_error: _builtins.float | None = ...,
+        interval_low: _builtins.float | None = ...,
+        interval_high: _builtins.float | None = ...,
         samples: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_interval_high", b"_interval_high", "_interval_low", b"_interval_low", "_standard_error", b"_standard_error", "interval_high", b"interval_high", "interval_low", b"interval_low", "standard_error", b"standard_error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_high", b"interval_high", "interval_low", b"interval_low", "mean", b"mean", "method_index", b"method_index", "metric_index", b"metric_index", "quantity", b"quantity", "samples", b"samples", "standard_error", b"standard_error"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_interval_high", b"_interval_high", "_interval_low", b"_interval_low", "_standard_error", b"_standard_error", "interval_high", b"interval_high", "interval_low", b"interval_low", "mean", b"mean", "method_index", b"method_index", "metric_index", b"metric_index", "quantity", b"quantity", "samples", b"samples", "standard_error", b"standard_error"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__interval_high: _TypeAlias = _typing.Literal["interval_high"]  # noqa: Y015
+    _WhichOneofArgType__interval_high: _TypeAlias = _typing.Literal["_interval_high", b"_interval_high"]  # noqa: Y015
+    _WhichOneofReturnType__interval_low: _TypeAlias = _typing.Literal["interval_low"]  # noqa: Y015
+    _WhichOneofArgType__interval_low: _TypeAlias = _typing.Literal["_interval_low", b"_interval_low"]  # noqa: Y015
+    _WhichOneofReturnType__standard_error: _TypeAlias = _typing.Literal["standard_error"]  # noqa: Y015
+    _WhichOneofArgType__standard_error: _TypeAlias = _typing.Literal["_standard_error", b"_standard_error"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_high) -> _WhichOneofReturnType__interval_high | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_low) -> _WhichOneofReturnType__interval_low | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__standard_error) -> _WhichOneofReturnType__standard_error | None: ...
 
 Global___EvaluationRow: _TypeAlias = EvaluationRow  # noqa: Y015
 
@@ -785,9 +827,9 @@ class EvaluationComparison(_message.Message):
     mean_difference: _builtins.float
     """Mean over samples of the one's value minus the other's."""
     interval_low: _builtins.float
-    """Lower end of the 95 % bootstrap interval of the difference."""
+    """Lower end of the 95 % bootstrap interval of the difference; unset for a single sample."""
     interval_high: _builtins.float
-    """Upper end of the 95 % bootstrap interval of the difference."""
+    """Upper end of the 95 % bootstrap interval of the difference; unset for a single sample."""
     def __init__(
         self,
         *,
@@ -796,13 +838,20 @@ class EvaluationComparison(_message.Message):
         metric_index: _builtins.int = ...,
         quantity: _builtins.str = ...,
         mean_difference: _builtins.float = ...,
-        interval_low: _builtins.float = ...,
-        interval_high: _builtins.float = ...,
+        interval_low: _builtins.float | None = ...,
+        interval_high: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_interval_high", b"_interval_high", "_interval_low", b"_interval_low", "interval_high", b"interval_high", "interval_low", b"interval_low"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_high", b"interval_high", "interval_low", b"interval_low", "mean_difference", b"mean_difference", "method_index", b"method_index", "metric_index", b"metric_index", "other_method_index", b"other_method_index", "quantity", b"quantity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_interval_high", b"_interval_high", "_interval_low", b"_interval_low", "interval_high", b"interval_high", "interval_low", b"interval_low", "mean_difference", b"mean_difference", "method_index", b"method_index", "metric_index", b"metric_index", "other_method_index", b"other_method_index", "quantity", b"quantity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__interval_high: _TypeAlias = _typing.Literal["interval_high"]  # noqa: Y015
+    _WhichOneofArgType__interval_high: _TypeAlias = _typing.Literal["_interval_high", b"_interval_high"]  # noqa: Y015
+    _WhichOneofReturnType__interval_low: _TypeAlias = _typing.Literal["interval_low"]  # noqa: Y015
+    _WhichOneofArgType__interval_low: _TypeAlias = _typing.Literal["_interval_low", b"_interval_low"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_high) -> _WhichOneofReturnType__interval_high | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_low) -> _WhichOneofReturnType__interval_low | None: ...
 
 Global___EvaluationComparison: _TypeAlias = EvaluationComparison  # noqa: Y015

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63\x64\x61m/v1/method.proto\x12\x07\x63\x64\x61m.v1\"\xb4\x05\n\x06Method\x12#\n\x04\x63\x64\x61m\x18\x01 \x01(\x0b\x32\x13.cdam.v1.CdamMethodH\x00\x12\x30\n\x0bsmooth_cdam\x18\x02 \x01(\x0b\x32\x19.cdam.v1.SmoothCdamMethodH\x00\x12\x38\n\x0fintegrated_cdam\x18\x03 \x01(\x0b\x32\x1d.cdam.v1.IntegratedCdamMethodH\x00\x12-\n\tattention\x18\x04 \x01(\x0b\x32\x18.cdam.v1.AttentionMethodH\x00\x12<\n\x11\x61ttention_rollout\x18\x05 \x01(\x0b\x32\x1f.cdam.v1.AttentionRolloutMethodH\x00\x12\x44\n\x15relevance_propagation\x18\x06 \x01(\x0b\x32#.cdam.v1.RelevancePropagationMethodH\x00\x12\x30\n\x0bpartial_lrp\x18\x07 \x01(\x0b\x32\x19.cdam.v1.PartialLrpMethodH\x00\x12\x39\n\x10input_x_gradient\x18\x08 \x01(\x0b\x32\x1d.cdam.v1.InputXGradientMethodH\x00\x12\x30\n\x0bsmooth_grad\x18\t \x01(\x0b\x32\x19.cdam.v1.SmoothGradMethodH\x00\x12\x42\n\x14integrated_gradients\x18\n \x01(\x0b\x32\".cdam.v1.IntegratedGradientsMethodH\x00\x12\x36\n\x0etoken_ablation\x18\x0b \x01(\x0b\x32\x1c.cdam.v1.TokenAblationMethodH\x00\x12\x43\n\x15patch_mask_prediction\x18\x0c \x01(\x0b\x32\".cdam.v1.PatchMaskPredictionMethodH\x00\x42\x06\n\x04kind\"\x1b\n\nCdamMethod\x12\r\n\x05parts\x18\x01 \x01(\x08\"a\n\x10SmoothCdamMethod\x12\x14\n\x07samples\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x05noise\x18\x02 \x01(\x0b\x32\x0e.cdam.v1.Noise\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x42\n\n\x08_samples\"8\n\x05Noise\x12\x12\n\x08relative\x18\x01 \x01(\x01H\x00\x12\x12\n\x08\x61\x62solute\x18\x02 \x01(\x01H\x00\x42\x07\n\x05level\"\x83\x01\n\x14IntegratedCdamMethod\x12\x12\n\x05steps\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\'\n\nquadrature\x18\x02 \x01(\x0e\x32\x13.cdam.v1.Quadrature\x12\x16\n\ttolerance\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_stepsB\x0c\n\n_tolerance\" \n\x0f\x41ttentionMethod\x12\r\n\x05heads\x18\x01 \x03(\r\"\x18\n\x16\x41ttentionRolloutMethod\"\x1c\n\x1aRelevancePropagationMethod\"\x12\n\x10PartialLrpMethod\"\x16\n\x14InputXGradientMethod\"a\n\x10SmoothGradMethod\x12\x14\n\x07samples\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x05noise\x18\x02 \x01(\x0b\x32\x0e.cdam.v1.Noise\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x42\n\n\x08_samples\"b\n\x19IntegratedGradientsMethod\x12\x12\n\x05steps\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\'\n\nquadrature\x18\x02 \x01(\x0e\x32\x13.cdam.v1.QuadratureB\x08\n\x06_steps\"\x15\n\x13TokenAblationMethod\"\x1b\n\x19PatchMaskPredictionMethod*\xab\x03\n\nMethodKind\x12\x1b\n\x17METHOD_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10METHOD_KIND_CDAM\x10\x01\x12\x1b\n\x17METHOD_KIND_SMOOTH_CDAM\x10\x02\x12\x1f\n\x1bMETHOD_KIND_INTEGRATED_CDAM\x10\x03\x12\x19\n\x15METHOD_KIND_ATTENTION\x10\x04\x12!\n\x1dMETHOD_KIND_ATTENTION_ROLLOUT\x10\x05\x12%\n!METHOD_KIND_RELEVANCE_PROPAGATION\x10\x06\x12\x1b\n\x17METHOD_KIND_PARTIAL_LRP\x10\x07\x12 \n\x1cMETHOD_KIND_INPUT_X_GRADIENT\x10\x08\x12\x1b\n\x17METHOD_KIND_SMOOTH_GRAD\x10\t\x12$\n METHOD_KIND_INTEGRATED_GRADIENTS\x10\n\x12\x1e\n\x1aMETHOD_KIND_TOKEN_ABLATION\x10\x0b\x12%\n!METHOD_KIND_PATCH_MASK_PREDICTION\x10\x0c*e\n\nQuadrature\x12\x1a\n\x16QUADRATURE_UNSPECIFIED\x10\x00\x12\x1c\n\x18QUADRATURE_RIEMANN_RIGHT\x10\x01\x12\x1d\n\x19QUADRATURE_GAUSS_LEGENDRE\x10\x02\x42N\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63\x64\x61m/v1/method.proto\x12\x07\x63\x64\x61m.v1\"\xb4\x05\n\x06Method\x12#\n\x04\x63\x64\x61m\x18\x01 \x01(\x0b\x32\x13.cdam.v1.CdamMethodH\x00\x12\x30\n\x0bsmooth_cdam\x18\x02 \x01(\x0b\x32\x19.cdam.v1.SmoothCdamMethodH\x00\x12\x38\n\x0fintegrated_cdam\x18\x03 \x01(\x0b\x32\x1d.cdam.v1.IntegratedCdamMethodH\x00\x12-\n\tattention\x18\x04 \x01(\x0b\x32\x18.cdam.v1.AttentionMethodH\x00\x12<\n\x11\x61ttention_rollout\x18\x05 \x01(\x0b\x32\x1f.cdam.v1.AttentionRolloutMethodH\x00\x12\x44\n\x15relevance_propagation\x18\x06 \x01(\x0b\x32#.cdam.v1.RelevancePropagationMethodH\x00\x12\x30\n\x0bpartial_lrp\x18\x07 \x01(\x0b\x32\x19.cdam.v1.PartialLrpMethodH\x00\x12\x39\n\x10input_x_gradient\x18\x08 \x01(\x0b\x32\x1d.cdam.v1.InputXGradientMethodH\x00\x12\x30\n\x0bsmooth_grad\x18\t \x01(\x0b\x32\x19.cdam.v1.SmoothGradMethodH\x00\x12\x42\n\x14integrated_gradients\x18\n \x01(\x0b\x32\".cdam.v1.IntegratedGradientsMethodH\x00\x12\x36\n\x0etoken_ablation\x18\x0b \x01(\x0b\x32\x1c.cdam.v1.TokenAblationMethodH\x00\x12\x43\n\x15patch_mask_prediction\x18\x0c \x01(\x0b\x32\".cdam.v1.PatchMaskPredictionMethodH\x00\x42\x06\n\x04kind\"\x1b\n\nCdamMethod\x12\r\n\x05parts\x18\x01 \x01(\x08\"o\n\x10SmoothCdamMethod\x12\x14\n\x07samples\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x05noise\x18\x02 \x01(\x0b\x32\x0e.cdam.v1.Noise\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x01\x88\x01\x01\x42\n\n\x08_samplesB\x07\n\x05_seed\"8\n\x05Noise\x12\x12\n\x08relative\x18\x01 \x01(\x01H\x00\x12\x12\n\x08\x61\x62solute\x18\x02 \x01(\x01H\x00\x42\x07\n\x05level\"\x83\x01\n\x14IntegratedCdamMethod\x12\x12\n\x05steps\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\'\n\nquadrature\x18\x02 \x01(\x0e\x32\x13.cdam.v1.Quadrature\x12\x16\n\ttolerance\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_stepsB\x0c\n\n_tolerance\" \n\x0f\x41ttentionMethod\x12\r\n\x05heads\x18\x01 \x03(\r\"\x18\n\x16\x41ttentionRolloutMethod\"\x1c\n\x1aRelevancePropagationMethod\"\x12\n\x10PartialLrpMethod\"\x16\n\x14InputXGradientMethod\"o\n\x10SmoothGradMethod\x12\x14\n\x07samples\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x05noise\x18\x02 \x01(\x0b\x32\x0e.cdam.v1.Noise\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x01\x88\x01\x01\x42\n\n\x08_samplesB\x07\n\x05_seed\"b\n\x19IntegratedGradientsMethod\x12\x12\n\x05steps\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\'\n\nquadrature\x18\x02 \x01(\x0e\x32\x13.cdam.v1.QuadratureB\x08\n\x06_steps\"\x15\n\x13TokenAblationMethod\"\x1b\n\x19PatchMaskPredictionMethod*\xab\x03\n\nMethodKind\x12\x1b\n\x17METHOD_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10METHOD_KIND_CDAM\x10\x01\x12\x1b\n\x17METHOD_KIND_SMOOTH_CDAM\x10\x02\x12\x1f\n\x1bMETHOD_KIND_INTEGRATED_CDAM\x10\x03\x12\x19\n\x15METHOD_KIND_ATTENTION\x10\x04\x12!\n\x1dMETHOD_KIND_ATTENTION_ROLLOUT\x10\x05\x12%\n!METHOD_KIND_RELEVANCE_PROPAGATION\x10\x06\x12\x1b\n\x17METHOD_KIND_PARTIAL_LRP\x10\x07\x12 \n\x1cMETHOD_KIND_INPUT_X_GRADIENT\x10\x08\x12\x1b\n\x17METHOD_KIND_SMOOTH_GRAD\x10\t\x12$\n METHOD_KIND_INTEGRATED_GRADIENTS\x10\n\x12\x1e\n\x1aMETHOD_KIND_TOKEN_ABLATION\x10\x0b\x12%\n!METHOD_KIND_PATCH_MASK_PREDICTION\x10\x0c*e\n\nQuadrature\x12\x1a\n\x16QUADRATURE_UNSPECIFIED\x10\x00\x12\x1c\n\x18QUADRATURE_RIEMANN_RIGHT\x10\x01\x12\x1d\n\x19QUADRATURE_GAUSS_LEGENDRE\x10\x02\x42N\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,36 +32,36 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cdam.v1.method_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017io.cdamserve.v1P\001Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1'
-  _globals['_METHODKIND']._serialized_start=1434
-  _globals['_METHODKIND']._serialized_end=1861
-  _globals['_QUADRATURE']._serialized_start=1863
-  _globals['_QUADRATURE']._serialized_end=1964
+  _globals['_METHODKIND']._serialized_start=1462
+  _globals['_METHODKIND']._serialized_end=1889
+  _globals['_QUADRATURE']._serialized_start=1891
+  _globals['_QUADRATURE']._serialized_end=1992
   _globals['_METHOD']._serialized_start=34
   _globals['_METHOD']._serialized_end=726
   _globals['_CDAMMETHOD']._serialized_start=728
   _globals['_CDAMMETHOD']._serialized_end=755
   _globals['_SMOOTHCDAMMETHOD']._serialized_start=757
-  _globals['_SMOOTHCDAMMETHOD']._serialized_end=854
-  _globals['_NOISE']._serialized_start=856
-  _globals['_NOISE']._serialized_end=912
-  _globals['_INTEGRATEDCDAMMETHOD']._serialized_start=915
-  _globals['_INTEGRATEDCDAMMETHOD']._serialized_end=1046
-  _globals['_ATTENTIONMETHOD']._serialized_start=1048
-  _globals['_ATTENTIONMETHOD']._serialized_end=1080
-  _globals['_ATTENTIONROLLOUTMETHOD']._serialized_start=1082
-  _globals['_ATTENTIONROLLOUTMETHOD']._serialized_end=1106
-  _globals['_RELEVANCEPROPAGATIONMETHOD']._serialized_start=1108
-  _globals['_RELEVANCEPROPAGATIONMETHOD']._serialized_end=1136
-  _globals['_PARTIALLRPMETHOD']._serialized_start=1138
-  _globals['_PARTIALLRPMETHOD']._serialized_end=1156
-  _globals['_INPUTXGRADIENTMETHOD']._serialized_start=1158
-  _globals['_INPUTXGRADIENTMETHOD']._serialized_end=1180
-  _globals['_SMOOTHGRADMETHOD']._serialized_start=1182
-  _globals['_SMOOTHGRADMETHOD']._serialized_end=1279
-  _globals['_INTEGRATEDGRADIENTSMETHOD']._serialized_start=1281
-  _globals['_INTEGRATEDGRADIENTSMETHOD']._serialized_end=1379
-  _globals['_TOKENABLATIONMETHOD']._serialized_start=1381
-  _globals['_TOKENABLATIONMETHOD']._serialized_end=1402
-  _globals['_PATCHMASKPREDICTIONMETHOD']._serialized_start=1404
-  _globals['_PATCHMASKPREDICTIONMETHOD']._serialized_end=1431
+  _globals['_SMOOTHCDAMMETHOD']._serialized_end=868
+  _globals['_NOISE']._serialized_start=870
+  _globals['_NOISE']._serialized_end=926
+  _globals['_INTEGRATEDCDAMMETHOD']._serialized_start=929
+  _globals['_INTEGRATEDCDAMMETHOD']._serialized_end=1060
+  _globals['_ATTENTIONMETHOD']._serialized_start=1062
+  _globals['_ATTENTIONMETHOD']._serialized_end=1094
+  _globals['_ATTENTIONROLLOUTMETHOD']._serialized_start=1096
+  _globals['_ATTENTIONROLLOUTMETHOD']._serialized_end=1120
+  _globals['_RELEVANCEPROPAGATIONMETHOD']._serialized_start=1122
+  _globals['_RELEVANCEPROPAGATIONMETHOD']._serialized_end=1150
+  _globals['_PARTIALLRPMETHOD']._serialized_start=1152
+  _globals['_PARTIALLRPMETHOD']._serialized_end=1170
+  _globals['_INPUTXGRADIENTMETHOD']._serialized_start=1172
+  _globals['_INPUTXGRADIENTMETHOD']._serialized_end=1194
+  _globals['_SMOOTHGRADMETHOD']._serialized_start=1196
+  _globals['_SMOOTHGRADMETHOD']._serialized_end=1307
+  _globals['_INTEGRATEDGRADIENTSMETHOD']._serialized_start=1309
+  _globals['_INTEGRATEDGRADIENTSMETHOD']._serialized_end=1407
+  _globals['_TOKENABLATIONMETHOD']._serialized_start=1409
+  _globals['_TOKENABLATIONMETHOD']._serialized_end=1430
+  _globals['_PATCHMASKPREDICTIONMETHOD']._serialized_start=1432
+  _globals['_PATCHMASKPREDICTIONMETHOD']._serialized_end=1459
 # @@protoc_insertion_point(module_scope)

@@ -233,7 +233,7 @@ class SmoothCdamMethod(_message.Message):
     samples: _builtins.int
     """Number of draws. Unset: 50."""
     seed: _builtins.int
-    """Seed of the draws: the same seed gives the same map, alone or in any batch."""
+    """Seed of the draws; unset: 0. The same seed gives the same map, alone or in any batch."""
     @_builtins.property
     def noise(self) -> Global___Noise:
         """The noise, added to the tokens. Unset: the method's documented default."""
@@ -243,15 +243,20 @@ class SmoothCdamMethod(_message.Message):
         *,
         samples: _builtins.int | None = ...,
         noise: Global___Noise | None = ...,
-        seed: _builtins.int = ...,
+        seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_samples", b"_samples", "noise", b"noise", "samples", b"samples"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_samples", b"_samples", "_seed", b"_seed", "noise", b"noise", "samples", b"samples", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_samples", b"_samples", "noise", b"noise", "samples", b"samples", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_samples", b"_samples", "_seed", b"_seed", "noise", b"noise", "samples", b"samples", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__samples: _TypeAlias = _typing.Literal["samples"]  # noqa: Y015
     _WhichOneofArgType__samples: _TypeAlias = _typing.Literal["_samples", b"_samples"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__samples) -> _WhichOneofReturnType__samples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___SmoothCdamMethod: _TypeAlias = SmoothCdamMethod  # noqa: Y015
 
@@ -424,7 +429,7 @@ class SmoothGradMethod(_message.Message):
     samples: _builtins.int
     """Number of draws. Unset: 50."""
     seed: _builtins.int
-    """Seed of the draws."""
+    """Seed of the draws; unset: 0."""
     @_builtins.property
     def noise(self) -> Global___Noise:
         """The noise, added to the normalised input. Unset: the method's documented default."""
@@ -434,15 +439,20 @@ class SmoothGradMethod(_message.Message):
         *,
         samples: _builtins.int | None = ...,
         noise: Global___Noise | None = ...,
-        seed: _builtins.int = ...,
+        seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_samples", b"_samples", "noise", b"noise", "samples", b"samples"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_samples", b"_samples", "_seed", b"_seed", "noise", b"noise", "samples", b"samples", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_samples", b"_samples", "noise", b"noise", "samples", b"samples", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_samples", b"_samples", "_seed", b"_seed", "noise", b"noise", "samples", b"samples", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__samples: _TypeAlias = _typing.Literal["samples"]  # noqa: Y015
     _WhichOneofArgType__samples: _TypeAlias = _typing.Literal["_samples", b"_samples"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__samples) -> _WhichOneofReturnType__samples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___SmoothGradMethod: _TypeAlias = SmoothGradMethod  # noqa: Y015
 

@@ -35,7 +35,7 @@ Without any, the output with the highest value is explained.
 \b
 Examples
   cdam explain scene.png
-  cdam explain scene.png --target 7 --target top:3 --method cdam --method smooth_cdam -o out
+  cdam explain scene.png --target 7 --target top:3 -o out
   cdam explain *.jpg --target tench --server dns:///cdam.example.org:8001 --tls --token-file token
   cdam explain scene.png --json | jq '.maps[] | {label, probability}'
   cdam explain scene.png --local      (no server needed; with the extra `server` installed)
@@ -122,11 +122,12 @@ def server_from(
 
 
 @contextmanager
-def local_server(model: str) -> Iterator[str]:
-    """A server in this process, on a socket that nobody else sees; yields its address.
+def local_server(model: str) -> Iterator[tuple[str, str]]:
+    """A server in this process, on a socket that nobody else sees; yields its address and the model to ask it for.
 
     Args:
-        model: A timm architecture, or ``demo``; empty: what the environment says (CDAM_MODEL, ...), or the demo model.
+        model: Where the environment names a file of models (CDAM_MODELS_FILE), one of these; else a timm architecture
+            or ``demo``. Empty: what the environment says (CDAM_MODEL, CDAM_CHECKPOINT, ...), or the demo model.
     """
     try:
         from pydantic import ValidationError
@@ -135,20 +136,31 @@ def local_server(model: str) -> Iterator[str]:
         from cdam_server.config import Settings
         from cdam_server.loading import LoadError
     except ModuleNotFoundError as error:
-        raise Failure(f"--local needs {error.name}: pip install 'cdam-serve[server]'") from error
+        raise Failure(f"--local needs {error.name}: install cdam-serve with its extra `server`") from error
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="cdam-"))
         try:
-            settings = Settings.load(
-                address=f"unix:{folder}/api", admin_address="127.0.0.1:0", model=model or None, log_level="warning"
-            )
+            flags: dict[str, Any] = {
+                "address": f"unix:{folder}/api",
+                "admin_address": "127.0.0.1:0",
+                "log_level": "warning",
+            }
+            settings = Settings.load(**flags)
+            if settings.models_file is None and model:
+                settings, model = Settings.load(**flags, model=model), ""
             logs.configure(settings.log_format, settings.log_level)
             address = stack.enter_context(bootstrap.serve_in_background(settings))
         except ValidationError as error:
             raise Failure("--local: " + "; ".join(item["msg"] for item in error.errors())) from error
         except (LoadError, ValueError, OSError) as error:
-            raise Failure(f"--local: {error}") from error
-        yield address
+            raise Failure(f"--local: {_plain(error)}") from error
+        yield address, model
+
+
+def _plain(error: Exception) -> str:
+    """The message, without the frame that pydantic puts around those of settings."""
+    details = getattr(error, "errors", None)
+    return "; ".join(item["msg"].removeprefix("Value error, ") for item in details()) if details else str(error)
 
 
 def parse_target(text: str) -> cdam.Output | cdam.TopK:
@@ -211,7 +223,11 @@ def _whole_number(digits: str, least: int, text: str) -> int:
     "-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.  [.; with --json: none]"
 )
 @click.option("--model", default="", metavar="NAME", help="The model; without it, the server's default.")
-@click.option("--resize", type=click.Choice(get_args(cdam.Resize)), help="The centre of the image, or all of it.")
+@click.option(
+    "--resize",
+    type=click.Choice(get_args(cdam.Resize)),
+    help="model: as it was evaluated, mostly the centre of the image; squash: all of it.",
+)
 @click.option(
     "--input-size",
     metavar="HxW",
@@ -222,7 +238,11 @@ def _whole_number(digits: str, least: int, text: str) -> int:
 @click.option("--blocks", is_flag=True, help="Show each patch as a block instead of a smooth map.")
 @click.option("--sheet", is_flag=True, help="Also write IMAGE.sheet.png: the image and its maps side by side.")
 @click.option("--json", "as_json", is_flag=True, help="Print each image's answer as a line of JSON, not as a table.")
-@click.option("--local", is_flag=True, help="Explain in this process, without a server.")
+@click.option(
+    "--local",
+    is_flag=True,
+    help="Explain in this process, without a server; CDAM_CHECKPOINT and so on say with what (cdam serve --help).",
+)
 @connection_options
 def explain(
     images: tuple[Path, ...], targets: tuple[cdam.Output | cdam.TopK, ...], *, local: bool, **options: Any
@@ -233,11 +253,12 @@ def explain(
     request["targets"] = targets or (cdam.TopK(1),)
     if look["out"] is None and not look["as_json"]:
         look["out"] = Path()
+    if look["sheet"] and look["out"] is None:
+        raise click.UsageError("--sheet with --json needs a folder: -o DIR")
     report = Report(**look)
     server = server_from(**options)
     if local:
-        with local_server(request["model"]) as address:
-            request["model"] = ""
+        with local_server(request["model"]) as (address, request["model"]):
             failed = _explain_all(images, Server(address, {"timeout": server.arguments["timeout"]}), request, report)
     else:
         failed = _explain_all(images, server, request, report)

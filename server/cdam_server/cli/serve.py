@@ -1,6 +1,7 @@
 """`cdam serve`."""
 
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ _HELP = """Serve explanations of Vision Transformers over gRPC.
 
 Without options this serves the built-in demo model (handwritten digits in scenes). Every option is also an environment
 variable, CDAM_ADDRESS for --address, and a key of the YAML file given by --config: address. Options win over the
-environment, the environment over the file.
+environment, the environment over the file. SIGTERM or Ctrl-C ends it orderly.
+
+There is neither TLS nor authentication, so only this machine is served by default: --address 0.0.0.0:8001 opens it.
 
 \b
   cdam serve
@@ -26,8 +29,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.command(help=_HELP)
 @click.option("--config", type=_FILE, envvar="CDAM_CONFIG", help="YAML file of settings.")
-@click.option("--address", metavar="HOST:PORT", help="Where to serve the API.  [0.0.0.0:8001]")
-@click.option("--admin-address", metavar="HOST:PORT", help="Where to serve /metrics, /livez, /readyz.  [0.0.0.0:8002]")
+@click.option("--address", metavar="HOST:PORT", help="Where to serve the API.  [127.0.0.1:8001]")
+@click.option(
+    "--admin-address", metavar="HOST:PORT", help="Where to serve /metrics, /livez, /readyz.  [127.0.0.1:8002]"
+)
 @click.option("--models-file", type=_FILE, help="YAML file of models, if there are several.")
 @click.option("--model", metavar="NAME", help="timm architecture, or demo.  [demo]")
 @click.option("--model-name", metavar="NAME", help="Name that requests use.  [the architecture]")
@@ -49,15 +54,15 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--threads", type=click.IntRange(min=0), help="Compute threads on a CPU; 0: torch's choice.  [0]")
 @click.option("--max-batch-size", type=click.IntRange(min=1), help="Most images in a batch.  [16]")
 @click.option(
-    "--max-queue-delay-microseconds", type=click.IntRange(min=0), help="Longest wait for company while idle.  [0]"
+    "--max-queue-delay-microseconds",
+    type=click.IntRange(min=0),
+    help="Longest wait for a fuller batch while idle.  [0]",
 )
 @click.option("--max-pending", type=click.IntRange(min=1), help="Most requests waiting; more are refused.  [256]")
 @click.option("--max-message-bytes", type=click.IntRange(min=1024), help="Largest message.  [67108864]")
 @click.option("--max-image-bytes", type=click.IntRange(min=1), help="Largest encoded image.  [33554432]")
 @click.option("--max-image-pixels", type=click.IntRange(min=1), help="Most pixels of an image.  [50000000]")
-@click.option(
-    "--max-input-pixels", type=click.IntRange(min=1), help="Most pixels of a requested input size.  [1048576]"
-)
+@click.option("--max-patches", type=click.IntRange(min=1), help="Most patches of a requested input size.  [2500]")
 @click.option("--max-targets", type=click.IntRange(min=1), help="Most targets of a request.  [100]")
 @click.option("--drain-seconds", type=click.FloatRange(min=0), help="Time for requests in flight after SIGTERM.  [30]")
 @click.option(
@@ -67,7 +72,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level to log.  [info]"
 )
 def serve(config: Path | None, **flags: Any) -> None:
-    """Serve until SIGTERM."""
+    """Serve until SIGTERM or Ctrl-C."""
     try:
         from pydantic import ValidationError
 
@@ -75,13 +80,16 @@ def serve(config: Path | None, **flags: Any) -> None:
         from cdam_server.config import Settings
         from cdam_server.loading import LoadError
     except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error.name} is missing: pip install 'cdam-serve[server]'") from error
+        raise click.ClickException(f"{error.name} is missing: install cdam-serve with its extra `server`") from error
     try:
         settings = Settings.load(config, **flags)
         logs.configure(settings.log_format, settings.log_level)
         # As PID 1 of a container the process would not hear a SIGTERM while it loads; serving has a handler of its own.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         asyncio.run(bootstrap.serve(settings, bootstrap.load_catalog(settings)))
+        # Requests that outlived the drain may still be computed, and their threads would keep the process.
+        sys.stderr.flush()
+        os._exit(0)
     except ValidationError as error:
         lines = (
             f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg'].removeprefix('Value error, ')}"
@@ -90,4 +98,3 @@ def serve(config: Path | None, **flags: Any) -> None:
         raise click.UsageError("\n".join(lines)) from error
     except (LoadError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    sys.exit(0)

@@ -135,7 +135,7 @@ def load_digits(split: Split) -> Digits:
     try:
         from sklearn.datasets import load_digits as bundled
     except ImportError as error:
-        raise ImportError("demo scenes need scikit-learn: pip install 'cdam-serve[demo]'") from error
+        raise ImportError("demo scenes need scikit-learn: install cdam-serve with its extra `demo`") from error
     data: Any = bundled()
     labels = np.asarray(data.target, np.int64)
     # Sorting by the relative rank within the own class interleaves the classes: every slice of it is stratified.

@@ -23,7 +23,7 @@ def main() -> None:
     api, admin = _free_ports(2)
     command = [sys.executable, "-m", "cdam_server.cli", "serve", "--log-level", "warning"]
     command += ["--address", f"127.0.0.1:{api}", "--admin-address", f"127.0.0.1:{admin}"]
-    print(f"$ cdam serve --address 127.0.0.1:{api}")
+    print(f"$ cdam serve --address 127.0.0.1:{api} --admin-address 127.0.0.1:{admin}")
     server = subprocess.Popen(command)  # noqa: S603 - our own command
     try:
         _explain_scene(f"127.0.0.1:{api}", arguments.scene, arguments.out)
@@ -31,6 +31,7 @@ def main() -> None:
         server.send_signal(signal.SIGTERM)
         code = server.wait(timeout=60)
     print(f"server stopped, exit code {code}")
+    print("next: .venv/bin/cdam serve, and in another shell .venv/bin/cdam explain IMAGE -o out")
     sys.exit(code)
 
 

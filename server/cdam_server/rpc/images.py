@@ -10,10 +10,12 @@ embedded profile changes how a picture looks, not what a model was shown.
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -40,9 +42,12 @@ FORMATS: Final = (
 # PIL opens a JPEG with several pictures in it (stereo, depth and gain maps of phones) as MPO; the first is the photo.
 _OPENED_FORMATS: Final = {*FORMATS, MpoImagePlugin.MpoImageFile.format}
 
-# Each scan of a progressive JPEG passes over the whole picture, so that a few hundred kB could take minutes. Encoders
+# Each scan of a JPEG passes over the whole picture, so that a few hundred kB could take minutes. Encoders
 # write about ten; so many are allowed at `max_pixels`, and more in smaller pictures.
 _MAX_JPEG_SCANS: Final = 25
+# A marker that is neither a stuffed zero nor a restart; entropy-coded data hold none.
+_JPEG_MARKER: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xff]")
+_MAX_PARTS: Final = 50_000
 _JPEG_SCAN_MARKER: Final = b"\xff\xda"
 
 _UPRIGHT: Final = {
@@ -61,9 +66,9 @@ class ImageLimits:
     """What one image may weigh.
 
     Attributes:
-        max_bytes: Largest size as sent, encoded or raw.
-        max_pixels: Largest height * width. Decoding takes about 4 bytes a pixel, with transparency about 8. PIL's
-            own guard stays on behind it, at 179 million pixels.
+        max_bytes: Largest size of an encoded image; raw ones are bounded by their pixels.
+        max_pixels: Largest height * width. Decoding takes about 4 bytes a pixel, with transparency about 8, a JPEG of
+            several scans about 10. PIL's own guard stays on behind it, at 179 million pixels.
     """
 
     max_bytes: int = 32 * 1024 * 1024
@@ -96,6 +101,7 @@ def _decode_encoded(data: bytes, limits: ImageLimits, field: str) -> Image.Image
     if not data:
         raise InvalidArgumentError(field, "is empty; send a JPEG, PNG or WebP file")
     _check_bytes(data, limits, field)
+    _check_parts(data, field)
     with _blaming_the_bytes(field, limits):
         if size := _webp_canvas(data):  # PIL allocates the canvas on opening the file
             _check_size(size, limits, field)
@@ -118,7 +124,6 @@ def _decode_raw(raw: common_pb2.RawImage, limits: ImageLimits, field: str) -> Im
     if raw.channels not in {1, 3}:
         raise InvalidArgumentError(f"{field}.channels", f"must be 1 (grey) or 3 (RGB), not {raw.channels}")
     _check_size((raw.width, raw.height), limits, field)
-    _check_bytes(raw.data, limits, f"{field}.data")
     expected = raw.height * raw.width * raw.channels
     if len(raw.data) != expected:
         raise InvalidArgumentError(
@@ -172,11 +177,25 @@ def _check_size(size: tuple[int, int], limits: ImageLimits, field: str) -> None:
 
 
 def _check_scans(file: Image.Image, data: bytes, limits: ImageLimits, field: str) -> None:
-    if not file.info.get("progressive"):
+    if file.format not in {"JPEG", "MPO"}:
         return
     scans = data.count(_JPEG_SCAN_MARKER)  # a few too many, by chance matches in metadata
     if scans * file.width * file.height > _MAX_JPEG_SCANS * limits.max_pixels:
-        raise InvalidArgumentError(field, f"is a progressive JPEG of {scans} scans, too many for its size")
+        raise InvalidArgumentError(field, f"is a JPEG of {scans} scans, too many for its size")
+
+
+def _check_parts(data: bytes, field: str) -> None:
+    """Refuse files of countless tiny segments or chunks: PIL walks through each of them in Python."""
+    parts = 0
+    if data.startswith(b"\xff\xd8"):
+        parts = sum(1 for _ in islice(_JPEG_MARKER.finditer(data), _MAX_PARTS + 1))
+    elif data.startswith(b"\x89PNG"):
+        position = 8
+        while position + 8 <= len(data) and parts <= _MAX_PARTS:
+            position += 12 + int.from_bytes(data[position : position + 4], "big")
+            parts += 1
+    if parts > _MAX_PARTS:
+        raise InvalidArgumentError(field, f"is made of more than {_MAX_PARTS} segments")
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int] | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
-from cdam_server.errors import UnavailableError
+from cdam_server.errors import InvalidArgumentError, UnavailableError
 from cdam_server.rpc.status import status_of
 from cdam_server.telemetry import Telemetry
 
@@ -50,35 +51,34 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method.rpartition("/")[2]
         make = getattr(grpc, f"{_shape(handler)}_rpc_method_handler")
         wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
+        parse = _pass_on if handler.request_streaming else handler.request_deserializer
         return make(  # type: ignore[no-any-return]
-            wrap(method, getattr(handler, _shape(handler))),
-            request_deserializer=handler.request_deserializer,
+            wrap(method, getattr(handler, _shape(handler)), parse),
+            # A single request is parsed inside, where an error is answered, logged and counted like any other.
+            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
             response_serializer=handler.response_serializer,
         )
 
-    def _wrap_unary(self, method: str, behaviour: Any) -> Any:
+    def _wrap_unary(self, method: str, behaviour: Any, parse: Callable[[Any], Any]) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async with self._observed(method, request, context):
-                return await behaviour(request, context)
+            async with self._observed(method, context):
+                return await behaviour(_parsed(request, parse), context)
 
         return call
 
-    def _wrap_stream(self, method: str, behaviour: Any) -> Any:
+    def _wrap_stream(self, method: str, behaviour: Any, parse: Callable[[Any], Any]) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with self._observed(method, request, context):
-                async for response in behaviour(request, context):
+            async with self._observed(method, context):
+                async for response in behaviour(_parsed(request, parse), context):
                     yield response
 
         return call
 
     @asynccontextmanager
-    async def _observed(
-        self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[None]:
+    async def _observed(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
         started = perf_counter()
         code, failure = grpc.StatusCode.OK, None
         structlog.contextvars.clear_contextvars()
-        request_id = getattr(request, "request_id", "")
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -86,10 +86,13 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 raise UnavailableError("the server is not ready", 1.0)  # noqa: TRY301
             yield
         except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
+            remaining = context.time_remaining()
+            late = remaining is not None and remaining <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            self._telemetry.failures.labels(code.name).inc()
             raise
         except Exception as error:  # noqa: BLE001 - this is where every error ends
-            status = status_of(error, request_id)
+            status = status_of(error, structlog.contextvars.get_contextvars().get("request_id", ""))
             code, failure = status.code, status.message
             if status.error_id:
                 _log.error("internal error", error_id=status.error_id, exc_info=error)
@@ -106,6 +109,17 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             if failure:
                 facts["error"] = failure
             _log.info("rpc", **facts, **structlog.contextvars.get_contextvars())
+
+
+def _pass_on(request: Any) -> Any:
+    return request
+
+
+def _parsed(request: Any, parse: Callable[[Any], Any]) -> Any:
+    try:
+        return parse(request)
+    except DecodeError as error:
+        raise InvalidArgumentError("request", "is not a message of this API") from error
 
 
 def _shape(handler: Any) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from time import perf_counter
 from typing import Any, TypeAlias
-from uuid import uuid4
 
 import grpc
 import structlog
@@ -16,6 +16,7 @@ from cdam_server.explain import ExplainUseCase
 from cdam_server.rpc import decode, encode
 from cdam_server.rpc.images import ImageLimits
 
+_PAGE_TOKEN = re.compile(r"[0-9]{0,9}")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -25,18 +26,22 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
     Args:
         explain: The Explain use case.
         limits: Limits of images.
+        max_targets: Most targets of a request.
     """
 
-    def __init__(self, explain: ExplainUseCase, limits: ImageLimits) -> None:
+    def __init__(self, explain: ExplainUseCase, limits: ImageLimits, max_targets: int) -> None:
         self._explain = explain
         self._limits = limits
+        self._max_targets = max_targets
 
     async def Explain(self, request: explain_pb2.ExplainRequest, context: _Context) -> explain_pb2.ExplainResponse:
         """Explain one image."""
         started = perf_counter()
-        request_id = request.request_id or uuid4().hex
-        structlog.contextvars.bind_contextvars(request_id=request_id, model=request.model, targets=len(request.targets))
-        command = decode.explain_command(request, self._limits, context.time_remaining())
+        request_id = decode.request_id(request)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        command = decode.explain_command(request, self._limits, self._max_targets, context.time_remaining())
+        model = self._explain.catalog.get(command.model)
+        structlog.contextvars.bind_contextvars(model=model.loaded.name, targets=len(command.targets))
         explained = await self._explain(command)
         return encode.explain_response(explained, request_id, max(1, len(request.methods)), perf_counter() - started)
 
@@ -46,7 +51,7 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         context: _Context,
     ) -> model_pb2.ListModelsResponse:
         """List the models, a page at a time; a page's token is the index of its first model."""
-        if request.page_token and not request.page_token.isdecimal():
+        if not _PAGE_TOKEN.fullmatch(request.page_token):
             raise InvalidArgumentError("page_token", "is not one that this server gave out")
         catalog = self._explain.catalog
         models = [encode.model(served, is_default=served is catalog.default) for served in catalog]
@@ -62,6 +67,7 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         context: _Context,
     ) -> model_pb2.GetModelResponse:
         """Describe one model."""
+        decode.check_name(request.name, "name")
         catalog = self._explain.catalog
         served = catalog.get(request.name)
         return model_pb2.GetModelResponse(model=encode.model(served, is_default=served is catalog.default))

@@ -25,7 +25,7 @@ class QueueFullError(Exception):
     """
 
     def __init__(self, pending: int, retry_after: float) -> None:
-        super().__init__(f"{pending} requests are waiting, which is as many as may")
+        super().__init__(f"the queue is full: {pending} waiting")
         self.retry_after = retry_after
 
 
@@ -59,6 +59,7 @@ class _Entry(Generic[Bucket, Job, Answer]):
     answered: "asyncio.Future[Done[Answer]]"
     arrived: float
     deadline: float
+    rank: int
 
 
 class Batcher(Generic[Bucket, Job, Answer]):
@@ -124,13 +125,21 @@ class Batcher(Generic[Bucket, Job, Answer]):
         if pending >= self._max_pending:
             raise QueueFullError(pending, self._retry_after())
 
-    async def submit(self, bucket: Bucket, job: Job, *, timeout: float | None = None) -> Done[Answer]:  # noqa: ASYNC109
+    async def submit(
+        self,
+        bucket: Bucket,
+        job: Job,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+        rank: int = 0,
+    ) -> Done[Answer]:
         """Wait for a job's answer; cancelling the wait withdraws the job.
 
         Args:
             bucket: Only jobs of one bucket share a batch.
             job: The job.
             timeout: Time in seconds after which the work need not begin any more.
+            rank: Jobs of lower rank go first, within a rank those that came first.
 
         Raises:
             ClosedError: The batcher takes no more jobs.
@@ -141,7 +150,7 @@ class Batcher(Generic[Bucket, Job, Answer]):
         self.check_room()
         loop = asyncio.get_running_loop()
         now = loop.time()
-        entry = _Entry(bucket, job, loop.create_future(), now, math.inf if timeout is None else now + timeout)
+        entry = _Entry(bucket, job, loop.create_future(), now, math.inf if timeout is None else now + timeout, rank)
         self._waiting[id(entry)] = entry
         self._changed.set()
         try:
@@ -156,9 +165,15 @@ class Batcher(Generic[Bucket, Job, Answer]):
         while self._waiting or self._computing:
             self._changed.clear()
             await self._changed.wait()
+        self.abandon()
+        self._thread.shutdown()  # at once, since nothing is computed any more
+
+    def abandon(self) -> None:
+        """End without waiting for what is still being computed."""
+        self._closed = True
         if self._runner is not None:
             self._runner.cancel()
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _retry_after(self) -> float:
         batches = math.ceil((len(self._waiting) + self._computing) / self._max_batch_size)
@@ -190,15 +205,16 @@ class Batcher(Generic[Bucket, Job, Answer]):
                 return
 
     def _take(self) -> list[_Entry[Bucket, Job, Answer]]:
-        """The next batch: jobs of the oldest job's bucket, in order of arrival, without those out of time."""
+        """The next batch: jobs of the first job's bucket, by rank and arrival, without those out of time."""
         now = asyncio.get_running_loop().time()
         for entry in [entry for entry in self._waiting.values() if entry.deadline <= now]:
             del self._waiting[id(entry)]
             entry.answered.set_exception(ExpiredError("the deadline passed while the request waited for its turn"))
         if not self._waiting:
             return []
-        bucket = next(iter(self._waiting.values())).bucket
-        same = (entry for entry in self._waiting.values() if entry.bucket == bucket)
+        ranked = sorted(self._waiting.values(), key=lambda entry: entry.rank)  # stable: arrival decides within a rank
+        bucket = ranked[0].bucket
+        same = (entry for entry in ranked if entry.bucket == bucket)
         batch = list(islice(same, self._max_batch_size))
         for entry in batch:
             del self._waiting[id(entry)]
