@@ -103,13 +103,13 @@ class RelevanceMap:
         steps: For integrated methods: points on the path that were used.
     """
 
-    scores: NDArray[np.float32]
+    scores: NDArray[np.float32] = field(repr=False)
     target: ExplainedTarget | None
     method: Method
     geometry: Geometry
     prefix_share: float | None = None
-    parts: Parts | None = None
-    standard_error: NDArray[np.float32] | None = None
+    parts: Parts | None = field(default=None, repr=False)
+    standard_error: NDArray[np.float32] | None = field(default=None, repr=False)
     completeness_residual: float | None = None
     steps: int | None = None
     _image: pb.Image | None = field(default=None, repr=False)

@@ -67,6 +67,8 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 def _plain(image: Image.Image) -> Image.Image:
     """Mode L or RGB, upright and opaque."""
+    if image.mode.startswith("I;16"):  # 16-bit grey by its high byte, as the server takes it
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode not in _MODES:
         raise ImageError(f"an image of mode {image.mode!r} has no 8-bit colours; scale it to 0..255 first")
     image = ImageOps.exif_transpose(image)

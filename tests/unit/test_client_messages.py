@@ -93,7 +93,6 @@ def test_images_stand_upright() -> None:
         (PIXELS[None], "shape"),
         (PIXELS[:0], "shape"),
         (Image.new("F", (2, 2)), "mode 'F'"),
-        (Image.new("I;16", (2, 2)), "mode 'I;16'"),
     ],
 )
 def test_what_is_no_image(image: Any, message: str) -> None:
