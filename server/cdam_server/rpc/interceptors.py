@@ -108,7 +108,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             facts = {"method": method, "code": code.name, "seconds": round(seconds, 6), "peer": context.peer()}
             if failure:
                 facts["error"] = failure
-            _log.info("rpc", **facts, **structlog.contextvars.get_contextvars())
+            _log.info("rpc", **facts)
 
 
 def _pass_on(request: Any) -> Any:
