@@ -17,7 +17,6 @@ from cdam_server.errors import (
     InvalidArgumentError,
     NotFoundError,
     OutOfMemoryError,
-    ServiceError,
 )
 from cdam_server.loading import LoadedModel
 
@@ -154,5 +153,5 @@ def _checked(explanation: Explanation) -> Explanation | Exception:
     return NonFiniteError("the model's outputs or gradients for this image are not finite")
 
 
-class NonFiniteError(ServiceError):
-    """The model answered with NaN or infinity."""
+class NonFiniteError(ArithmeticError):
+    """The model answered with NaN or infinity; the caller is told of an internal error, since it can't do better."""

@@ -40,8 +40,8 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         request_id = decode.request_id(request)
         structlog.contextvars.bind_contextvars(request_id=request_id)
         command = decode.explain_command(request, self._limits, self._max_targets, context.time_remaining())
-        model = self._explain.catalog.get(command.model)
-        structlog.contextvars.bind_contextvars(model=model.loaded.name, targets=len(command.targets))
+        model = command.model or self._explain.catalog.default.loaded.name
+        structlog.contextvars.bind_contextvars(model=model, targets=len(command.targets))
         explained = await self._explain(command)
         return encode.explain_response(explained, request_id, max(1, len(request.methods)), perf_counter() - started)
 
