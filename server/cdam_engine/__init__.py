@@ -1,27 +1,67 @@
 """Explanations of Vision Transformers: torch and timm, no service.
 
 >>> import timm, torch
->>> from cdam_engine import Explainer, TopK
+>>> from cdam_engine import Explainer, IntegratedCdam, TopK
 >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
->>> explanation, = Explainer(model).explain(torch.randn(1, 3, 224, 224), [[TopK(2)]])
+>>> (explanation,) = Explainer(model).explain(torch.randn(1, 3, 224, 224), [[TopK(2)]], [[IntegratedCdam()]])
 >>> explanation.maps[0].scores.shape
 (14, 14)
 """
 
-from cdam_engine.explainer import ExplainedTarget, Explainer, Explanation, RelevanceMap
-from cdam_engine.targets import Output, Target, TopK
-from cdam_engine.vit import Grid, Readout, SplitViT, UnsupportedArchitectureError
+from cdam_engine.cache import TokenCache
+from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedError, UnsupportedMethodError
+from cdam_engine.explainer import Explainer
+from cdam_engine.explanation import ExplainedTarget, Explanation, RelevanceMap
+from cdam_engine.methods import (
+    METHODS,
+    Attention,
+    AttentionRollout,
+    Cdam,
+    InputXGradient,
+    IntegratedCdam,
+    IntegratedGradients,
+    Method,
+    Noise,
+    PartialLrp,
+    PatchMaskPrediction,
+    RelevancePropagation,
+    SmoothCdam,
+    SmoothGrad,
+    TokenAblation,
+)
+from cdam_engine.targets import Concept, Contrast, Output, Target, TopK
+from cdam_engine.vit import Grid, Readout, SplitViT
 
 __all__ = [
+    "METHODS",
+    "Attention",
+    "AttentionRollout",
+    "Cdam",
+    "Concept",
+    "Contrast",
     "ExplainedTarget",
     "Explainer",
     "Explanation",
     "Grid",
+    "InputXGradient",
+    "IntegratedCdam",
+    "IntegratedGradients",
+    "Method",
+    "Noise",
     "Output",
+    "PartialLrp",
+    "PatchMaskPrediction",
     "Readout",
     "RelevanceMap",
+    "RelevancePropagation",
+    "SmoothCdam",
+    "SmoothGrad",
     "SplitViT",
     "Target",
+    "TokenAblation",
+    "TokenCache",
     "TopK",
     "UnsupportedArchitectureError",
+    "UnsupportedError",
+    "UnsupportedMethodError",
 ]

@@ -1,133 +1,339 @@
-"""From a batch of inputs to maps: trunk, tail, scores."""
+"""From a batch of images to maps: trunk, tail, methods."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from time import perf_counter
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
-from cdam_engine.methods.cdam import cdam
-from cdam_engine.tail import AutogradTail
-from cdam_engine.targets import Target, resolve
+from cdam_engine.batch import Batch
+from cdam_engine.cache import TokenCache, digest, join
+from cdam_engine.clock import Clock
+from cdam_engine.explanation import ExplainedTarget, Explanation, RelevanceMap
+from cdam_engine.fingerprint import fingerprint as make_fingerprint
+from cdam_engine.methods import Cdam
+from cdam_engine.methods.base import Method, Scores
+from cdam_engine.preprocess import DataConfig, normalise, prepare
+from cdam_engine.targets import Target, TopK, check, count, resolve
+from cdam_engine.trunk import Trunk, resolve_precision
 from cdam_engine.vit import Grid, SplitViT
 
 
-@dataclass(frozen=True, eq=False)
-class ExplainedTarget:
-    """A target and the model's answer to it.
+class _Unit(NamedTuple):
+    """A piece of work: one method and one list of targets for one of the batch's images."""
 
-    Attributes:
-        index: The output's index.
-        value: Its logit or regression value.
-    """
-
-    index: int
-    value: float
-
-
-@dataclass(frozen=True, eq=False)
-class RelevanceMap:
-    """Signed relevance of each patch for one target.
-
-    Attributes:
-        scores: Shape (h, w), raw; float32, or float64 if the model is.
-        prefix_share: sum |score| over prefix tokens / sum |score| over all tokens, 0 if all are zero.
-    """
-
-    scores: NDArray[np.floating]
-    prefix_share: float
-
-
-@dataclass(frozen=True, eq=False)
-class Explanation:
-    """Everything about one image.
-
-    Attributes:
-        grid: The patch grid.
-        logits: Shape (C,).
-        targets: The targets, top-k ones replaced by their outputs.
-        maps: One for each of them.
-        trunk_seconds: Time that the batch spent in the trunk.
-        tail_seconds: Time that the batch spent in the tail, gradients included.
-    """
-
-    grid: Grid
-    logits: NDArray[np.floating]
-    targets: tuple[ExplainedTarget, ...]
-    maps: tuple[RelevanceMap, ...]
-    trunk_seconds: float
-    tail_seconds: float
+    image: int
+    method: Method
+    targets: tuple[Target, ...]
 
 
 class Explainer:
-    """CDAM of a timm ViT.
+    """Explanations of a timm ViT.
 
     Safe to call from several threads; leaves no hook, no grad mode and no gradient on the model.
 
+    >>> explainer = Explainer(timm.create_model("vit_small_patch16_224", pretrained=True).eval())
+    >>> explanation = explainer(Image.open("cat.jpg"), TopK(3), IntegratedCdam())
+    >>> plt.imshow(explanation.maps[0].scores)
+
     Args:
         model: A timm ViT in eval mode; see `SplitViT` for which.
+        precision: Of the trunk's matrix products: "fp32": as the model is; "bf16"; "auto": bf16 where the device has
+            units for it. What is differentiated is never in bf16.
+        compile: Whether to compile the trunk for the model's input size; the first batch of each size is slow then.
+        compile_batch_sizes: Sizes that batches are filled up to when compiled.
+        cache: Keeps trunk outputs for further questions about the same images; explainers may share it. Clear it after
+            changing a model's weights.
+        data_config: How the model wants its pixels; None: as timm says.
+        fingerprint: What tells the model from others in the cache; None: made from its weights.
+
+    Attributes:
+        vit: The model, split.
+        precision: "fp32" or "bf16".
+        cache: The token cache, or None.
 
     Raises:
         UnsupportedArchitectureError: CDAM is not defined for the model, or its code is not known here.
-        ValueError: The model is in training mode.
+        ValueError: The model is in training mode, or there is no such precision.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        precision: str = "fp32",
+        compile: bool = False,  # noqa: A002 - torch's name for it
+        compile_batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
+        cache: TokenCache | None = None,
+        data_config: DataConfig | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
         self.vit = SplitViT(model)
+        weight = next(model.parameters())
+        self.precision = resolve_precision(precision, weight.device)
+        self.cache = cache
+        self._data_config = data_config
+        if cache is not None and fingerprint is None:
+            fingerprint = make_fingerprint(model, type(model).__name__, {})
+        self._name = f"{fingerprint}/{self.precision}/{weight.dtype}"
+        self._trunk = Trunk(self.vit, self.precision, compile=compile, batch_sizes=compile_batch_sizes)
 
-    def explain(self, pixels: Tensor, targets: Sequence[Sequence[Target]]) -> list[Explanation]:
-        """Maps of a batch of images, each with its own targets.
+    @property
+    def data_config(self) -> DataConfig:
+        """How the model wants its pixels.
+
+        Raises:
+            ValueError: timm does not say.
+        """
+        if self._data_config is None:
+            self._data_config = DataConfig.from_timm(self.vit.model)
+        return self._data_config
+
+    def check(self, method: Method) -> None:
+        """Refuse a method that the model can't serve.
+
+        Raises:
+            UnsupportedMethodError: With the reason.
+        """
+        method.check(self.vit)
+
+    def __call__(
+        self,
+        image: Image.Image,
+        targets: Target | Sequence[Target] = TopK(1),  # noqa: B008 - frozen
+        methods: Method | Sequence[Method] = Cdam(),  # noqa: B008 - frozen
+    ) -> Explanation:
+        """Explain one image, resized and cropped as the model was evaluated.
 
         Args:
-            pixels: Normalised input, shape (B, 3, H, W), in the model's dtype and on its device.
+            image: The image.
+            targets: What to explain, one or several.
+            methods: How, one or several.
+
+        Raises:
+            UnsupportedMethodError: The model can't serve a method.
+            IndexError: A target names an output that the model does not have.
+            ValueError: A concept's vector is not one of the model's latent space.
+        """
+        pixels = torch.from_numpy(prepare(image, self.data_config).pixels)[None]
+        its_targets = [targets] if isinstance(targets, Target) else targets
+        its_methods = [methods] if isinstance(methods, Method) else methods
+        (explanation,) = self.explain(pixels, [its_targets], [its_methods])
+        return explanation
+
+    def explain(
+        self,
+        images: Tensor,
+        targets: Sequence[Sequence[Target]],
+        methods: Sequence[Sequence[Method]] | None = None,
+    ) -> list[Explanation]:
+        """Maps of a batch of images, each with its own targets and methods.
+
+        Equal images share their trunk, and equal questions about them are answered once.
+
+        Args:
+            images: Normalised input, shape (B, 3, H, W), in the model's dtype; or uint8 pixels, shape (B, H, W, 3).
             targets: The targets of each image, B sequences of any lengths.
+            methods: The methods of each image; None: CDAM for all.
 
         Returns:
             One explanation for each image; equal to what the image gets alone, up to rounding.
 
         Raises:
-            ValueError: The model does not take inputs of this size, or `targets` is not of length B.
+            UnsupportedMethodError: The model can't serve a method.
+            ValueError: The model does not take inputs of this size, is in training mode, `targets` or `methods` is not
+                of length B, or a concept's vector is not one of the model's latent space.
             IndexError: A target names an output that the model does not have.
         """
-        if pixels.ndim != 4:
-            raise ValueError(f"pixels has shape {tuple(pixels.shape)}, not (B, 3, H, W)")
-        if len(pixels) != len(targets):
-            raise ValueError(f"{len(pixels)} images, but targets for {len(targets)}")
-        with _own_modes(pixels.device):
-            started = perf_counter()
-            trunk = self.vit.trunk(pixels)
-            _finish(pixels.device)
-            trunk_done = perf_counter()
-            tail = AutogradTail(self.vit, trunk)
-            logits = _on_cpu(tail.logits)
-            resolved = [resolve(wanted, row) for wanted, row in zip(targets, logits, strict=True)]
-            scores = _on_cpu(cdam(tail, resolved))
-            tail_done = perf_counter()
-        prefix = self.vit.num_prefix_tokens
+        asked = [[Cdam()]] * len(images) if methods is None else methods
+        self._check(images, targets, asked)
+        if not len(images):
+            return []
+        clock = Clock(self._device)
+        with _own_modes(self._device):
+            keys = self._keys(images)
+            places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+            distinct = images if len(places) == len(keys) else images[[keys.index(key) for key in places]]
+            batch = Batch(self.vit, self._grid(images), len(distinct), lambda: self._load(distinct))
+            hits = [False] * len(distinct)
+            if any(method.reads_tokens for its in asked for method in its) or not all(asked):
+                with clock("trunk"):
+                    hits = self._run_trunk(batch, distinct, list(places))
+            with clock("tail"):
+                if batch.trunk is not None:
+                    batch.learn_from_tail()
+                units = [
+                    [_Unit(places[key], method, tuple(wanted) if method.needs_target else ()) for method in its]
+                    for key, wanted, its in zip(keys, targets, asked, strict=True)
+                ]
+                found = _run(batch, [unit for its in units for unit in its], clock)
+            order = [places[key] for key in keys]
+            latents, logits = map(_on_cpu, batch.outputs(order))
+            answered = [
+                _explained(wanted, latents[row], logits[row]) for row, wanted in enumerate(targets)
+            ]
+        seconds = clock.seconds()
+        kinds = {unit.method.kind for its in units for unit in its}
         return [
             Explanation(
-                grid=trunk.grid,
-                logits=row.numpy(),
-                targets=tuple(ExplainedTarget(int(output.index), float(row[output.index])) for output in outputs),
-                maps=tuple(_relevance_map(item, prefix, trunk.grid) for item in items[: len(outputs)]),
-                trunk_seconds=trunk_done - started,
-                tail_seconds=tail_done - trunk_done,
+                grid=batch.grid,
+                latent=latents[row].numpy(),
+                logits=logits[row].numpy(),
+                targets=answered[row],
+                maps=tuple(
+                    relevance
+                    for index, unit in enumerate(its)
+                    if unit in found
+                    for relevance in found[unit].maps(index)
+                ),
+                trunk_seconds=seconds.get("trunk", 0.0),
+                tail_seconds=seconds.get("tail", 0.0),
+                method_seconds={kind: seconds.get(kind, 0.0) for kind in kinds},
+                token_cache_hit=hits[order[row]],
             )
-            for row, outputs, items in zip(logits, resolved, scores, strict=True)
+            for row, its in enumerate(units)
         ]
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.vit.model.parameters()).device
 
-def _relevance_map(scores: Tensor, prefix: int, grid: Grid) -> RelevanceMap:
-    """The map of one image and target from the scores of all its tokens, shape (N,)."""
-    total = float(scores.abs().sum())
-    share = float(scores[:prefix].abs().sum()) / total if total else 0.0
-    return RelevanceMap(scores[prefix:].reshape(grid).numpy(), share)
+    def _check(
+        self, images: Tensor, targets: Sequence[Sequence[Target]], methods: Sequence[Sequence[Method]]
+    ) -> None:
+        channels = images.shape[-1] if images.dtype == torch.uint8 else images.shape[1] if images.ndim == 4 else 0
+        if images.ndim != 4 or channels != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)}: neither (B, 3, H, W) nor uint8 (B, H, W, 3)")
+        for name, given in (("targets", targets), ("methods", methods)):
+            if len(given) != len(images):
+                raise ValueError(f"{len(images)} images, but {name} for {len(given)}")
+        for wanted in targets:
+            check(wanted, self.vit.num_outputs, self.vit.latent_size)
+        for method in {method for its in methods for method in its}:
+            self.check(method)
+
+    def _grid(self, images: Tensor) -> Grid:
+        height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
+        return self.vit.grid((height, width))
+
+    def _keys(self, images: Tensor) -> list[Hashable]:
+        """What is equal for equal images; without a cache, a single image or one that is on a GPU is not looked at."""
+        if self.cache is None and (len(images) == 1 or images.is_cuda):
+            return list(range(len(images)))
+        return [(self._name, digest(image)) for image in images]
+
+    def _load(self, images: Tensor) -> Tensor:
+        """Normalised input on the model's device."""
+        if images.dtype != torch.uint8:
+            return images.detach()
+        if self._device.type == "cuda" and not images.is_cuda:
+            images = images.pin_memory()
+        weight = next(self.vit.model.parameters())
+        return normalise(images.to(self._device, non_blocking=True), self.data_config, weight.dtype)
+
+    def _run_trunk(self, batch: Batch, images: Tensor, keys: Sequence[Hashable]) -> list[bool]:
+        """Fill in the trunk's outputs, from the cache where it has them; returns which it had."""
+        cache = self.cache
+        if cache is None:
+            batch.trunk = self._trunk(batch.pixels)
+            return [False] * len(keys)
+        kept = [cache.get(key) for key in keys]
+        missing = [place for place, found in enumerate(kept) if found is None]
+        if missing:
+            whole = len(missing) == len(keys)
+            out = self._trunk(batch.pixels if whole else self._load(images[missing]))
+            for row, place in enumerate(missing):
+                cache.put(keys[place], out.part(row))
+            if whole:
+                batch.trunk = out
+                return [False] * len(keys)
+            kept = [out.part(missing.index(place)) if found is None else found for place, found in enumerate(kept)]
+        batch.trunk = join([found for found in kept if found is not None])
+        return [place not in missing for place in range(len(keys))]
+
+
+class _Found:
+    """What a method found out about one image, on the CPU.
+
+    Args:
+        scores: What it found out about several.
+        row: Which of them it is.
+        batch: Their batch.
+    """
+
+    def __init__(self, method: Method, scores: Scores, row: int, batch: Batch) -> None:
+        self._needs_target = method.needs_target
+        self._scores, self._row = scores, row
+        self._grid, self._prefix = batch.grid, batch.vit.num_prefix_tokens if scores.has_prefix else 0
+
+    def maps(self, method_index: int) -> Iterator[RelevanceMap]:
+        """One map for each target."""
+        found, row = self._scores, self._row
+        scores = found.scores[row]
+        shares: list[float] | None = None
+        if found.has_prefix:
+            size = scores.abs()
+            total = size.sum(dim=-1)
+            shares = (size[:, : self._prefix].sum(dim=-1) / total.where(total > 0, 1.0)).tolist()
+        for k in range(len(scores)):
+            value = None if found.value is None else self._patches(found.value[row, k])
+            patches = self._patches(scores[k])
+            yield RelevanceMap(
+                scores=patches,
+                method_index=method_index,
+                target_index=k if self._needs_target else None,
+                prefix_share=None if shares is None else shares[k],
+                value_part=value,
+                key_part=None if value is None else patches - value,
+                standard_error=None if found.standard_error is None else self._patches(found.standard_error[row, k]),
+                completeness_residual=None if found.residual is None else float(found.residual[row, k]),
+                steps=None if found.steps is None else found.steps[row][k],
+            )
+
+    def _patches(self, values: Tensor) -> NDArray[np.floating]:
+        array: NDArray[np.floating] = values[self._prefix :].reshape(self._grid).numpy()
+        return array
+
+
+def _run(batch: Batch, units: Sequence[_Unit], clock: Clock) -> dict[_Unit, _Found]:
+    """Do every different piece of work once, together those of one method with equal numbers of targets."""
+    groups: dict[tuple[Method, int], list[_Unit]] = {}
+    for unit in dict.fromkeys(units):
+        number = count(unit.targets)
+        if number or not unit.method.needs_target:
+            groups.setdefault((unit.method, number), []).append(unit)
+    computed = []
+    for (method, _), group in groups.items():
+        with clock(method.kind):
+            computed.append(method.explain(batch, [unit.image for unit in group], [unit.targets for unit in group]))
+    return {
+        unit: _Found(method, scores, row, batch)
+        for ((method, _), group), scores in zip(groups.items(), map(_scores_on_cpu, computed), strict=True)
+        for row, unit in enumerate(group)
+    }
+
+
+def _scores_on_cpu(scores: Scores) -> Scores:
+    moved = {
+        name: None if (value := getattr(scores, name)) is None else _on_cpu(value)
+        for name in ("scores", "value", "standard_error", "residual")
+    }
+    return replace(scores, **moved)
+
+
+def _explained(wanted: Sequence[Target], latent: Tensor, logits: Tensor) -> tuple[ExplainedTarget, ...]:
+    """The model's answers to one image's targets."""
+    found = []
+    for index, target in enumerate(wanted):
+        found += [ExplainedTarget(f, float(f(latent, logits)), index) for f in resolve([target], logits)]
+    return tuple(found)
 
 
 @contextmanager
@@ -140,10 +346,4 @@ def _own_modes(device: torch.device) -> Iterator[None]:
 def _on_cpu(values: Tensor) -> Tensor:
     """As numpy can take them: it knows no bfloat16."""
     half = values.dtype in (torch.bfloat16, torch.float16)
-    return values.float().cpu() if half else values.cpu()
-
-
-def _finish(device: torch.device) -> None:
-    """Wait for the device, so that the time is booked where it was spent."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return values.detach().float().cpu() if half else values.detach().cpu()

@@ -1,51 +1,398 @@
-"""The tail under autograd: the reference for every faster way, and the way for every architecture."""
+"""The tail and its gradients: by autograd for every architecture, in closed form where a [CLS] token is read out.
+
+Both answer the same question: at points alpha * T on the way from zero tokens to T, what is
+sum_j T_ij df/dT_ij of every token i? At alpha = 1 that is CDAM; averaged over the way it is Integrated CDAM; with noisy
+tokens in the place of T it is a draw of Smooth CDAM.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cdam_engine.targets import Scalar
-from cdam_engine.vit import SplitViT, TrunkOutput
+from cdam_engine import attention
+from cdam_engine.targets import Concept, Contrast, Scalar, values
+from cdam_engine.vit import Readout, SplitViT, TrunkOutput
+
+_MAX_ELEMENTS: Final = 1 << 23  # of a temporary: 32 MiB in float32
+
+
+class PathScores(NamedTuple):
+    """Scores of all tokens, shape (B, K, N), and the part of them that goes through the values, if asked for."""
+
+    scores: Tensor
+    value: Tensor | None
+
+
+class Tail(Protocol):
+    """The tail of B images.
+
+    Attributes:
+        latent: Shape (B, D).
+        logits: Shape (B, C).
+    """
+
+    latent: Tensor
+    logits: Tensor
+
+    def scores(
+        self,
+        targets: Sequence[Sequence[Scalar]],
+        points: Sequence[float] = (1.0,),
+        weights: Sequence[float] = (1.0,),
+        *,
+        parts: bool = False,
+    ) -> PathScores:
+        """Weighted sum over points alpha of sum_j T_ij df/dT_ij at alpha * T, the residual stream held constant.
+
+        Args:
+            targets: K targets of each image.
+            points: The points alpha.
+            weights: The weight of each.
+            parts: Whether to tell the part that goes through the values.
+        """
+
+    def values(self, targets: Sequence[Sequence[Scalar]], point: float) -> Tensor:
+        """f at alpha * T, shape (B, K)."""
+
+
+def make_tail(vit: SplitViT, trunk: TrunkOutput) -> Tail:
+    """The fastest tail that is exact for the model as it is now."""
+    return ClsTail(vit, trunk) if ClsTail.fits(vit, trunk) else AutogradTail(vit, trunk)
 
 
 class AutogradTail:
-    """One forward pass of the tail over a batch, kept for any number of backward passes.
-
-    Attributes:
-        tokens: T, shape (B, N, D).
-        latent: Shape (B, D), detached.
-        logits: Shape (B, C), detached.
-    """
+    """The tail under autograd: the reference for the faster way, and the way for every architecture."""
 
     def __init__(self, vit: SplitViT, trunk: TrunkOutput) -> None:
+        self._vit = vit
+        self._trunk = trunk
         with torch.enable_grad():
             self._tokens = trunk.tokens.detach().requires_grad_()
             self._output = vit.tail(trunk, self._tokens)
-        self.tokens = self._tokens.detach()
         self.latent = self._output.latent.detach()
         self.logits = self._output.logits.detach()
 
-    def gradients(self, targets: Sequence[Sequence[Scalar]]) -> Iterator[Tensor]:
-        """Gradients df/dT, shape (B, N, D): first of every image's first target, then of every second one, ...
+    def scores(
+        self,
+        targets: Sequence[Sequence[Scalar]],
+        points: Sequence[float] = (1.0,),
+        weights: Sequence[float] = (1.0,),
+        *,
+        parts: bool = False,
+    ) -> PathScores:
+        """See `Tail`."""
+        images, count, _ = self._tokens.shape
+        shape = (images, len(targets[0]) if targets else 0, count)
+        scores = self.latent.new_zeros(shape)
+        value = self.latent.new_zeros(shape) if parts else None
+        for point, weight in zip(points, weights, strict=True):
+            for k, gradient in enumerate(self._gradients(targets, point, through_weights=True)):
+                scores[:, k] += weight * (self._trunk.tokens * gradient).sum(dim=-1)
+            if value is not None:
+                for k, gradient in enumerate(self._gradients(targets, point, through_weights=False)):
+                    value[:, k] += weight * (self._trunk.tokens * gradient).sum(dim=-1)
+        return PathScores(scores, value)
+
+    def values(self, targets: Sequence[Sequence[Scalar]], point: float) -> Tensor:
+        """See `Tail`."""
+        if point == 1:
+            return values(targets, self.latent, self.logits)
+        return values(targets, *self._vit.tail(self._trunk, point * self._trunk.tokens))
+
+    def _gradients(
+        self, targets: Sequence[Sequence[Scalar]], point: float, *, through_weights: bool
+    ) -> Iterator[Tensor]:
+        """df/dT at a point, shape (B, N, D): first of every image's first target, then of every second one, ...
 
         No image depends on another, so the gradient of a sum over images is each image's own gradient; one backward
-        pass serves as many targets as there are images. Where an image has no further target its gradient is zero.
-
-        Args:
-            targets: The targets of each image, B sequences of any lengths.
+        pass serves as many targets as there are images.
         """
-        for row in zip_longest(*targets):
-            with torch.enable_grad():
+        tokens, output = self._tokens, self._output
+        with torch.enable_grad():
+            if point != 1 or not through_weights:
+                tokens = (point * self._trunk.tokens.detach()).requires_grad_()
+                tail = self._vit.tail if through_weights else self._vit.tail_of_values
+                output = tail(self._trunk, tokens)
+            for row in zip(*targets, strict=True):
                 total = torch.stack(
-                    [
-                        target(self._output.latent[b], self._output.logits[b])
-                        for b, target in enumerate(row)
-                        if target is not None
-                    ]
+                    [target(output.latent[b], output.logits[b]) for b, target in enumerate(row)]
                 ).sum()
-                (gradient,) = torch.autograd.grad(total, self._tokens, retain_graph=True)
-            yield gradient
+                (gradient,) = torch.autograd.grad(total, tokens, retain_graph=True)
+                yield gradient
+
+
+class ClsTail:
+    """The tail where only [CLS] (and DeiT's distillation token) is read out, without ever making K and V.
+
+    Let r be a token that is read out and h a head. Only row r of the attention matters, and keys and values enter it
+    linearly:
+
+        a_i = q_h . k_i = T_i . u_h + const,  u_h = W_K^hT q_h      (the constant leaves the softmax alone)
+        o_h = W_V^h z_h + b_V^h,              z_h = sum_i A_i T_i
+
+    so that O(N D) numbers are touched for each head, forward and backward, in place of O(N D^2). With G_h = df/dz_h from
+    autograd through the rest, which only row r passes,
+
+        value part   sum_h A_i T_i . G_h
+        key part     sum_h da_i T_i . u_h,       da_i = A_i (T_i . G_h - sum_m A_m T_m . G_h)
+        query part   sum_h sum_i da_i T_i . u1_h for token r alone, u1_h = W_K^hT W_Q^h T_r
+
+    At alpha * T the logits are alpha^2 T_i . u1_h + alpha T_i . u0_h with u0_h = W_K^hT b_Q^h: no point projects T again.
+    Further targets share everything but G.
+    """
+
+    def __init__(self, vit: SplitViT, trunk: TrunkOutput) -> None:
+        self._vit = vit
+        self._tokens = trunk.tokens
+        self._rows = rows = vit.num_readout_tokens
+        self._attention = vit.blocks[-1].attn
+        self._heads = heads = int(self._attention.num_heads)
+        w_q, w_k, self._w_v, b_q, self._b_v = _projections(self._attention)
+        images, _, width = trunk.tokens.shape
+
+        with torch.no_grad():
+            scale = float(self._attention.scale)
+            # (H, B R, d) times (H, d, D)
+            queries = torch.matmul(trunk.tokens[:, :rows].reshape(1, -1, width), w_q.transpose(1, 2)) * scale
+            u1 = torch.matmul(queries, w_k).reshape(heads, images, rows, width).permute(1, 2, 0, 3).flatten(1, 2)
+            if b_q is None:
+                products = torch.matmul(u1, trunk.tokens.transpose(1, 2))
+                u0_products = products.new_zeros((images, heads, products.shape[-1]))
+            else:
+                u0 = torch.matmul(b_q[:, None] * scale, w_k).squeeze(1).expand(images, -1, -1)
+                products = torch.matmul(torch.cat((u1, u0), dim=1), trunk.tokens.transpose(1, 2))
+                products, u0_products = products.split((rows * heads, heads), dim=1)
+            # T_i . u1_h and T_i . u0_h, shapes (B, 1, R, H, N) and (B, 1, 1, H, N)
+            self._t_u1 = products.unflatten(1, (1, rows, heads))
+            self._t_u0 = u0_products[:, None, None]
+            bias = attention.position_bias(self._attention, trunk.attention_arguments)
+            self._bias = 0.0 if bias is None else bias[:, None, :, :rows].transpose(2, 3)  # (1, 1, R, H, N)
+            self._residual = trunk.residual[:, :rows]
+            output = vit.read_out(self._rest(self._heads_out(self._attend([1.0]), [1.0])))
+        self.latent = output.latent
+        self.logits = output.logits
+
+    @staticmethod
+    def fits(vit: SplitViT, trunk: TrunkOutput) -> bool:
+        """Whether the closed form is exact: nothing between tokens and logits but plain linear maps, and no hooks."""
+        its = vit.blocks[-1].attn
+        model = cast("Any", vit.model)
+        heads = [model.head] if vit.num_outputs else []
+        if vit.readout is Readout.CLS_AND_DISTILLATION_TOKENS:
+            heads = [*heads, model.head_dist] if vit.num_outputs else []
+        return (
+            vit.num_readout_tokens > 0
+            and attention.is_plain(its, *attention.KNOWN)
+            and trunk.attention_arguments.get("rope") is None
+            and getattr(its, "num_kv_heads", its.num_heads) == its.num_heads
+            and getattr(its, "gate", None) is None
+            and all(attention.is_plain(getattr(its, name, _IDENTITY), nn.Identity) for name in ("q_norm", "k_norm"))
+            and all(attention.is_plain(part, nn.Linear) for part in (*_linear_parts(its), *heads))
+        )
+
+    def scores(
+        self,
+        targets: Sequence[Sequence[Scalar]],
+        points: Sequence[float] = (1.0,),
+        weights: Sequence[float] = (1.0,),
+        *,
+        parts: bool = False,
+    ) -> PathScores:
+        """See `Tail`."""
+        images, count, width = self._tokens.shape
+        total = len(targets[0]) if targets else 0
+        scores, value = (self._tokens.new_zeros((images, total, count)) for _ in range(2))
+        # Bound the temporaries: of size B n K R H D and B n K R H N.
+        one = images * self._rows * self._heads * max(width, count)
+        points_at_once = min(len(points), max(1, _MAX_ELEMENTS // one))
+        targets_at_once = max(1, _MAX_ELEMENTS // (one * points_at_once))
+        for first in range(0, len(points), points_at_once):
+            some = slice(first, first + points_at_once)
+            a = self._attend(points[some])
+            out = self._heads_out(a, points[some])
+            for start in range(0, total, targets_at_once):
+                chosen = slice(start, start + targets_at_once)
+                part, value_part = self._score([wanted[chosen] for wanted in targets], a, out, points[some], weights[some])
+                scores[:, chosen] += part
+                value[:, chosen] += value_part
+        return PathScores(scores, value if parts else None)
+
+    def values(self, targets: Sequence[Sequence[Scalar]], point: float) -> Tensor:
+        """See `Tail`."""
+        if point == 1:
+            return values(targets, self.latent, self.logits)
+        return values(targets, *self._vit.read_out(self._rest(self._heads_out(self._attend([point]), [point]))))
+
+    def _attend(self, points: Sequence[float]) -> Tensor:
+        """A of the rows that are read out at every point, shape (B, n, R, H, N)."""
+        if list(points) == [1.0]:
+            return (self._t_u1 + self._t_u0 + self._bias).softmax(dim=-1)
+        alpha = self._column(points)
+        return (alpha * (alpha * self._t_u1 + self._t_u0) + self._bias).softmax(dim=-1)
+
+    def _heads_out(self, a: Tensor, points: Sequence[float]) -> Tensor:
+        """The heads' outputs o at every point, shape (B n, R, H d)."""
+        images, at, rows, heads, _ = a.shape
+        z = torch.matmul(a.flatten(1, 3), self._tokens)  # (B, n R H, D)
+        if list(points) != [1.0]:
+            z = z * torch.tensor(points, dtype=z.dtype, device=z.device).repeat_interleave(rows * heads)[:, None]
+        z = z.unflatten(1, (at * rows, heads)).permute(2, 0, 1, 3).flatten(1, 2)  # (H, B n R, D)
+        out = torch.matmul(z, self._w_v.transpose(1, 2))
+        if self._b_v is not None:
+            out = out + self._b_v[:, None]
+        return out.transpose(0, 1).reshape(images * at, rows, -1)
+
+    def _rest(self, out: Tensor) -> Tensor:
+        """From the heads' outputs (B n, R, H d) to the final norm's, shape (B n, R, D)."""
+        its = self._attention
+        residual = self._residual
+        if len(out) != len(residual):
+            residual = residual.repeat_interleave(len(out) // len(residual), dim=0)
+        return self._vit.finish(residual, its.proj(attention.inner_norm(its)(out)))
+
+    def _score(
+        self,
+        targets: Sequence[Sequence[Scalar]],
+        a: Tensor,
+        out: Tensor,
+        points: Sequence[float],
+        weights: Sequence[float],
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and their value part, summed over points, shapes (B, K, N)."""
+        images, at, rows, heads, count = a.shape
+        gradient = self._gradient(targets, out, at)  # (B, n, K, R, H d)
+        total = gradient.shape[2]
+        g = gradient.reshape(-1, heads, gradient.shape[-1] // heads).transpose(0, 1)  # (H, B n K R, d)
+        g = torch.matmul(g, self._w_v).transpose(0, 1).reshape(images, at * total * rows * heads, -1)
+        a_tg = torch.matmul(g, self._tokens.transpose(1, 2)).unflatten(1, (at, total, rows, heads))
+        a = a[:, :, None]
+        a_tg.mul_(a)
+        t_u = self._t_u1 + self._t_u0
+        t_u1 = self._t_u1
+        if list(points) == [1.0]:
+            value = a_tg.sum(dim=(1, 3, 4))
+            a_tg.sub_(a * a_tg.sum(dim=-1, keepdim=True))
+        else:
+            alpha = self._column(points)
+            t_u, t_u1 = alpha * self._t_u1 + self._t_u0, alpha * self._t_u1
+            a_tg.mul_(self._column(weights)[..., None])
+            value = a_tg.sum(dim=(1, 3, 4))
+            a_tg.sub_(a * a_tg.sum(dim=-1, keepdim=True)).mul_(alpha[..., None])
+        scores = value + (a_tg * t_u[:, :, None]).sum(dim=(1, 3, 4))
+        scores[..., :rows] += (a_tg * t_u1[:, :, None]).sum(dim=(1, 4, 5))
+        return scores, value
+
+    def _gradient(self, targets: Sequence[Sequence[Scalar]], out: Tensor, at: int) -> Tensor:
+        """df/do of every target at every point, shape (B, n, K, R, H d)."""
+        with torch.enable_grad():
+            leaf = out.detach().requires_grad_()
+            features = self._features(self._rest(leaf))
+        images = len(targets)
+        seeds = self._seeds(targets, features.detach().unflatten(0, (images, at)))  # (B, n or 1, K, R, D)
+        total = seeds.shape[2]
+        seeds = seeds.expand(-1, at, -1, -1, -1).flatten(0, 1)  # (B n, K, R, D)
+        if total == 1:
+            (gradient,) = torch.autograd.grad(features, leaf, seeds.squeeze(1))
+            return gradient.unflatten(0, (images, at))[:, :, None]
+        (gradient,) = torch.autograd.grad(features, leaf, seeds.transpose(0, 1), is_grads_batched=True)
+        return gradient.transpose(0, 1).unflatten(0, (images, at))
+
+    def _features(self, x: Tensor) -> Tensor:
+        """What every target is a simple function of: the latents of the rows that are read out, (B n, R, D).
+
+        The latent is their mean.
+        """
+        if self._rows == 1:
+            return cast("Tensor", cast("Any", self._vit.model).forward_head(x, pre_logits=True))[:, None]
+        return x
+
+    def _seeds(self, targets: Sequence[Sequence[Scalar]], features: Tensor) -> Tensor:
+        """df/dfeatures, shape (B, n, K, R, D), or with n = 1 if it is the same at every point."""
+        images, total, rows = len(targets), len(targets[0]), self._rows
+        linear = all(
+            not isinstance(side, Concept) or side.similarity == "dot"
+            for wanted in targets
+            for target in wanted
+            for _, side in _sides(target)
+        )
+        seeds = features.new_zeros((images, 1 if linear else features.shape[1], total, rows, features.shape[-1]))
+        outputs: list[tuple[int, int, int, float]] = []
+        for b, wanted in enumerate(targets):
+            for k, target in enumerate(wanted):
+                for sign, side in _sides(target):
+                    if isinstance(side, Concept):
+                        seeds[b, :, k] += sign / rows * _concept_gradient(side, features[b].mean(dim=1))[:, None]
+                    else:
+                        outputs.append((b, k, side.index, sign))
+        if outputs:
+            b_, k_, index, signs = zip(*outputs, strict=True)
+            place = (torch.tensor(b_), torch.tensor(k_))
+            vectors = self._output_vectors(torch.tensor(index, device=seeds.device))
+            signed = vectors * torch.tensor(signs, dtype=seeds.dtype, device=seeds.device)[:, None, None]
+            seeds.transpose(1, 2).index_put_(
+                place, signed[:, None].expand(-1, seeds.shape[1], -1, -1), accumulate=True
+            )
+        return seeds
+
+    def _output_vectors(self, index: Tensor) -> Tensor:
+        """dlogit/dfeatures of outputs, shape (..., R, D)."""
+        model = cast("Any", self._vit.model)
+        if self._rows == 1:
+            return cast("Tensor", model.head.weight.detach()[index][:, None])
+        return 0.5 * torch.stack((model.head.weight.detach()[index], model.head_dist.weight.detach()[index]), dim=1)
+
+    def _column(self, numbers: Sequence[float]) -> Tensor:
+        """Numbers for n points, to go with (B, n, R, H, N)."""
+        return torch.tensor(numbers, dtype=self._tokens.dtype, device=self._tokens.device).view(1, -1, 1, 1, 1)
+
+
+_IDENTITY: Final = nn.Identity()
+
+
+def _linear_parts(its: Any) -> tuple[nn.Module, ...]:
+    return (its.qkv,) if its.qkv is not None else (its.q_proj, its.k_proj, its.v_proj)
+
+
+def _projections(its: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """W_Q, W_K, W_V, shape (H, d, D) each, and b_Q, b_V, shape (H, d) each."""
+    heads = its.num_heads
+    if its.qkv is not None:
+        w = its.qkv.weight.detach().unflatten(0, (3, heads, -1))
+        b = its.qkv.bias
+        if b is not None:
+            b = b.detach().unflatten(0, (3, heads, -1))
+            return w[0], w[1], w[2], b[0], b[2]
+        if getattr(its, "q_bias", None) is not None:
+            return w[0], w[1], w[2], its.q_bias.detach().view(heads, -1), its.v_bias.detach().view(heads, -1)
+        return w[0], w[1], w[2], None, None
+    w_q, w_k, w_v = (part.weight.detach().unflatten(0, (heads, -1)) for part in _linear_parts(its))
+    b_q, b_v = (
+        None if part.bias is None else part.bias.detach().view(heads, -1) for part in (its.q_proj, its.v_proj)
+    )
+    return w_q, w_k, w_v, b_q, b_v
+
+
+def _sides(target: Scalar) -> tuple[tuple[float, Any], ...]:
+    """A target as a signed sum."""
+    if isinstance(target, Contrast):
+        return ((1.0, target.positive), (-1.0, target.negative))
+    return ((1.0, target),)
+
+
+def _concept_gradient(concept: Concept, latent: Tensor) -> Tensor:
+    """dg/dl of latents (n, D), shape (n, D)."""
+    vector = concept.vector.to(latent)
+    match concept.similarity:
+        case "dot":
+            return vector.expand_as(latent[:1])
+        case "l2":
+            return vector - latent
+        case "cosine":
+            length = latent.norm(dim=-1, keepdim=True)
+            unit = latent / length
+            other = vector / vector.norm()
+            return (other - (unit @ other)[:, None] * unit) / length

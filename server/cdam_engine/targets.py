@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-
-class Scalar(Protocol):
-    """A differentiable scalar function of one image's latent (D,) and logits (C,)."""
-
-    def __call__(self, latent: Tensor, logits: Tensor) -> Tensor:
-        """The value, shape ()."""
+Similarity = Literal["dot", "cosine", "l2"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,51 @@ class Output:
     index: int
 
     def __call__(self, latent: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG002
-        return logits[self.index]
+        """The values of latents (..., D) and logits (..., C), shape (...)."""
+        return logits[..., self.index]
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """Similarity g(l, l_c) of the latent to a concept vector; larger means more similar.
+
+    Source: Brocki, Binda and Chung (TMLR 2024), Eq. 3 and 4.
+
+    Attributes:
+        vector: l_c, shape (D,).
+        similarity: "dot": l . l_c, the paper's choice; "cosine"; "l2": -1/2 |l - l_c|^2.
+    """
+
+    vector: Tensor = field(repr=False)
+    similarity: Similarity = "dot"
+
+    def __call__(self, latent: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG002
+        """The values of latents (..., D) and logits (..., C), shape (...)."""
+        vector = self.vector.to(latent)
+        match self.similarity:
+            case "dot":
+                return latent @ vector
+            case "cosine":
+                return latent @ vector / (latent.norm(dim=-1) * vector.norm())
+            case "l2":
+                return -0.5 * (latent - vector).square().sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The difference of two targets: what speaks for one and against the other.
+
+    Attributes:
+        positive: The minuend.
+        negative: The subtrahend.
+    """
+
+    positive: Output | Concept
+    negative: Output | Concept
+
+    def __call__(self, latent: Tensor, logits: Tensor) -> Tensor:
+        """The values of latents (..., D) and logits (..., C), shape (...)."""
+        return self.positive(latent, logits) - self.negative(latent, logits)
 
 
 @dataclass(frozen=True)
@@ -41,29 +81,72 @@ class TopK:
     k: int
 
 
-Target = Output | TopK
+Scalar = Output | Concept | Contrast
+Target = Scalar | TopK
 
 
-def resolve(targets: Sequence[Target], logits: Tensor) -> list[Output]:
+def count(targets: Sequence[Target]) -> int:
+    """How many scalar functions the targets stand for."""
+    return sum(target.k if isinstance(target, TopK) else 1 for target in targets)
+
+
+def check(targets: Sequence[Target], outputs: int, latent_size: int) -> None:
+    """Refuse targets that a model does not have.
+
+    Args:
+        targets: Targets of one image.
+        outputs: The model's number of outputs C.
+        latent_size: The length D of its latent.
+
+    Raises:
+        IndexError: There is no such output, or there are fewer than k.
+        ValueError: A concept's vector is not of shape (D,) or not finite, or a cosine is asked for to a zero vector.
+    """
+    for target in targets:
+        match target:
+            case Output(index):
+                if not 0 <= index < outputs:
+                    raise IndexError(f"output {index} of a model with {outputs} outputs")
+            case TopK(k):
+                if not 1 <= k <= outputs:
+                    raise IndexError(f"top {k} of {outputs} outputs")
+            case Contrast(positive, negative):
+                check((positive, negative), outputs, latent_size)
+            case Concept(vector, similarity):
+                if vector.shape != (latent_size,):
+                    raise ValueError(f"a concept vector of shape {tuple(vector.shape)}, not ({latent_size},)")
+                if not bool(vector.isfinite().all()):
+                    raise ValueError("a concept vector that is not finite")
+                if similarity == "cosine" and not bool(vector.any()):
+                    raise ValueError("no vector makes an angle with zero")
+
+
+def resolve(targets: Sequence[Target], logits: Tensor) -> tuple[Scalar, ...]:
     """Replace each top-k target by the outputs that it stands for; equal logits keep the order of their indices.
 
     Args:
         targets: Targets of one image.
         logits: Its logits, shape (C,).
-
-    Raises:
-        IndexError: There is no such output, or there are fewer than k.
     """
-    resolved: list[Output] = []
+    resolved: list[Scalar] = []
     for target in targets:
-        match target:
-            case Output(index):
-                if not 0 <= index < len(logits):
-                    raise IndexError(f"output {index} of a model with {len(logits)} outputs")
-                resolved.append(target)
-            case TopK(k):
-                if not 1 <= k <= len(logits):
-                    raise IndexError(f"top {k} of {len(logits)} outputs")
-                order = logits.argsort(descending=True, stable=True)
-                resolved += [Output(int(index)) for index in order[:k]]
-    return resolved
+        if isinstance(target, TopK):
+            order = logits.argsort(descending=True, stable=True)
+            resolved += [Output(index) for index in order[: target.k].tolist()]
+        else:
+            resolved.append(target)
+    return tuple(resolved)
+
+
+def values(targets: Sequence[Sequence[Scalar]], latent: Tensor, logits: Tensor) -> Tensor:
+    """f of every image and target, shape (B, K).
+
+    Args:
+        targets: K targets of each of B images.
+        latent: Shape (B, D).
+        logits: Shape (B, C).
+    """
+    rows = [
+        torch.stack([target(latent[b], logits[b]) for target in wanted]) for b, wanted in enumerate(targets) if wanted
+    ]
+    return torch.stack(rows) if rows else latent.new_zeros((len(targets), 0))

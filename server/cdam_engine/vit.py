@@ -9,7 +9,7 @@ untouched model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, cast
 
@@ -18,17 +18,8 @@ from timm.models import beit, eva, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-
-class UnsupportedArchitectureError(ValueError):
-    """CDAM is not defined for this architecture, or the engine does not know its code.
-
-    Attributes:
-        reason: UPPER_SNAKE_CASE, stable, for programs.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+from cdam_engine.attention import check_known, combine, is_code_of, position_bias, project, weights
+from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedMethodError
 
 
 class Grid(NamedTuple):
@@ -64,6 +55,24 @@ class TrunkOutput:
     grid: Grid
     attention_arguments: Mapping[str, Any]
 
+    def take(self, images: Sequence[int]) -> TrunkOutput:
+        """The same of some images, in the order of their indices; an index may occur more than once."""
+        rows = torch.as_tensor(images, device=self.tokens.device)
+        return replace(self, residual=self.residual[rows], tokens=self.tokens[rows])
+
+    def part(self, image: int) -> TrunkOutput:
+        """The same of one image; a view."""
+        one = slice(image, image + 1)
+        return replace(self, residual=self.residual[one], tokens=self.tokens[one])
+
+
+class Embedded(NamedTuple):
+    """What enters the first block: tokens (B, N, D), the arguments of each block, and the patch grid."""
+
+    tokens: Tensor
+    arguments: tuple[Mapping[str, Any], ...]
+    grid: Grid
+
 
 class TailOutput(NamedTuple):
     """What the tail makes of the tokens: latent (B, D) and logits (B, C)."""
@@ -86,17 +95,22 @@ class SplitViT:
     def __init__(self, model: nn.Module) -> None:
         self._embed = _family_embedding(model)
         self.model = model
-        self._blocks = cast("Sequence[Any]", model.blocks)
-        _require_pre_norm_block(self._blocks[-1])
+        _require_pre_norm_block(self.blocks[-1])
         self._check_mode()
         self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 1))
         self.num_outputs = _num_outputs(model)
         self.latent_size = int(cast("int", model.num_features))
         self.readout = _readout(model)
+        self.width = int(cast("int", model.embed_dim))
         self._patch_embed = cast("Any", model.patch_embed)
         # Pixels between neighbouring tokens; a convolutional stem has no patches, but a stride all the same.
         self.patch_size: tuple[int, int] = tuple(self._patch_embed.feat_ratio(as_scalar=False))
         self.flexible_input_size = bool(getattr(model, "dynamic_img_size", False))
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """The model's blocks."""
+        return cast("Sequence[Any]", self.model.blocks)
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -117,12 +131,27 @@ class SplitViT:
             raise ValueError(f"{_times(size)} pixels is not a multiple of the patch size {_times(patch)}")
         return Grid(-(-size[0] // patch[0]), -(-size[1] // patch[1]))
 
-    @torch.no_grad()
     def trunk(self, pixels: Tensor) -> TrunkOutput:
-        """Run everything before the last attention, without gradients.
+        """Run everything before the last attention.
 
         Args:
-            pixels: Normalised input, shape (B, 3, H, W), in the model's dtype and on its device.
+            pixels: Normalised input, shape (B, 3, H, W), in the model's dtype and on its device. Gradients flow if
+                the caller's grad mode lets them.
+
+        Raises:
+            ValueError: The model does not take inputs of this size, or is in training mode.
+        """
+        embedded = self.embed(pixels)
+        x = embedded.tokens
+        for block, arguments in zip(self.blocks[:-1], embedded.arguments[:-1], strict=True):
+            x = block(x, **arguments)
+        return TrunkOutput(x, self.blocks[-1].norm1(x), embedded.grid, embedded.arguments[-1])
+
+    def embed(self, pixels: Tensor) -> Embedded:
+        """What enters the first block.
+
+        Args:
+            pixels: Normalised input, shape (B, 3, H, W).
 
         Raises:
             ValueError: The model does not take inputs of this size, or is in training mode.
@@ -130,11 +159,9 @@ class SplitViT:
         self._check_mode()
         grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
         x, arguments = self._embed(self.model, pixels)
-        for block, kwargs in zip(self._blocks[:-1], arguments[:-1], strict=True):
-            x = block(x, **kwargs)
         if x.shape[1] != self.num_prefix_tokens + grid.h * grid.w:
             raise RuntimeError(f"{x.shape[1]} tokens, but {self.num_prefix_tokens} prefix tokens and a {grid} grid")
-        return TrunkOutput(x, self._blocks[-1].norm1(x), grid, arguments[-1])
+        return Embedded(x, tuple(arguments), grid)
 
     def tail(self, trunk: TrunkOutput, tokens: Tensor) -> TailOutput:
         """Run the last attention, residual, MLP, final norm, pooling and head as a function of the tokens.
@@ -143,17 +170,113 @@ class SplitViT:
             trunk: What the trunk left.
             tokens: T or a variation of it, shape (B, N, D). Gradients flow if the caller's grad mode lets them.
         """
-        block, model = self._blocks[-1], cast("Any", self.model)
-        attended = block.attn(tokens, **trunk.attention_arguments)
-        x = trunk.residual + _layer_scale(block, 1, attended)
-        x = x + _layer_scale(block, 2, block.mlp(block.norm2(x)))
-        x = model.norm(x)
+        return self.read_out(self.finish(trunk.residual, self.blocks[-1].attn(tokens, **trunk.attention_arguments)))
+
+    def tail_of_values(self, trunk: TrunkOutput, tokens: Tensor) -> TailOutput:
+        """`tail` as a function of the values alone: the attention's weights are held constant.
+
+        Raises:
+            UnsupportedMethodError: The last attention can't be taken apart.
+        """
+        attention, arguments = self.blocks[-1].attn, trunk.attention_arguments
+        check_known(attention)
+        projected = project(attention, tokens, arguments)
+        a = weights(projected, position_bias(attention, arguments)).detach()
+        return self.read_out(self.finish(trunk.residual, combine(attention, a, projected.values, tokens)))
+
+    def attend(
+        self, block: int, x: Tensor, arguments: Mapping[str, Any], bias: Tensor | None, rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A block's output (B, M, D) and its attention weights (B, H, M, N), the one a function of the other.
+
+        Args:
+            block: Index of the block.
+            x: Its input, the residual stream, shape (B, N, D).
+            arguments: What else its attention is called with.
+            bias: See `attention.position_bias`.
+            rows: M, how many tokens ask, the first ones; None: all.
+        """
+        its = self.blocks[block]
+        tokens = its.norm1(x)
+        projected = project(its.attn, tokens, arguments)
+        a = weights(projected, bias, rows)
+        return self._after_attention(its, x[:, :rows], combine(its.attn, a, projected.values, tokens)), a
+
+    def position_bias(self, block: int, arguments: Mapping[str, Any]) -> Tensor | None:
+        """What a block adds to the products of its queries and keys; see `attention.position_bias`."""
+        return position_bias(self.blocks[block].attn, arguments)
+
+    def check_attend(self) -> None:
+        """Refuse a model whose blocks can't all be taken apart.
+
+        Raises:
+            UnsupportedMethodError: With the reason.
+        """
+        for block in self.blocks:
+            if not isinstance(block, _BLOCKS) or not is_code_of(block, "forward", _BLOCKS):
+                raise UnsupportedMethodError("UNKNOWN_BLOCK", f"{type(block).__name__} can't be taken apart")
+            check_known(block.attn)
+
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """From the last attention's output to the final norm's, token by token.
+
+        Args:
+            residual: The residual stream of some tokens, shape (B, M, D).
+            attended: The last attention's output for them, shape (B, M, D).
+        """
+        return cast("Tensor", cast("Any", self.model).norm(self._after_attention(self.blocks[-1], residual, attended)))
+
+    def read_out(self, x: Tensor) -> TailOutput:
+        """Pooling and head on the final norm's output (B, N, D)."""
+        model = cast("Any", self.model)
         latent = model.forward_head(x, pre_logits=True)
         if not self.num_outputs:
             return TailOutput(latent, latent[:, :0])
         # DeiT's two heads read two tokens; the latent is their mean, the logits are not a function of it.
         two_heads = self.readout is Readout.CLS_AND_DISTILLATION_TOKENS
         return TailOutput(latent, model.forward_head(x) if two_heads else model.head(latent))
+
+    def readout_weights(self, tokens: Tensor) -> Tensor:
+        """rho: the share of each of N tokens in the readout, shape (N,), in the dtype and on the device of `tokens`.
+
+        Args:
+            tokens: Any tensor of shape (..., N, D).
+
+        Raises:
+            UnsupportedMethodError: The readout is no average of tokens.
+        """
+        self.check_readout()
+        rho = tokens.new_zeros(tokens.shape[-2])
+        if self.readout is Readout.AVERAGE_POOL:
+            rho[0 if getattr(self.model, "pool_include_prefix", False) else self.num_prefix_tokens :] = 1.0
+        else:
+            rho[: self.num_readout_tokens] = 1.0
+        return rho / rho.sum()
+
+    def check_readout(self) -> None:
+        """Refuse a model whose readout is no average of tokens.
+
+        Raises:
+            UnsupportedMethodError: With the reason.
+        """
+        if self.readout in {Readout.MAX_POOL, Readout.ATTENTION_POOL}:
+            raise UnsupportedMethodError(
+                "NO_READOUT_TOKEN", f"its readout ({self.readout}) is no average of tokens whose attention could be read"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads the last attention has."""
+        return int(self.blocks[-1].attn.num_heads)
+
+    @property
+    def num_readout_tokens(self) -> int:
+        """How many prefix tokens are read out: 1, 2 with DeiT's distillation token, else 0."""
+        return {Readout.CLS_TOKEN: 1, Readout.CLS_AND_DISTILLATION_TOKENS: 2}.get(self.readout, 0)
+
+    def _after_attention(self, block: Any, residual: Tensor, attended: Tensor) -> Tensor:
+        x = residual + layer_scale(block, 1, attended)
+        return x + layer_scale(block, 2, block.mlp(block.norm2(x)))
 
     def _check_mode(self) -> None:
         if any(module.training for module in self.model.modules()):
@@ -199,7 +322,7 @@ def _family_embedding(model: nn.Module) -> _Embedding:
         if isinstance(model, family):
             heads = (VisionTransformerDistilled,) if isinstance(model, VisionTransformerDistilled) else (family,)
             mirrored = {"forward": (family,), "forward_features": (family,), "forward_head": heads}
-            if all(_is_code_of(model, method, classes) for method, classes in mirrored.items()):
+            if all(is_code_of(model, method, classes) for method, classes in mirrored.items()):
                 return embed
     raise UnsupportedArchitectureError(
         "UNKNOWN_ARCHITECTURE",
@@ -208,14 +331,8 @@ def _family_embedding(model: nn.Module) -> _Embedding:
     )
 
 
-def _is_code_of(module: nn.Module, method: str, classes: Sequence[type[nn.Module]]) -> bool:
-    """Whether the method is one of these classes' own: neither a subclass nor the instance has another."""
-    code = getattr(getattr(module, method), "__func__", None)
-    return any(code is getattr(known, method) for known in classes)
-
-
 def _require_pre_norm_block(block: nn.Module) -> None:
-    if not isinstance(block, _BLOCKS) or not _is_code_of(block, "forward", _BLOCKS):
+    if not isinstance(block, _BLOCKS) or not is_code_of(block, "forward", _BLOCKS):
         raise UnsupportedArchitectureError(
             "NO_NORMALISED_TOKENS",
             f"CDAM differentiates the normalised tokens that only the last attention reads, and {type(block).__name__} "
@@ -225,7 +342,7 @@ def _require_pre_norm_block(block: nn.Module) -> None:
         raise UnsupportedArchitectureError("NO_ATTENTION", "the last block has no attention to explain")
 
 
-def _layer_scale(block: Any, branch: int, x: Tensor) -> Tensor:
+def layer_scale(block: Any, branch: int, x: Tensor) -> Tensor:
     """The branch's output, scaled as the block does it: a LayerScale module (VisionTransformer) or a gamma."""
     if hasattr(block, f"ls{branch}"):
         return cast("Tensor", getattr(block, f"ls{branch}")(x))

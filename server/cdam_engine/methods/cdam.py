@@ -1,30 +1,164 @@
-"""Class-discriminative attention maps (CDAM).
+"""Class-discriminative attention maps (CDAM), vanilla, Smooth and Integrated.
 
-Source: Brocki, Binda and Chung, "Class-Discriminative Attention Maps for Vision Transformers" (TMLR 2024), Eq. 2.
+Source: Brocki, Binda and Chung, "Class-Discriminative Attention Maps for Vision Transformers" (TMLR 2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cdam_engine.tail import AutogradTail
-from cdam_engine.targets import Scalar
+from cdam_engine.attention import check_known
+from cdam_engine.batch import Batch
+from cdam_engine.methods.base import Method, Noise, Quadrature, Scores, at_least_one
+from cdam_engine.methods.draws import Moments, draws
+from cdam_engine.methods.quadrature import nodes
+from cdam_engine.tail import Tail, make_tail
+from cdam_engine.targets import Scalar, Target
+from cdam_engine.vit import SplitViT
+
+MAX_STEPS: Final = 1024
+_DRAWN: Final = 1 << 20  # numbers drawn at a time: as many as stay in a core's cache
 
 
-def cdam(tail: AutogradTail, targets: Sequence[Sequence[Scalar]]) -> Tensor:
-    """S_i = sum_j T_ij df/dT_ij for every token i, T the normalised tokens that enter the last attention.
+@dataclass(frozen=True)
+class Cdam(Method):
+    """S_i = sum_j T_ij df/dT_ij, T the normalised tokens that enter the last attention (Eq. 2; 3 and 4 for concepts).
 
-    Args:
-        tail: The tail of a batch of B images with N tokens each.
-        targets: The targets f of each image; K is the largest number of them.
-
-    Returns:
-        Scores of all tokens, prefix tokens first, shape (B, K, N); zero where an image has fewer than K targets.
+    Attributes:
+        parts: Also tell the part that goes through the attention's values, its weights held constant. The rest goes
+            through the weights: the keys, and the queries of the tokens that are read out.
     """
-    scores = [(tail.tokens * gradient).sum(dim=-1) for gradient in tail.gradients(targets)]
-    if not scores:
-        return tail.tokens.new_zeros((tail.tokens.shape[0], 0, tail.tokens.shape[1]))
-    return torch.stack(scores, dim=1)
+
+    kind: ClassVar[str] = "cdam"
+
+    parts: bool = False
+
+    def check(self, vit: SplitViT) -> None:
+        """See `Method`."""
+        if self.parts:
+            check_known(vit.blocks[-1].attn)
+
+    def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
+        """See `Method`."""
+        found = batch.tail(images).scores(batch.resolve(images, wanted), parts=self.parts)
+        return Scores(found.scores, value=found.value)
+
+
+@dataclass(frozen=True)
+class SmoothCdam(Method):
+    """Mean over draws of sum_j T'_ij df(T')/dT'_ij with T' = T + N(0, sigma^2); the residual stream stays as it is.
+
+    Attributes:
+        samples: Number of draws.
+        noise: sigma; relative to max T - min T of the image.
+        seed: Seed of the draws; the same seed gives the same map, alone or in any batch.
+    """
+
+    kind: ClassVar[str] = "smooth_cdam"
+
+    samples: int = 50
+    noise: Noise = Noise(0.05)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one("samples", self.samples)
+
+    def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
+        """See `Method`."""
+        assert batch.trunk is not None
+        targets = batch.resolve(images, wanted)
+        tokens = batch.trunk.tokens
+        sigma = self.noise.sigma(tokens)
+        moments = [Moments() for _ in images]
+        for noise in draws(self.seed, self.samples, _DRAWN // tokens[0].numel(), tokens[0]):
+            for row, image in enumerate(images):
+                trunk = batch.trunk.take([image])
+                noisy = replace(
+                    trunk,
+                    residual=trunk.residual.expand(len(noise), -1, -1),
+                    tokens=torch.addcmul(trunk.tokens, noise, sigma[image]),
+                )
+                moments[row].add(make_tail(batch.vit, noisy).scores([targets[row]] * len(noise)).scores)
+        errors = [error for its in moments if (error := its.standard_error) is not None]
+        return Scores(
+            torch.stack([its.mean for its in moments]).to(tokens),
+            standard_error=torch.stack(errors).to(tokens) if errors else None,
+        )
+
+
+@dataclass(frozen=True)
+class IntegratedCdam(Method):
+    """sum_j (T - T0)_ij * integral over 0..1 of df/dT_ij at T0 + alpha (T - T0), T0 = 0; the residual stream stays.
+
+    Interpolating the block's input instead would be degenerate, because the norm undoes it.
+
+    Attributes:
+        steps: Number of points on the path.
+        quadrature: "riemann_right", the paper's sum, or "gauss_legendre".
+        tolerance: Double the steps, up to 1024, until |completeness residual| is at most this for every target; None:
+            leave them as they are.
+    """
+
+    kind: ClassVar[str] = "integrated_cdam"
+
+    steps: int = 50
+    quadrature: Quadrature = "riemann_right"
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one("steps", self.steps)
+        nodes(self.quadrature, 1)
+        if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
+            raise ValueError(f"a tolerance is positive and finite, not {self.tolerance}")
+
+    def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
+        """See `Method`."""
+        targets = batch.resolve(images, wanted)
+        tail = batch.tail(images)
+        start = tail.values(targets, 0.0)
+        change = tail.values(targets, 1.0) - start
+        found = self._integrate(tail, targets, change, self.steps)
+        steps = [[self.steps] * len(row) for row in targets]
+        if self.tolerance is not None:
+            for row, image in enumerate(images):
+                self._refine(batch.tail([image]), targets[row], change[row], found, steps[row], row)
+        return Scores(found.scores, residual=found.residual, steps=steps)
+
+    def _integrate(self, tail: Tail, targets: Sequence[Sequence[Scalar]], change: Tensor, steps: int) -> _Integral:
+        scores = tail.scores(targets, *nodes(self.quadrature, steps)).scores
+        return _Integral(scores, scores.sum(dim=-1) - change)
+
+    def _refine(
+        self,
+        tail: Tail,
+        targets: Sequence[Scalar],
+        change: Tensor,
+        found: _Integral,
+        steps: list[int],
+        row: int,
+    ) -> None:
+        """Double the steps of one image's maps that are not yet within the tolerance; none depends on another."""
+        assert self.tolerance is not None
+        number = self.steps
+        pending = list(range(len(targets)))
+        while 2 * number <= MAX_STEPS:
+            pending = [k for k in pending if abs(float(found.residual[row, k])) > self.tolerance]
+            if not pending:
+                return
+            number *= 2
+            finer = self._integrate(tail, [[targets[k] for k in pending]], change[pending], number)
+            found.scores[row, pending], found.residual[row, pending] = finer.scores[0], finer.residual[0]
+            for k in pending:
+                steps[k] = number
+
+
+class _Integral(NamedTuple):
+    """Scores (B, K, N) and completeness residuals (B, K)."""
+
+    scores: Tensor
+    residual: Tensor

@@ -1,0 +1,136 @@
+"""A timm attention, taken apart: queries, keys, values, weights, output.
+
+What it computes is what the module computes; `tests/reference` compares the two. Modules whose code differs from what
+is mirrored here are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from timm.layers import apply_rot_embed_cat
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import AttentionRope, EvaAttention
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+from cdam_engine.errors import UnsupportedMethodError
+
+KNOWN: tuple[type[nn.Module], ...] = (Attention, AttentionRope, EvaAttention, BeitAttention)
+
+
+class Projected(NamedTuple):
+    """Queries, scaled, (B, H, N, d), keys and values likewise."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def is_code_of(module: nn.Module, method: str, classes: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a method is one of these classes' own: neither a subclass nor the instance has another."""
+    code = getattr(getattr(module, method, None), "__func__", None)
+    return any(code is getattr(known, method) for known in classes)
+
+
+def is_plain(module: Any, *classes: type[nn.Module]) -> bool:
+    """Whether a module is exactly of one of these classes and nothing hooks into it, so that it can be bypassed."""
+    return type(module) in classes and not (
+        module._forward_hooks  # noqa: SLF001
+        or module._forward_pre_hooks  # noqa: SLF001
+        or module._backward_hooks  # noqa: SLF001
+        or module._backward_pre_hooks  # noqa: SLF001
+        or "forward" in vars(module)
+    )
+
+
+def check_known(attention: nn.Module) -> None:
+    """Refuse an attention that can't be taken apart.
+
+    Raises:
+        UnsupportedMethodError: It is none of timm's that are mirrored here.
+    """
+    if not isinstance(attention, KNOWN) or not is_code_of(attention, "forward", KNOWN):
+        raise UnsupportedMethodError(
+            "UNKNOWN_ATTENTION", f"{type(attention).__name__} has no attention weights that are known here"
+        )
+
+
+def project(attention: nn.Module, tokens: Tensor, arguments: Mapping[str, Any]) -> Projected:
+    """Queries, keys and values of tokens (B, N, D), normalised and rotated as the module does it."""
+    module = cast("Any", attention)
+    batch, count, _ = tokens.shape
+    bias = getattr(module, "q_bias", None)
+    if module.qkv is not None:
+        if bias is not None:
+            qkv = nn.functional.linear(
+                tokens, module.qkv.weight, torch.cat((module.q_bias, module.k_bias, module.v_bias))
+            )
+        else:
+            qkv = module.qkv(tokens)
+        q, k, v = qkv.reshape(batch, count, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        q, k, v = (
+            part(tokens).reshape(batch, count, heads, -1).transpose(1, 2)
+            for part, heads in (
+                (module.q_proj, module.num_heads),
+                (module.k_proj, getattr(module, "num_kv_heads", module.num_heads)),
+                (module.v_proj, getattr(module, "num_kv_heads", module.num_heads)),
+            )
+        )
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
+    rope = arguments.get("rope")
+    if rope is not None:
+        q, k = (_rotate(module, part, rope).type_as(v) for part in (q, k))
+    groups = module.num_heads // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return Projected(q * module.scale, k, v)
+
+
+def position_bias(attention: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+    """What is added to the products of queries and keys: relative positions, (1, H, N, N), or None."""
+    module = cast("Any", attention)
+    shared = cast("Tensor | None", arguments.get("shared_rel_pos_bias"))
+    if getattr(module, "relative_position_bias_table", None) is None:
+        return shared
+    own = cast("Tensor", module._get_rel_pos_bias())  # noqa: SLF001
+    return own if shared is None else own + shared
+
+
+def weights(projected: Projected, bias: Tensor | None, rows: int | None = None) -> Tensor:
+    """A, shape (B, H, N, N); or of the first `rows` queries only, (B, H, rows, N).
+
+    Args:
+        projected: Queries and keys.
+        bias: See `position_bias`.
+        rows: How many tokens ask; None: all.
+    """
+    logits = projected.queries[:, :, :rows] @ projected.keys.transpose(-2, -1)
+    if bias is not None:
+        logits = logits + bias[:, :, :rows]
+    return logits.softmax(dim=-1)
+
+
+def combine(attention: nn.Module, a: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+    """The attention's output (B, M, D) of weights (B, H, M, N) and values; M tokens ask, the first ones."""
+    module = cast("Any", attention)
+    x = (a @ values).transpose(1, 2).flatten(2)
+    x = inner_norm(attention)(x)
+    if getattr(module, "gate", None) is not None:
+        x = x * module.gate(tokens[:, : x.shape[1]]).sigmoid()
+    return cast("Tensor", module.proj(x))
+
+
+def inner_norm(attention: nn.Module) -> nn.Module:
+    """The norm between heads and projection; most have none."""
+    return getattr(attention, "norm", None) or nn.Identity()
+
+
+def _rotate(module: Any, part: Tensor, rope: Tensor) -> Tensor:
+    prefix = module.num_prefix_tokens
+    half = {"half": True} if getattr(module, "rotate_half", False) else {}  # older ones know one layout only
+    return torch.cat((part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rope, **half)), dim=2)

@@ -1,0 +1,93 @@
+"""What the trunk made of images seen before, so that another question about them costs the tail alone."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cdam_engine.vit import TrunkOutput
+
+def digest(image: Tensor) -> bytes:
+    """What makes two images the same: dtype, shape and values."""
+    array = image.detach().cpu().contiguous()
+    found = hashlib.sha256(f"{array.dtype}{tuple(array.shape)}".encode())
+    if array.numel():
+        found.update(array.reshape(-1).view(torch.uint8).numpy())
+    return found.digest()
+
+
+class TokenCache:
+    """Trunk outputs by model and image, bounded in bytes; the least recently used goes first. Threads may share it.
+
+    Args:
+        max_bytes: Most bytes of tensors to keep, on the device where they were made.
+
+    Attributes:
+        bytes: Bytes that are kept.
+        hits: How often an image was found.
+        misses: How often it was not.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = self.hits = self.misses = 0
+        self._kept: OrderedDict[Hashable, TrunkOutput] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Hashable) -> TrunkOutput | None:
+        """What is kept of an image, as a batch of one; None if nothing is."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None:
+                self.misses += 1
+            else:
+                self.hits += 1
+                self._kept.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, trunk: TrunkOutput) -> None:
+        """Keep a batch of one, if it is not too large for the cache."""
+        size = _bytes(trunk)
+        if size > self.max_bytes:
+            return
+        # A copy: a view would keep its whole batch alive.
+        kept = replace(trunk, residual=trunk.residual.clone(), tokens=trunk.tokens.clone())
+        with self._lock:
+            if key in self._kept:
+                return
+            self._kept[key] = kept
+            self.bytes += size
+            while self.bytes > self.max_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                self.bytes -= _bytes(oldest)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
+            self.bytes = 0
+
+
+def join(parts: Sequence[TrunkOutput]) -> TrunkOutput:
+    """One batch of several of the same grid."""
+    if len(parts) == 1:
+        return parts[0]
+    return replace(
+        parts[0],
+        residual=torch.cat([part.residual for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts]),
+    )
+
+
+def _bytes(trunk: TrunkOutput) -> int:
+    tensors = [trunk.residual, trunk.tokens, *(x for x in trunk.attention_arguments.values() if isinstance(x, Tensor))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

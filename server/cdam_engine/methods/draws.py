@@ -1,0 +1,57 @@
+"""Random numbers that depend on a seed alone: not on the batch, nor on how the work is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cdam_engine.chunks import chunks
+
+
+def draws(seed: int, samples: int, at_once: int, like: Tensor) -> Iterator[Tensor]:
+    """Standard normal numbers in the shape, dtype and on the device of `like`, some draws at a time: (draws, ...).
+
+    Draw k is the k-th `torch.randn` in float32 of a generator with this seed, however many come at a time.
+    """
+    generator = torch.Generator(like.device).manual_seed(seed)
+    for some in chunks(samples, at_once):
+        drawn = torch.empty((some.stop - some.start, *like.shape), device=like.device)
+        for one in drawn:
+            one.normal_(generator=generator)
+        yield drawn.to(like.dtype)
+
+
+class Moments:
+    """Mean and standard error of maps that come a few at a time, in double precision.
+
+    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean: Tensor = torch.zeros(())
+        self._squares: Tensor = torch.zeros(())
+
+    def add(self, values: Tensor) -> None:
+        """Take in some draws' values, shape (draws, ...)."""
+        values = values.double()
+        count, mean = len(values), values.mean(dim=0)
+        squares = (values - mean).square().sum(dim=0)
+        if self._count:
+            total = self._count + count
+            difference = mean - self._mean
+            squares = squares + self._squares + difference.square() * (self._count * count / total)
+            mean = self._mean + difference * (count / total)
+        self._count, self._mean, self._squares = self._count + count, mean, squares
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over draws."""
+        return self._mean
+
+    @property
+    def standard_error(self) -> Tensor | None:
+        """Sample standard deviation / sqrt(draws); None of a single draw."""
+        return (self._squares / (self._count - 1) / self._count).sqrt() if self._count > 1 else None
