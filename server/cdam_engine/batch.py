@@ -76,7 +76,7 @@ class Batch:
         return [targets.resolve(asked, row) for asked, row in zip(wanted, logits, strict=True)]
 
     def values(self, images: Sequence[int], resolved: Sequence[Sequence[Scalar]]) -> Tensor:
-        """f of some images and their targets, shape (B, K)."""
+        """The values f of some images' targets, shape (B, K)."""
         return targets.values(resolved, *self.outputs(images))
 
     @cached_property

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from cdam_engine.vit import TrunkOutput
 
+
 def digest(image: Tensor) -> bytes:
     """What makes two images the same: dtype, shape and values."""
     array = image.detach().cpu().contiguous()
     found = hashlib.sha256(f"{array.dtype}{tuple(array.shape)}".encode())
     if array.numel():
-        found.update(array.reshape(-1).view(torch.uint8).numpy())
+        found.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return found.digest()
 
 

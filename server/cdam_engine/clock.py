@@ -26,7 +26,7 @@ class Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         """Book the block's time on a stage."""
         if self._cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             yield
             end.record()

@@ -21,7 +21,7 @@ from cdam_engine.fingerprint import fingerprint as make_fingerprint
 from cdam_engine.methods import Cdam
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.preprocess import DataConfig, normalise, prepare
-from cdam_engine.targets import Target, TopK, check, count, resolve
+from cdam_engine.targets import Output, Target, TopK, check, count, resolve
 from cdam_engine.trunk import Trunk, resolve_precision
 from cdam_engine.vit import Grid, SplitViT
 
@@ -176,9 +176,7 @@ class Explainer:
                 found = _run(batch, [unit for its in units for unit in its], clock)
             order = [places[key] for key in keys]
             latents, logits = map(_on_cpu, batch.outputs(order))
-            answered = [
-                _explained(wanted, latents[row], logits[row]) for row, wanted in enumerate(targets)
-            ]
+            answered = [_explained(wanted, latents[row], logits[row]) for row, wanted in enumerate(targets)]
         seconds = clock.seconds()
         kinds = {unit.method.kind for its in units for unit in its}
         return [
@@ -205,9 +203,7 @@ class Explainer:
     def _device(self) -> torch.device:
         return next(self.vit.model.parameters()).device
 
-    def _check(
-        self, images: Tensor, targets: Sequence[Sequence[Target]], methods: Sequence[Sequence[Method]]
-    ) -> None:
+    def _check(self, images: Tensor, targets: Sequence[Sequence[Target]], methods: Sequence[Sequence[Method]]) -> None:
         channels = images.shape[-1] if images.dtype == torch.uint8 else images.shape[1] if images.ndim == 4 else 0
         if images.ndim != 4 or channels != 3:
             raise ValueError(f"images of shape {tuple(images.shape)}: neither (B, 3, H, W) nor uint8 (B, H, W, 3)")
@@ -263,43 +259,49 @@ class _Found:
     """What a method found out about one image, on the CPU.
 
     Args:
-        scores: What it found out about several.
+        method: The method.
+        scores: What it found out about several images.
         row: Which of them it is.
         batch: Their batch.
     """
 
     def __init__(self, method: Method, scores: Scores, row: int, batch: Batch) -> None:
-        self._needs_target = method.needs_target
-        self._scores, self._row = scores, row
-        self._grid, self._prefix = batch.grid, batch.vit.num_prefix_tokens if scores.has_prefix else 0
+        self._method, self._found, self._row, self._grid = method, scores, row, batch.grid
+        self._prefix = batch.vit.num_prefix_tokens if scores.has_prefix else 0
 
-    def maps(self, method_index: int) -> Iterator[RelevanceMap]:
+    def maps(self, method_index: int) -> list[RelevanceMap]:
         """One map for each target."""
-        found, row = self._scores, self._row
-        scores = found.scores[row]
-        shares: list[float] | None = None
-        if found.has_prefix:
-            size = scores.abs()
-            total = size.sum(dim=-1)
-            shares = (size[:, : self._prefix].sum(dim=-1) / total.where(total > 0, 1.0)).tolist()
-        for k in range(len(scores)):
-            value = None if found.value is None else self._patches(found.value[row, k])
-            patches = self._patches(scores[k])
-            yield RelevanceMap(
+        found, row = self._found, self._row
+        scores, value, error = map(self._patches, (found.scores, found.value, found.standard_error))
+        assert scores is not None
+        shares = self._prefix_shares() if found.has_prefix else None
+        return [
+            RelevanceMap(
                 scores=patches,
                 method_index=method_index,
-                target_index=k if self._needs_target else None,
+                target_index=k if self._method.needs_target else None,
                 prefix_share=None if shares is None else shares[k],
-                value_part=value,
-                key_part=None if value is None else patches - value,
-                standard_error=None if found.standard_error is None else self._patches(found.standard_error[row, k]),
+                value_part=None if value is None else value[k],
+                key_part=None if value is None else patches - value[k],
+                standard_error=None if error is None else error[k],
                 completeness_residual=None if found.residual is None else float(found.residual[row, k]),
                 steps=None if found.steps is None else found.steps[row][k],
             )
+            for k, patches in enumerate(scores)
+        ]
 
-    def _patches(self, values: Tensor) -> NDArray[np.floating]:
-        array: NDArray[np.floating] = values[self._prefix :].reshape(self._grid).numpy()
-        return array
+    def _prefix_shares(self) -> list[float]:
+        size = self._found.scores[self._row].abs()
+        total = size.sum(dim=-1)
+        shares: list[float] = (size[:, : self._prefix].sum(dim=-1) / total.where(total > 0, 1.0)).tolist()
+        return shares
+
+    def _patches(self, values: Tensor | None) -> NDArray[np.floating] | None:
+        """Of every target, shape (K, h, w)."""
+        if values is None:
+            return None
+        array: NDArray[np.floating] = torch.unflatten(values[self._row, :, self._prefix :], -1, self._grid).numpy()
+        return np.ascontiguousarray(array)
 
 
 def _run(batch: Batch, units: Sequence[_Unit], clock: Clock) -> dict[_Unit, _Found]:
@@ -321,19 +323,23 @@ def _run(batch: Batch, units: Sequence[_Unit], clock: Clock) -> dict[_Unit, _Fou
 
 
 def _scores_on_cpu(scores: Scores) -> Scores:
-    moved = {
-        name: None if (value := getattr(scores, name)) is None else _on_cpu(value)
-        for name in ("scores", "value", "standard_error", "residual")
-    }
-    return replace(scores, **moved)
+    return replace(
+        scores,
+        scores=_on_cpu(scores.scores),
+        value=None if scores.value is None else _on_cpu(scores.value),
+        standard_error=None if scores.standard_error is None else _on_cpu(scores.standard_error),
+        residual=None if scores.residual is None else _on_cpu(scores.residual),
+    )
 
 
 def _explained(wanted: Sequence[Target], latent: Tensor, logits: Tensor) -> tuple[ExplainedTarget, ...]:
     """The model's answers to one image's targets."""
-    found = []
-    for index, target in enumerate(wanted):
-        found += [ExplainedTarget(f, float(f(latent, logits)), index) for f in resolve([target], logits)]
-    return tuple(found)
+    numbers = logits.tolist()
+    return tuple(
+        ExplainedTarget(f, numbers[f.index] if isinstance(f, Output) else float(f(latent, logits)), index)
+        for index, target in enumerate(wanted)
+        for f in resolve([target], logits)
+    )
 
 
 @contextmanager

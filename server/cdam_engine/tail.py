@@ -56,7 +56,7 @@ class Tail(Protocol):
         """
 
     def values(self, targets: Sequence[Sequence[Scalar]], point: float) -> Tensor:
-        """f at alpha * T, shape (B, K)."""
+        """The values f at alpha * T, shape (B, K)."""
 
 
 def make_tail(vit: SplitViT, trunk: TrunkOutput) -> Tail:
@@ -118,9 +118,7 @@ class AutogradTail:
                 tail = self._vit.tail if through_weights else self._vit.tail_of_values
                 output = tail(self._trunk, tokens)
             for row in zip(*targets, strict=True):
-                total = torch.stack(
-                    [target(output.latent[b], output.logits[b]) for b, target in enumerate(row)]
-                ).sum()
+                total = torch.stack([target(output.latent[b], output.logits[b]) for b, target in enumerate(row)]).sum()
                 (gradient,) = torch.autograd.grad(total, tokens, retain_graph=True)
                 yield gradient
 
@@ -155,24 +153,24 @@ class ClsTail:
         images, _, width = trunk.tokens.shape
 
         with torch.no_grad():
-            scale = float(self._attention.scale)
-            # (H, B R, d) times (H, d, D)
-            queries = torch.matmul(trunk.tokens[:, :rows].reshape(1, -1, width), w_q.transpose(1, 2)) * scale
-            u1 = torch.matmul(queries, w_k).reshape(heads, images, rows, width).permute(1, 2, 0, 3).flatten(1, 2)
-            if b_q is None:
-                products = torch.matmul(u1, trunk.tokens.transpose(1, 2))
-                u0_products = products.new_zeros((images, heads, products.shape[-1]))
-            else:
-                u0 = torch.matmul(b_q[:, None] * scale, w_k).squeeze(1).expand(images, -1, -1)
-                products = torch.matmul(torch.cat((u1, u0), dim=1), trunk.tokens.transpose(1, 2))
-                products, u0_products = products.split((rows * heads, heads), dim=1)
+            # Queries of every row that is read out, and b_Q, the query of zero tokens: (H, B R + 1, d).
+            queries = torch.matmul(trunk.tokens[:, :rows].reshape(1, -1, width), w_q.transpose(1, 2))
+            zero = queries.new_zeros(heads, queries.shape[-1]) if b_q is None else b_q
+            u = torch.matmul(torch.cat((queries, zero[:, None]), dim=1) * float(self._attention.scale), w_k)
+            u1 = torch.unflatten(u[:, :-1], 1, (images, rows)).permute(1, 2, 0, 3).flatten(1, 2)
+            products = torch.matmul(
+                torch.cat((u1, u[:, -1].expand(images, -1, -1)), dim=1), trunk.tokens.transpose(1, 2)
+            )
             # T_i . u1_h and T_i . u0_h, shapes (B, 1, R, H, N) and (B, 1, 1, H, N)
-            self._t_u1 = products.unflatten(1, (1, rows, heads))
-            self._t_u0 = u0_products[:, None, None]
+            self._t_u1 = torch.unflatten(products[:, None, : rows * heads], 2, (rows, heads))
+            self._t_u0 = products[:, None, None, rows * heads :]
             bias = attention.position_bias(self._attention, trunk.attention_arguments)
             self._bias = 0.0 if bias is None else bias[:, None, :, :rows].transpose(2, 3)  # (1, 1, R, H, N)
             self._residual = trunk.residual[:, :rows]
-            output = vit.read_out(self._rest(self._heads_out(self._attend([1.0]), [1.0])))
+            self._a = self._attend([1.0])
+            self._leaf, x = self._with_graph(self._heads_out(self._a, [1.0]))
+            output = vit.read_out(x.detach())
+        self._x = x
         self.latent = output.latent
         self.logits = output.logits
 
@@ -212,11 +210,16 @@ class ClsTail:
         targets_at_once = max(1, _MAX_ELEMENTS // (one * points_at_once))
         for first in range(0, len(points), points_at_once):
             some = slice(first, first + points_at_once)
-            a = self._attend(points[some])
-            out = self._heads_out(a, points[some])
+            if list(points) == [1.0]:
+                a, leaf, x = self._a, self._leaf, self._x
+            else:
+                a = self._attend(points[some])
+                leaf, x = self._with_graph(self._heads_out(a, points[some]))
             for start in range(0, total, targets_at_once):
                 chosen = slice(start, start + targets_at_once)
-                part, value_part = self._score([wanted[chosen] for wanted in targets], a, out, points[some], weights[some])
+                part, value_part = self._score(
+                    a, self._gradient([wanted[chosen] for wanted in targets], leaf, x), points[some], weights[some]
+                )
                 scores[:, chosen] += part
                 value[:, chosen] += value_part
         return PathScores(scores, value if parts else None)
@@ -240,7 +243,7 @@ class ClsTail:
         z = torch.matmul(a.flatten(1, 3), self._tokens)  # (B, n R H, D)
         if list(points) != [1.0]:
             z = z * torch.tensor(points, dtype=z.dtype, device=z.device).repeat_interleave(rows * heads)[:, None]
-        z = z.unflatten(1, (at * rows, heads)).permute(2, 0, 1, 3).flatten(1, 2)  # (H, B n R, D)
+        z = torch.unflatten(z, 1, (at * rows, heads)).permute(2, 0, 1, 3).flatten(1, 2)  # (H, B n R, D)
         out = torch.matmul(z, self._w_v.transpose(1, 2))
         if self._b_v is not None:
             out = out + self._b_v[:, None]
@@ -255,20 +258,14 @@ class ClsTail:
         return self._vit.finish(residual, its.proj(attention.inner_norm(its)(out)))
 
     def _score(
-        self,
-        targets: Sequence[Sequence[Scalar]],
-        a: Tensor,
-        out: Tensor,
-        points: Sequence[float],
-        weights: Sequence[float],
+        self, a: Tensor, gradient: Tensor, points: Sequence[float], weights: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
-        """Scores and their value part, summed over points, shapes (B, K, N)."""
-        images, at, rows, heads, count = a.shape
-        gradient = self._gradient(targets, out, at)  # (B, n, K, R, H d)
+        """Scores and their value part, summed over points, shapes (B, K, N), from df/do, shape (B, n, K, R, H d)."""
+        images, at, rows, heads, _ = a.shape
         total = gradient.shape[2]
         g = gradient.reshape(-1, heads, gradient.shape[-1] // heads).transpose(0, 1)  # (H, B n K R, d)
         g = torch.matmul(g, self._w_v).transpose(0, 1).reshape(images, at * total * rows * heads, -1)
-        a_tg = torch.matmul(g, self._tokens.transpose(1, 2)).unflatten(1, (at, total, rows, heads))
+        a_tg = torch.unflatten(torch.matmul(g, self._tokens.transpose(1, 2)), 1, (at, total, rows, heads))
         a = a[:, :, None]
         a_tg.mul_(a)
         t_u = self._t_u1 + self._t_u0
@@ -286,20 +283,27 @@ class ClsTail:
         scores[..., :rows] += (a_tg * t_u1[:, :, None]).sum(dim=(1, 4, 5))
         return scores, value
 
-    def _gradient(self, targets: Sequence[Sequence[Scalar]], out: Tensor, at: int) -> Tensor:
-        """df/do of every target at every point, shape (B, n, K, R, H d)."""
+    def _with_graph(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads' outputs as a leaf, and the final norm's output with a graph from the one to the other."""
         with torch.enable_grad():
             leaf = out.detach().requires_grad_()
-            features = self._features(self._rest(leaf))
-        images = len(targets)
-        seeds = self._seeds(targets, features.detach().unflatten(0, (images, at)))  # (B, n or 1, K, R, D)
+            return leaf, self._rest(leaf)
+
+    def _gradient(self, targets: Sequence[Sequence[Scalar]], leaf: Tensor, x: Tensor) -> Tensor:
+        """df/do of every target at every point, shape (B, n, K, R, H d)."""
+        images, at = len(targets), len(leaf) // len(targets)
+        with torch.enable_grad():
+            features = self._features(x)
+        seeds = self._seeds(targets, torch.unflatten(features.detach(), 0, (images, at)))  # (B, n or 1, K, R, D)
         total = seeds.shape[2]
         seeds = seeds.expand(-1, at, -1, -1, -1).flatten(0, 1)  # (B n, K, R, D)
-        if total == 1:
-            (gradient,) = torch.autograd.grad(features, leaf, seeds.squeeze(1))
-            return gradient.unflatten(0, (images, at))[:, :, None]
-        (gradient,) = torch.autograd.grad(features, leaf, seeds.transpose(0, 1), is_grads_batched=True)
-        return gradient.transpose(0, 1).unflatten(0, (images, at))
+        if total > 1:
+            # A row for each target: a batched backward pass would run norms and activations target by target.
+            leaf, x = self._with_graph(leaf.detach().repeat_interleave(total, dim=0))
+            with torch.enable_grad():
+                features = self._features(x)
+        (gradient,) = torch.autograd.grad(features, leaf, seeds.flatten(0, 1), retain_graph=True)
+        return torch.unflatten(gradient, 0, (images, at, total))
 
     def _features(self, x: Tensor) -> Tensor:
         """What every target is a simple function of: the latents of the rows that are read out, (B n, R, D).
@@ -333,9 +337,7 @@ class ClsTail:
             place = (torch.tensor(b_), torch.tensor(k_))
             vectors = self._output_vectors(torch.tensor(index, device=seeds.device))
             signed = vectors * torch.tensor(signs, dtype=seeds.dtype, device=seeds.device)[:, None, None]
-            seeds.transpose(1, 2).index_put_(
-                place, signed[:, None].expand(-1, seeds.shape[1], -1, -1), accumulate=True
-            )
+            seeds.transpose(1, 2).index_put_(place, signed[:, None].expand(-1, seeds.shape[1], -1, -1), accumulate=True)
         return seeds
 
     def _output_vectors(self, index: Tensor) -> Tensor:
@@ -353,7 +355,7 @@ class ClsTail:
 _IDENTITY: Final = nn.Identity()
 
 
-def _linear_parts(its: Any) -> tuple[nn.Module, ...]:
+def _linear_parts(its: Any) -> tuple[nn.Linear, ...]:
     return (its.qkv,) if its.qkv is not None else (its.q_proj, its.k_proj, its.v_proj)
 
 
@@ -361,18 +363,16 @@ def _projections(its: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tenso
     """W_Q, W_K, W_V, shape (H, d, D) each, and b_Q, b_V, shape (H, d) each."""
     heads = its.num_heads
     if its.qkv is not None:
-        w = its.qkv.weight.detach().unflatten(0, (3, heads, -1))
+        w = torch.unflatten(its.qkv.weight.detach(), 0, (3, heads, -1))
         b = its.qkv.bias
         if b is not None:
-            b = b.detach().unflatten(0, (3, heads, -1))
+            b = torch.unflatten(b.detach(), 0, (3, heads, -1))
             return w[0], w[1], w[2], b[0], b[2]
         if getattr(its, "q_bias", None) is not None:
             return w[0], w[1], w[2], its.q_bias.detach().view(heads, -1), its.v_bias.detach().view(heads, -1)
         return w[0], w[1], w[2], None, None
-    w_q, w_k, w_v = (part.weight.detach().unflatten(0, (heads, -1)) for part in _linear_parts(its))
-    b_q, b_v = (
-        None if part.bias is None else part.bias.detach().view(heads, -1) for part in (its.q_proj, its.v_proj)
-    )
+    w_q, w_k, w_v = (torch.unflatten(part.weight.detach(), 0, (heads, -1)) for part in _linear_parts(its))
+    b_q, b_v = (None if part.bias is None else part.bias.detach().view(heads, -1) for part in (its.q_proj, its.v_proj))
     return w_q, w_k, w_v, b_q, b_v
 
 
@@ -392,7 +392,8 @@ def _concept_gradient(concept: Concept, latent: Tensor) -> Tensor:
         case "l2":
             return vector - latent
         case "cosine":
-            length = latent.norm(dim=-1, keepdim=True)
+            length = torch.linalg.vector_norm(latent, dim=-1, keepdim=True)
             unit = latent / length
-            other = vector / vector.norm()
-            return (other - (unit @ other)[:, None] * unit) / length
+            other = vector / torch.linalg.vector_norm(vector)
+            gradient: Tensor = (other - (unit @ other)[:, None] * unit) / length
+            return gradient

@@ -48,7 +48,9 @@ class Concept:
             case "dot":
                 return latent @ vector
             case "cosine":
-                return latent @ vector / (latent.norm(dim=-1) * vector.norm())
+                lengths = torch.linalg.vector_norm(latent, dim=-1) * torch.linalg.vector_norm(vector)
+                cosine: Tensor = latent @ vector / lengths
+                return cosine
             case "l2":
                 return -0.5 * (latent - vector).square().sum(dim=-1)
 
@@ -112,13 +114,18 @@ def check(targets: Sequence[Target], outputs: int, latent_size: int) -> None:
                     raise IndexError(f"top {k} of {outputs} outputs")
             case Contrast(positive, negative):
                 check((positive, negative), outputs, latent_size)
-            case Concept(vector, similarity):
-                if vector.shape != (latent_size,):
-                    raise ValueError(f"a concept vector of shape {tuple(vector.shape)}, not ({latent_size},)")
-                if not bool(vector.isfinite().all()):
-                    raise ValueError("a concept vector that is not finite")
-                if similarity == "cosine" and not bool(vector.any()):
-                    raise ValueError("no vector makes an angle with zero")
+            case Concept():
+                _check_concept(target, latent_size)
+
+
+def _check_concept(concept: Concept, latent_size: int) -> None:
+    vector = concept.vector
+    if vector.shape != (latent_size,):
+        raise ValueError(f"a concept vector of shape {tuple(vector.shape)}, not ({latent_size},)")
+    if not bool(vector.isfinite().all()):
+        raise ValueError("a concept vector that is not finite")
+    if concept.similarity == "cosine" and not bool(vector.any()):
+        raise ValueError("no vector makes an angle with zero")
 
 
 def resolve(targets: Sequence[Target], logits: Tensor) -> tuple[Scalar, ...]:
@@ -139,7 +146,7 @@ def resolve(targets: Sequence[Target], logits: Tensor) -> tuple[Scalar, ...]:
 
 
 def values(targets: Sequence[Sequence[Scalar]], latent: Tensor, logits: Tensor) -> Tensor:
-    """f of every image and target, shape (B, K).
+    """The values f of every image and target, shape (B, K).
 
     Args:
         targets: K targets of each of B images.

@@ -213,7 +213,7 @@ class SplitViT:
             UnsupportedMethodError: With the reason.
         """
         for block in self.blocks:
-            if not isinstance(block, _BLOCKS) or not is_code_of(block, "forward", _BLOCKS):
+            if not is_code_of(block, "forward", _BLOCKS):
                 raise UnsupportedMethodError("UNKNOWN_BLOCK", f"{type(block).__name__} can't be taken apart")
             check_known(block.attn)
 
@@ -224,7 +224,11 @@ class SplitViT:
             residual: The residual stream of some tokens, shape (B, M, D).
             attended: The last attention's output for them, shape (B, M, D).
         """
-        return cast("Tensor", cast("Any", self.model).norm(self._after_attention(self.blocks[-1], residual, attended)))
+        return self.final_norm(self._after_attention(self.blocks[-1], residual, attended))
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The norm after the last block."""
+        return cast("Tensor", cast("Any", self.model).norm(x))
 
     def read_out(self, x: Tensor) -> TailOutput:
         """Pooling and head on the final norm's output (B, N, D)."""
@@ -261,7 +265,8 @@ class SplitViT:
         """
         if self.readout in {Readout.MAX_POOL, Readout.ATTENTION_POOL}:
             raise UnsupportedMethodError(
-                "NO_READOUT_TOKEN", f"its readout ({self.readout}) is no average of tokens whose attention could be read"
+                "NO_READOUT_TOKEN",
+                f"its readout ({self.readout}) is no average of tokens whose attention could be read",
             )
 
     @property

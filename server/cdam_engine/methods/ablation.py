@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -41,7 +41,9 @@ class TokenAblation(Method):
         for image, targets in zip(images, batch.resolve(images, wanted), strict=True):
             embedded = vit.embed(batch.pixels[[image]])
             without = [
-                values([targets] * (some.stop - some.start), *_without(vit, embedded.tokens[0], embedded.arguments, some))
+                values(
+                    [targets] * (some.stop - some.start), *_without(vit, embedded.tokens[0], embedded.arguments, some)
+                )
                 for some in chunks(patches, at_once)
             ]
             maps.append(batch.values([image], [targets])[0][:, None] - torch.cat(without).T)
@@ -66,7 +68,7 @@ def _without(vit: SplitViT, tokens: Tensor, arguments: Sequence[Mapping[str, Any
             x = vit.blocks[index](x, **left)  # the model's own, with its fused attention
         else:
             x, _ = vit.attend(index, x, left, bias, rows)
-    return vit.read_out(cast("Any", vit.model).norm(x))
+    return vit.read_out(vit.final_norm(x))
 
 
 def _without_rows(arguments: Mapping[str, Any], kept: Tensor) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cdam_engine.chunks import chunks
 from cdam_engine.errors import UnsupportedMethodError
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.targets import Target
-from cdam_engine.vit import Readout, SplitViT
+from cdam_engine.vit import SplitViT
 
 _MAX_ELEMENTS: Final = 1 << 25  # of the attention weights kept at a time: 128 MiB in float32
 
@@ -93,7 +93,7 @@ class AttentionRollout(Method):
             for index, arguments in enumerate(embedded.arguments):
                 x, a = vit.attend(index, x, arguments, vit.position_bias(index, arguments))
                 means.append(a.mean(dim=1))
-            batch.learn(chosen, *vit.read_out(vit.model.norm(x)))
+            batch.learn(chosen, *vit.read_out(vit.final_norm(x)))
             row = vit.readout_weights(x).expand(len(chosen), 1, -1)
             for mean in reversed(means):
                 row = 0.5 * (row @ mean + row)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from cdam_engine.chunks import chunks
+
+_MAX_KEPT: Final = 64 * 1024 * 1024  # bytes
 
 
 def draws(seed: int, samples: int, at_once: int, like: Tensor) -> Iterator[Tensor]:
@@ -15,12 +20,28 @@ def draws(seed: int, samples: int, at_once: int, like: Tensor) -> Iterator[Tenso
 
     Draw k is the k-th `torch.randn` in float32 of a generator with this seed, however many come at a time.
     """
+    shape = tuple(like.shape)
+    if 4 * samples * math.prod(shape) <= _MAX_KEPT:
+        kept = _drawn(seed, samples, shape, like.device)
+        for some in chunks(samples, at_once):
+            yield kept[some].to(like.dtype)
+        return
     generator = torch.Generator(like.device).manual_seed(seed)
     for some in chunks(samples, at_once):
-        drawn = torch.empty((some.stop - some.start, *like.shape), device=like.device)
-        for one in drawn:
-            one.normal_(generator=generator)
-        yield drawn.to(like.dtype)
+        yield _draw(generator, some.stop - some.start, shape, like.device).to(like.dtype)
+
+
+@lru_cache(maxsize=1)
+def _drawn(seed: int, samples: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """All draws; the last ones are kept, since most requests have the same seed and drawing costs as much as using."""
+    return _draw(torch.Generator(device).manual_seed(seed), samples, shape, device)
+
+
+def _draw(generator: torch.Generator, count: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    drawn = torch.empty((count, *shape), dtype=torch.float32, device=device)
+    for one in drawn:
+        one.normal_(generator=generator)
+    return drawn
 
 
 class Moments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 import torch
@@ -58,7 +58,7 @@ class SmoothGrad(Method):
     kind: ClassVar[str] = "smooth_grad"
 
     samples: int = 50
-    noise: Noise = Noise(0.15)
+    noise: Noise = field(default_factory=lambda: Noise(0.15))
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -162,7 +162,8 @@ def _by_patch(batch: Batch, values: Tensor) -> Tensor:
     down, across = batch.vit.patch_size
     missing = batch.grid.h * down - summed.shape[-2], batch.grid.w * across - summed.shape[-1]
     padded = F.pad(summed, (0, missing[1], 0, missing[0]))  # where the model pads its input to whole patches
-    tiles = padded.unflatten(-1, (batch.grid.w, across)).unflatten(-3, (batch.grid.h, down))
+    columns = torch.unflatten(padded, -1, (batch.grid.w, across))
+    tiles = torch.unflatten(columns, -3, (batch.grid.h, down))
     return tiles.sum(dim=(-3, -1)).flatten(-2)
 
 

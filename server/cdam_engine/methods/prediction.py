@@ -53,7 +53,7 @@ class PatchMaskPrediction(Method):
         x = vit.finish(trunk.residual, vit.blocks[-1].attn(trunk.tokens, **trunk.attention_arguments))[:, patches:]
         # A sequence that is the same token everywhere is pooled to that token, whatever the pooling.
         alone = x.flatten(0, 1)[:, None].expand(-1, patches + 1, -1)
-        latent, logits = (part.unflatten(0, x.shape[:2]) for part in vit.read_out(alone))
+        latent, logits = (torch.unflatten(part, 0, x.shape[:2]) for part in vit.read_out(alone))
         said = self._activated(logits)
         targets = batch.resolve(images, wanted)
         rows = [torch.stack([f(latent[b], said[b]) for f in its]) for b, its in enumerate(targets)]

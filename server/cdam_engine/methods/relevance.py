@@ -41,9 +41,8 @@ class RelevancePropagation(Method):
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""
         vit = batch.vit
-        found = []
-        for some in chunks(len(images), _MAX_WEIGHTS // (batch.tokens**2 * vit.num_heads * len(vit.blocks))):
-            found.append(self._propagate(batch, list(images[some]), wanted[some]))
+        at_once = _MAX_WEIGHTS // (batch.tokens**2 * vit.num_heads * len(vit.blocks))
+        found = [self._propagate(batch, list(images[some]), wanted[some]) for some in chunks(len(images), at_once)]
         return Scores(torch.cat(found))
 
     def _propagate(self, batch: Batch, images: list[int], wanted: Sequence[Sequence[Target]]) -> Tensor:
@@ -57,7 +56,7 @@ class RelevancePropagation(Method):
                 bias = vit.position_bias(index, arguments)
                 x, a = vit.attend(index, x, arguments, bias, rows if index == last else None)
                 weights.append(a)
-            output = vit.read_out(cast("Any", vit.model).norm(x))
+            output = vit.read_out(vit.final_norm(x))
         batch.learn(images, *output)
         targets = batch.resolve(images, wanted)
         rho = vit.readout_weights(embedded.tokens).expand(len(images), 1, -1)
@@ -120,13 +119,13 @@ class PartialLrp(Method):
         hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(entering)))
         out = layer_scale(block, 2, block.mlp.fc2(hidden))
         x2 = x1 + out
-        latent = cast("Any", vit.model).forward_head(cast("Any", vit.model).norm(x2), pre_logits=True)
+        latent = vit.read_out(vit.final_norm(x2)).latent
         # And back: R has shape (B, K, ...).
         r = _linear_unit(latent[:, None], _gradients(vit, targets, latent))
         r1, r_out = _share(x1, x2, r), _share(out, x2, r)
         r1 = r1 + _linear(entering, block.mlp.fc1.weight, _linear(hidden, block.mlp.fc2.weight, r_out))
         r = _linear(normed, block.attn.proj.weight, _share(attended, x1, r1))
-        ratio = _divide(r, heads).unflatten(-1, (vit.num_heads, -1)).transpose(1, 2)  # (B, H, K, d)
+        ratio = torch.unflatten(_divide(r, heads), -1, (vit.num_heads, -1)).transpose(1, 2)  # (B, H, K, d)
         relevance = 0.5 * a * (ratio @ projected.values.transpose(-2, -1))  # (B, H, K, N)
         return Scores(relevance.clamp(min=0).mean(dim=1))
 
@@ -154,7 +153,7 @@ def _linear_unit(x: Tensor, weight: Tensor) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
     """How the relevance (B, K, out) of a linear layer's outputs goes to its inputs (B, 1, in): shape (B, K, in)."""
     signs = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
-    ratio = _divide(relevance, sum(part @ its.T for part, its in signs))
+    ratio = _divide(relevance, torch.stack([part @ its.T for part, its in signs]).sum(dim=0))
     return torch.stack([part * (ratio @ its) for part, its in signs]).sum(dim=0)
 
 
@@ -164,5 +163,5 @@ def _share(part: Tensor, total: Tensor, relevance: Tensor) -> Tensor:
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, stabilised; 0 where b is 0."""
+    """Divide a by b, stabilised; 0 where b is 0."""
     return torch.where(b == 0, 0.0, a / torch.where(b == -_EPSILON, _EPSILON, b + _EPSILON))
