@@ -52,9 +52,9 @@ def check_known(attention: nn.Module) -> None:
     Raises:
         UnsupportedMethodError: It is none of timm's that are mirrored here.
     """
-    if not isinstance(attention, KNOWN) or not is_code_of(attention, "forward", KNOWN):
+    if not is_plain(attention, *KNOWN):
         raise UnsupportedMethodError(
-            "UNKNOWN_ATTENTION", f"{type(attention).__name__} has no attention weights that are known here"
+            "UNKNOWN_ATTENTION", f"{type(attention).__name__} is no attention that can be taken apart, or has hooks"
         )
 
 
@@ -122,7 +122,13 @@ def combine(attention: nn.Module, a: Tensor, values: Tensor, tokens: Tensor) -> 
     x = inner_norm(attention)(x)
     if getattr(module, "gate", None) is not None:
         x = x * module.gate(tokens[:, : x.shape[1]]).sigmoid()
-    return cast("Tensor", module.proj(x))
+    return project_out(attention, x)
+
+
+def project_out(attention: nn.Module, x: Tensor) -> Tensor:
+    """From the heads' outputs, side by side, to the attention's."""
+    module = cast("Any", attention)
+    return cast("Tensor", module.proj_drop(module.proj(x)))
 
 
 def inner_norm(attention: nn.Module) -> nn.Module:

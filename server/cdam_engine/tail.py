@@ -183,12 +183,13 @@ class ClsTail:
         if vit.readout is Readout.CLS_AND_DISTILLATION_TOKENS:
             heads = [*heads, model.head_dist] if vit.num_outputs else []
         return (
-            vit.num_readout_tokens > 0
+            vit.rows_read is not None
             and attention.is_plain(its, *attention.KNOWN)
             and trunk.attention_arguments.get("rope") is None
             and getattr(its, "num_kv_heads", its.num_heads) == its.num_heads
             and getattr(its, "gate", None) is None
             and all(attention.is_plain(getattr(its, name, _IDENTITY), nn.Identity) for name in ("q_norm", "k_norm"))
+            and attention.is_plain(its.attn_drop, nn.Dropout)
             and all(attention.is_plain(part, nn.Linear) for part in (*_linear_parts(its), *heads))
         )
 
@@ -255,7 +256,7 @@ class ClsTail:
         residual = self._residual
         if len(out) != len(residual):
             residual = residual.repeat_interleave(len(out) // len(residual), dim=0)
-        return self._vit.finish(residual, its.proj(attention.inner_norm(its)(out)))
+        return self._vit.finish(residual, attention.project_out(its, attention.inner_norm(its)(out)))
 
     def _score(
         self, a: Tensor, gradient: Tensor, points: Sequence[float], weights: Sequence[float]
@@ -316,28 +317,30 @@ class ClsTail:
 
     def _seeds(self, targets: Sequence[Sequence[Scalar]], features: Tensor) -> Tensor:
         """df/dfeatures, shape (B, n, K, R, D), or with n = 1 if it is the same at every point."""
-        images, total, rows = len(targets), len(targets[0]), self._rows
-        linear = all(
-            not isinstance(side, Concept) or side.similarity == "dot"
-            for wanted in targets
-            for target in wanted
-            for _, side in _sides(target)
-        )
-        seeds = features.new_zeros((images, 1 if linear else features.shape[1], total, rows, features.shape[-1]))
-        outputs: list[tuple[int, int, int, float]] = []
+        concepts: list[tuple[int, int, float, Concept]] = []
+        places: list[tuple[int, int]] = []
+        indices, signs = [], []
         for b, wanted in enumerate(targets):
             for k, target in enumerate(wanted):
                 for sign, side in _sides(target):
                     if isinstance(side, Concept):
-                        seeds[b, :, k] += sign / rows * _concept_gradient(side, features[b].mean(dim=1))[:, None]
+                        concepts.append((b, k, sign, side))
                     else:
-                        outputs.append((b, k, side.index, sign))
-        if outputs:
-            b_, k_, index, signs = zip(*outputs, strict=True)
-            place = (torch.tensor(b_), torch.tensor(k_))
-            vectors = self._output_vectors(torch.tensor(index, device=seeds.device))
-            signed = vectors * torch.tensor(signs, dtype=seeds.dtype, device=seeds.device)[:, None, None]
-            seeds.transpose(1, 2).index_put_(place, signed[:, None].expand(-1, seeds.shape[1], -1, -1), accumulate=True)
+                        places.append((b, k))
+                        indices.append(side.index)
+                        signs.append(sign)
+        fixed = all(concept.similarity == "dot" for *_, concept in concepts)
+        shape = (len(targets), 1 if fixed else features.shape[1], len(targets[0]), *features.shape[-2:])
+        seeds = features.new_zeros(shape)
+        if places:
+            vectors = self._output_vectors(torch.tensor(indices, device=seeds.device))
+            signed = vectors * seeds.new_tensor(signs)[:, None, None]
+            place = torch.tensor(places, device=seeds.device).T
+            seeds.transpose(1, 2).index_put_(
+                tuple(place), signed[:, None].expand(-1, shape[1], -1, -1), accumulate=True
+            )
+        for b, k, sign, concept in concepts:
+            seeds[b, :, k] += sign / self._rows * _concept_gradient(concept, features[b].mean(dim=1))[:, None]
         return seeds
 
     def _output_vectors(self, index: Tensor) -> Tensor:

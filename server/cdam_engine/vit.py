@@ -279,9 +279,22 @@ class SplitViT:
         """How many prefix tokens are read out: 1, 2 with DeiT's distillation token, else 0."""
         return {Readout.CLS_TOKEN: 1, Readout.CLS_AND_DISTILLATION_TOKENS: 2}.get(self.readout, 0)
 
+    @property
+    def rows_read(self) -> int | None:
+        """How many rows of the last attention matter, the first ones; None if all do.
+
+        Only the tokens that are read out do, if nothing after the attention mixes tokens; of a module that is neither
+        timm's nor torch's nobody knows.
+        """
+        block = self.blocks[-1]
+        after = (block.mlp, block.norm2, cast("Any", self.model).norm)
+        parts = (part for module in after for part in module.modules())
+        token_wise = all(type(part).__module__.split(".")[0] in {"timm", "torch"} for part in parts)
+        return self.num_readout_tokens or None if token_wise else None
+
     def _after_attention(self, block: Any, residual: Tensor, attended: Tensor) -> Tensor:
-        x = residual + layer_scale(block, 1, attended)
-        return x + layer_scale(block, 2, block.mlp(block.norm2(x)))
+        x = residual + block.drop_path1(layer_scale(block, 1, attended))
+        return cast("Tensor", x + block.drop_path2(layer_scale(block, 2, block.mlp(block.norm2(x)))))
 
     def _check_mode(self) -> None:
         if any(module.training for module in self.model.modules()):

@@ -63,7 +63,7 @@ def _without(vit: SplitViT, tokens: Tensor, arguments: Sequence[Mapping[str, Any
         bias = vit.position_bias(index, its)
         if bias is not None:
             bias = bias[0][:, kept[:, :, None], kept[:, None, :]].transpose(0, 1)
-        rows = (vit.num_readout_tokens or None) if index == last else None
+        rows = vit.rows_read if index == last else None
         if bias is None and rows is None:
             x = vit.blocks[index](x, **left)  # the model's own, with its fused attention
         else:

@@ -47,14 +47,13 @@ class RelevancePropagation(Method):
 
     def _propagate(self, batch: Batch, images: list[int], wanted: Sequence[Sequence[Target]]) -> Tensor:
         vit = batch.vit
-        rows = vit.num_readout_tokens or None  # of the last block, no other row is read out
         embedded = vit.embed(batch.pixels[images])
         last = len(vit.blocks) - 1
         with torch.enable_grad():
             x, weights = embedded.tokens.detach().requires_grad_(), []
             for index, arguments in enumerate(embedded.arguments):
                 bias = vit.position_bias(index, arguments)
-                x, a = vit.attend(index, x, arguments, bias, rows if index == last else None)
+                x, a = vit.attend(index, x, arguments, bias, vit.rows_read if index == last else None)
                 weights.append(a)
             output = vit.read_out(vit.final_norm(x))
         batch.learn(images, *output)
@@ -113,7 +112,7 @@ class PartialLrp(Method):
         a = attention.weights(projected, vit.position_bias(-1, trunk.attention_arguments), 1)  # (B, H, 1, N)
         heads = (a @ projected.values).transpose(1, 2).flatten(2)
         normed = attention.inner_norm(block.attn)(heads)
-        attended = layer_scale(block, 1, block.attn.proj(normed))
+        attended = layer_scale(block, 1, attention.project_out(block.attn, normed))
         x1 = trunk.residual[:, :1] + attended
         entering = block.norm2(x1)
         hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(entering)))
