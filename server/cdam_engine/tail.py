@@ -269,17 +269,15 @@ class ClsTail:
         a_tg = torch.unflatten(torch.matmul(g, self._tokens.transpose(1, 2)), 1, (at, total, rows, heads))
         a = a[:, :, None]
         a_tg.mul_(a)
-        t_u = self._t_u1 + self._t_u0
-        t_u1 = self._t_u1
-        if list(points) == [1.0]:
-            value = a_tg.sum(dim=(1, 3, 4))
-            a_tg.sub_(a * a_tg.sum(dim=-1, keepdim=True))
-        else:
-            alpha = self._column(points)
-            t_u, t_u1 = alpha * self._t_u1 + self._t_u0, alpha * self._t_u1
+        if list(weights) != [1.0]:
             a_tg.mul_(self._column(weights)[..., None])
-            value = a_tg.sum(dim=(1, 3, 4))
-            a_tg.sub_(a * a_tg.sum(dim=-1, keepdim=True)).mul_(alpha[..., None])
+        value = a_tg.sum(dim=(1, 3, 4))
+        a_tg.sub_(a * a_tg.sum(dim=-1, keepdim=True))
+        t_u, t_u1 = self._t_u1 + self._t_u0, self._t_u1
+        if list(points) != [1.0]:
+            alpha = self._column(points)
+            a_tg.mul_(alpha[..., None])
+            t_u, t_u1 = alpha * self._t_u1 + self._t_u0, alpha * self._t_u1
         scores = value + (a_tg * t_u[:, :, None]).sum(dim=(1, 3, 4))
         scores[..., :rows] += (a_tg * t_u1[:, :, None]).sum(dim=(1, 4, 5))
         return scores, value
