@@ -117,7 +117,8 @@ class Client(_BaseClient):
 
         Args:
             image: A path, an encoded file's bytes, a PIL image, or uint8 pixels of shape (H, W), (H, W, 1), (H, W, 3).
-            targets: One or several of: an output's index (int) or name (str), `Output`, `TopK`, `Concept`, `Contrast`.
+            targets: One or several of: an output's index (int) or name (str), `Output`, `TopK`, `Concept`, `Contrast`;
+                may be left out if no method needs one.
             methods: One or several of this package's method classes, or their names ("smooth_cdam"); empty: CDAM.
             model: Name of the model; empty: the server's default.
             resize: "model": as the model was evaluated, mostly the centre; "squash": all of the image, stretched;

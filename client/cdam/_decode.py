@@ -1,6 +1,7 @@
 """From the API's messages to the caller's words."""
 
 import math
+from collections.abc import Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -24,22 +25,22 @@ _SIMILARITIES: dict[int, Similarity] = {
 
 
 def decode_explanation(
-    response: explain_pb2.ExplainResponse, methods: tuple[Method, ...], image: common_pb2.Image
+    response: explain_pb2.ExplainResponse, methods: tuple[Method, ...], request: explain_pb2.ExplainRequest
 ) -> Explanation:
-    """The answer to a request with these methods and this image.
+    """The answer to a request with these methods.
 
     Raises:
         MalformedResponse: if the answer contradicts itself or the request.
     """
     geometry = _geometry(response.geometry)
-    targets = tuple(_explained_target(target) for target in response.targets)
+    targets = tuple(_explained_target(target, request.targets) for target in response.targets)
     return Explanation(
         request_id=response.request_id,
         model=response.model,
         fingerprint=response.model_fingerprint,
         geometry=geometry,
         targets=targets,
-        maps=tuple(_map(m, methods or (Cdam(),), targets, geometry, image) for m in response.maps),
+        maps=tuple(_map(m, methods or (Cdam(),), targets, geometry, request.image) for m in response.maps),
         timing=_timing(response.timing),
         token_cache_hit=response.token_cache_hit,
     )
@@ -102,9 +103,11 @@ def _size(size: common_pb2.Size) -> tuple[int, int]:
     return size.height, size.width
 
 
-def _explained_target(target: explain_pb2.ExplainedTarget) -> ExplainedTarget:
+def _explained_target(target: explain_pb2.ExplainedTarget, asked: Sequence[target_pb2.Target]) -> ExplainedTarget:
+    if target.request_index >= len(asked):
+        raise MalformedResponse(f"target {target.request_index} of {len(asked)} explained")
     return ExplainedTarget(
-        target=_target(target.target),
+        target=_target(target.target, asked[target.request_index]),
         label=target.label,
         value=target.value,
         probability=target.probability if target.HasField("probability") else None,
@@ -113,35 +116,38 @@ def _explained_target(target: explain_pb2.ExplainedTarget) -> ExplainedTarget:
     )
 
 
-def _target(target: target_pb2.Target) -> Output | Concept | Contrast:
+def _target(target: target_pb2.Target, asked: target_pb2.Target) -> Output | Concept | Contrast:
     match target.WhichOneof("kind"):
         case "output":
             return _output(target.output)
         case "concept":
-            return _concept(target.concept)
+            return _concept(target.concept, asked.concept)
         case "contrast":
-            return Contrast(_scalar(target.contrast.positive), _scalar(target.contrast.negative))
+            found, wanted = target.contrast, asked.contrast
+            return Contrast(_scalar(found.positive, wanted.positive), _scalar(found.negative, wanted.negative))
         case kind:
             raise MalformedResponse(f"an explained target of kind {kind}")
 
 
-def _scalar(target: target_pb2.ScalarTarget) -> Output | Concept:
-    return _concept(target.concept) if target.WhichOneof("kind") == "concept" else _output(target.output)
+def _scalar(target: target_pb2.ScalarTarget, asked: target_pb2.ScalarTarget) -> Output | Concept:
+    if target.WhichOneof("kind") == "concept":
+        return _concept(target.concept, asked.concept)
+    return _output(target.output)
 
 
 def _output(target: target_pb2.OutputTarget) -> Output:
     return Output(target.name if target.WhichOneof("selector") == "name" else target.index)
 
 
-def _concept(target: target_pb2.ConceptTarget) -> Concept:
+def _concept(target: target_pb2.ConceptTarget, asked: target_pb2.ConceptTarget) -> Concept:
     similarity = _SIMILARITIES.get(target.similarity, "dot")
     match target.WhichOneof("selector"):
         case "name":
             return Concept(name=target.name, similarity=similarity)
         case "id":
             return Concept(id=target.id, similarity=similarity)
-        case _:
-            return Concept(vector=decode_tensor(target.vector), similarity=similarity)
+        case _:  # the server does not send back a vector that it was given
+            return Concept(vector=decode_tensor(asked.vector), similarity=similarity)
 
 
 def _map(

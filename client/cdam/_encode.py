@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from cdam._images import ImageLike, encode_image
-from cdam._methods import Method, MethodLike, Noise, as_methods
+from cdam._methods import Cdam, Method, MethodLike, Noise, as_methods
 from cdam._targets import Concept, Contrast, Output, Target, TargetLike, TopK, as_targets
 from cdam.v1 import common_pb2, explain_pb2, method_pb2, target_pb2
 
@@ -29,12 +29,21 @@ def encode_explain(
     request_id: str,
     priority: Priority | None,
 ) -> explain_pb2.ExplainRequest:
-    """The request of Explain."""
+    """The request of Explain.
+
+    Raises:
+        ValueError: if there is no target and a method needs one, or a word is none that the API knows.
+    """
+    whats, hows = as_targets(targets), as_methods(methods)
+    if not whats and (needy := [how.kind for how in hows or (Cdam(),) if how.needs_target]):
+        raise ValueError(
+            f"{needy[0]} needs a target: an output's name or index, say, or TopK(1) for the highest output"
+        )
     request = explain_pb2.ExplainRequest(
         model=model,
         image=encode_image(image),
-        targets=[encode_target(target) for target in as_targets(targets)],
-        methods=[encode_method(method) for method in as_methods(methods)],
+        targets=[encode_target(what) for what in whats],
+        methods=[encode_method(how) for how in hows],
         request_id=request_id,
         priority=enum_value(explain_pb2.Priority, "PRIORITY", priority),
     )

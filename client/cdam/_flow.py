@@ -60,7 +60,7 @@ Flow: TypeAlias = Generator[Call | Pause, Any, T]
 def explain(request: explain_pb2.ExplainRequest, methods: tuple[Method, ...]) -> Flow[Explanation]:
     """Explain one image."""
     response = yield _call("Explain", request, explain_pb2.ExplainResponse)
-    return decode_explanation(response, methods, request.image)
+    return decode_explanation(response, methods, request)
 
 
 def models() -> Flow[tuple[Model, ...]]:

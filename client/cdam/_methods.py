@@ -41,8 +41,20 @@ class Noise:
             raise ValueError("noise is relative or absolute, not both")
 
 
+class _Method:
+    """What all methods have in common.
+
+    Attributes:
+        kind: The method's name.
+        needs_target: False if its map is the same for every target.
+    """
+
+    kind: ClassVar[MethodKind]
+    needs_target: ClassVar[bool] = True
+
+
 @dataclass(frozen=True)
-class Cdam:
+class Cdam(_Method):
     """Class-discriminative attention map: S_i = sum_j T_ij df/dT_ij.
 
     Attributes:
@@ -54,12 +66,12 @@ class Cdam:
 
 
 @dataclass(frozen=True)
-class SmoothCdam:
+class SmoothCdam(_Method):
     """CDAM averaged over noisy copies of the tokens.
 
     Attributes:
-        samples: Number of draws; None: the server's default.
-        noise: The noise; None: the server's default.
+        samples: Number of draws; None: 50.
+        noise: The noise, added to the tokens; None: 0.05, relative.
         seed: None: 0. The same seed gives the same map, alone or in any batch.
     """
 
@@ -70,13 +82,14 @@ class SmoothCdam:
 
 
 @dataclass(frozen=True)
-class IntegratedCdam:
+class IntegratedCdam(_Method):
     """CDAM integrated along the path from zero tokens.
 
     Attributes:
-        steps: Number of points on the path; None: the server's default.
+        steps: Number of points on the path; None: 50.
         quadrature: How the integral is approximated.
-        tolerance: Refine until |completeness residual| is at most this, in units of the target; None: don't refine.
+        tolerance: Double the steps until |completeness residual| is at most this, in units of the target, but not
+            beyond 1024; None: don't.
     """
 
     kind: ClassVar[MethodKind] = "integrated_cdam"
@@ -86,7 +99,7 @@ class IntegratedCdam:
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(_Method):
     """Attention of the readout token over the patches, last block. Needs no target.
 
     Attributes:
@@ -94,44 +107,46 @@ class Attention:
     """
 
     kind: ClassVar[MethodKind] = "attention"
+    needs_target: ClassVar[bool] = False
     heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class AttentionRollout:
+class AttentionRollout(_Method):
     """Attention rollout (Abnar and Zuidema 2020). Needs no target."""
 
     kind: ClassVar[MethodKind] = "attention_rollout"
+    needs_target: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
-class RelevancePropagation:
+class RelevancePropagation(_Method):
     """Relevance propagation for attention models (Chefer, Gur and Wolf 2021)."""
 
     kind: ClassVar[MethodKind] = "relevance_propagation"
 
 
 @dataclass(frozen=True)
-class PartialLrp:
+class PartialLrp(_Method):
     """Partial layer-wise relevance propagation (Voita et al. 2019), last layer."""
 
     kind: ClassVar[MethodKind] = "partial_lrp"
 
 
 @dataclass(frozen=True)
-class InputXGradient:
+class InputXGradient(_Method):
     """Input x gradient, summed over each patch."""
 
     kind: ClassVar[MethodKind] = "input_x_gradient"
 
 
 @dataclass(frozen=True)
-class SmoothGrad:
-    """SmoothGrad (Smilkov et al. 2017), summed over each patch.
+class SmoothGrad(_Method):
+    """SmoothGrad (Smilkov et al. 2017), signed, summed over each patch.
 
     Attributes:
-        samples: Number of draws; None: the server's default.
-        noise: The noise, added to the normalised input; None: the server's default.
+        samples: Number of draws; None: 50.
+        noise: The noise, added to the normalised input; None: 0.15, relative.
         seed: Seed of the draws; None: 0.
     """
 
@@ -142,11 +157,11 @@ class SmoothGrad:
 
 
 @dataclass(frozen=True)
-class IntegratedGradients:
-    """Integrated gradients (Sundararajan et al. 2017), summed over each patch.
+class IntegratedGradients(_Method):
+    """Integrated gradients (Sundararajan et al. 2017) from a picture of the mean colour, summed over each patch.
 
     Attributes:
-        steps: Number of points on the path; None: the server's default.
+        steps: Number of points on the path; None: 50.
         quadrature: How the integral is approximated.
     """
 
@@ -156,15 +171,15 @@ class IntegratedGradients:
 
 
 @dataclass(frozen=True)
-class TokenAblation:
+class TokenAblation(_Method):
     """Change of the target when one patch token is removed."""
 
     kind: ClassVar[MethodKind] = "token_ablation"
 
 
 @dataclass(frozen=True)
-class PatchMaskPrediction:
-    """The classifier applied to every patch token (after Kang, Heo and Choe 2024)."""
+class PatchMaskPrediction(_Method):
+    """The classifier applied to every patch token (after Kang, Heo and Choe 2024): a probability, or a regression value."""
 
     kind: ClassVar[MethodKind] = "patch_mask_prediction"
 

@@ -95,6 +95,8 @@ def position_bias(attention: nn.Module, arguments: Mapping[str, Any]) -> Tensor 
     """What is added to the products of queries and keys: relative positions, (1, H, N, N), or None."""
     module = cast("Any", attention)
     shared = cast("Tensor | None", arguments.get("shared_rel_pos_bias"))
+    if shared is not None and shared.ndim == 3:  # BEiT's blocks share it without a batch axis
+        shared = shared[None]
     if getattr(module, "relative_position_bias_table", None) is None:
         return shared
     own = cast("Tensor", module._get_rel_pos_bias())  # noqa: SLF001

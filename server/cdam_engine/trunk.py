@@ -41,6 +41,8 @@ class Trunk:
         self._batch_sizes = sorted(batch_sizes)
         self._compiled: Callable[[Tensor], TrunkOutput] | None = None
         if compile:
+            # dynamo counts the graphs of all models together, since they share this class's code.
+            torch._dynamo.config.recompile_limit += len(self._batch_sizes)  # noqa: SLF001
             compiled: Any = torch.compile(self._run, dynamic=False)
             self._compiled = compiled
 

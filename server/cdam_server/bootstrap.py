@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from time import monotonic, perf_counter
@@ -16,12 +16,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cdam.v1 import explainer_service_pb2, explainer_service_pb2_grpc
-from cdam_engine import Explanation, TopK
+from cdam_engine import Cdam, Concept, Explanation, TokenCache, TopK
 from cdam_server.admin import AdminServer
-from cdam_server.config import Settings
+from cdam_server.config import MIB, Settings, unknown_variables
 from cdam_server.explain import ExplainUseCase
 from cdam_server.loading import load_model
 from cdam_server.models import Bucket, Catalog, Job, NonFiniteError, ServedModel
+from cdam_server.rpc.decode import Limits
 from cdam_server.rpc.images import ImageLimits
 from cdam_server.rpc.interceptors import RequestInterceptor
 from cdam_server.rpc.servicer import ExplainerServicer
@@ -51,6 +52,7 @@ class Application:
         self._catalog = catalog
         self._telemetry = Telemetry()
         self._ready = False
+        self._warm = False
         self._heartbeat = monotonic()
         self.address = ""
 
@@ -64,7 +66,7 @@ class Application:
         probes = {"/livez": self._live, "/readyz": lambda: self._ready}
         self._admin = AdminServer(settings.admin_address, telemetry.registry, probes)
         self._batcher: Batcher[Bucket, Job, Explanation] = Batcher(
-            self._catalog.compute,
+            self._compute,
             max_batch_size=settings.max_batch_size,
             max_queue_delay=settings.max_queue_delay_microseconds / 1e6,
             max_pending=settings.max_pending,
@@ -117,10 +119,15 @@ class Application:
             self._telemetry,
             max_targets=settings.max_targets,
             max_patches=settings.max_patches,
+            max_passes=settings.max_passes,
         )
-        limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+        limits = Limits(
+            ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+            max_targets=settings.max_targets,
+            max_samples=settings.max_samples,
+        )
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
-            ExplainerServicer(explain, limits, settings.max_targets), self._server
+            ExplainerServicer(explain, limits), self._server
         )
         self._health = health.aio.HealthServicer()
         for service in ("", SERVICE):
@@ -136,23 +143,46 @@ class Application:
         await self._server.start()
 
     async def _warm_up(self) -> None:
-        """One request to every model, so that the first caller does not pay for lazy initialisation."""
+        """Every model's batches, so that no caller pays for lazy initialisation, or for compiling."""
         for served in self._catalog:
             name = served.loaded.name
             if served.unsupported is not None:
                 _log.warning("model can't be explained", model=name, reason=str(served.unsupported))
                 continue
             started = perf_counter()
-            size = served.loaded.data_config.input_size
-            job = Job(np.zeros((*size, 3), np.uint8), (TopK(1),) if served.loaded.output_count else ())
+            bucket = Bucket(name, served.loaded.data_config.input_size)
+            if served.compiled_batch_sizes:
+                _log.info("compiling", model=name, batch_sizes=served.compiled_batch_sizes)
             try:
-                await self._batcher.submit(Bucket(name, size), job)
+                for size in served.compiled_batch_sizes or (1,):
+                    # Jobs that are submitted at once share a batch.
+                    await asyncio.gather(*(self._batcher.submit(bucket, job) for job in _warm_up_jobs(served, size)))
             except NonFiniteError as error:
                 raise ValueError(f"model {name!r} can't be used: {error}") from error
+            except RuntimeError as error:
+                if not served.compiled_batch_sizes:
+                    raise
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"model {name!r} can't be compiled (compile): {reason}") from error
+            if served.explainer.cache is not None:
+                served.explainer.cache.clear()
             self._telemetry.models.labels(name).info(
                 {"architecture": served.loaded.architecture, "fingerprint": served.loaded.fingerprint}
             )
             _log.info("warm", model=name, seconds=round(perf_counter() - started, 3))
+        self._warm = True
+
+    def _compute(self, bucket: Bucket, jobs: Sequence[Job]) -> list[Explanation | Exception]:
+        """One batch, booked once; called in the batcher's thread."""
+        answers = self._catalog.compute(bucket, jobs)
+        explained = next((answer for answer in answers if isinstance(answer, Explanation)), None)
+        if self._warm and explained is not None:  # each explanation knows the whole batch's times
+            self._telemetry.observe_batch(bucket.model, len(jobs), explained.trunk_seconds, explained.method_seconds)
+        if self._warm and self._settings.token_cache_mib:
+            for job, answer in zip(jobs, answers, strict=True):
+                if isinstance(answer, Explanation) and any(method.reads_tokens for method in job.methods):
+                    self._telemetry.observe_cache(bucket.model, hit=answer.token_cache_hit)
+        return answers
 
     async def _beat(self) -> None:
         while True:
@@ -162,6 +192,12 @@ class Application:
     def _live(self) -> bool:
         """Whether the event loop turns and the batcher works."""
         return monotonic() - self._heartbeat < 10 * _HEARTBEAT_SECONDS and self._batcher.alive
+
+
+def warn_of_unknown_variables() -> None:
+    """Log the names of environment variables that were not read, each with the one that may have been meant."""
+    for name, similar in unknown_variables().items():
+        _log.warning("unknown environment variable", name=name, **({"similar": similar} if similar else {}))
 
 
 def load_catalog(settings: Settings) -> Catalog:
@@ -174,10 +210,17 @@ def load_catalog(settings: Settings) -> Catalog:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
+    cache = TokenCache(settings.token_cache_mib * MIB) if settings.token_cache_mib else None
     models = []
     for spec in settings.specs():
         _log.info("loading", model=spec.name)
-        models.append(ServedModel(load_model(spec, device=device), device))
+        served = ServedModel(
+            load_model(spec, device=device),
+            precision=settings.precision,
+            compiled_batch_sizes=_batch_sizes(settings) if settings.compile else (),
+            cache=cache,
+        )
+        models.append(served)
     return Catalog(models)
 
 
@@ -210,6 +253,21 @@ def serve_in_background(settings: Settings) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def _batch_sizes(settings: Settings) -> tuple[int, ...]:
+    """Powers of two up to the largest batch that there can be, and that one."""
+    largest = min(settings.max_batch_size, settings.max_pending)
+    return (*(1 << step for step in range((largest - 1).bit_length())), largest)
+
+
+def _warm_up_jobs(served: ServedModel, count: int) -> Iterator[Job]:
+    """Jobs with pictures of noise, none like the other: equal ones would be computed once."""
+    height, width = served.loaded.data_config.input_size
+    noise = np.random.default_rng(count).integers(0, 256, (count, height, width, 3), np.uint8)
+    has_outputs = served.loaded.output_count > 0
+    target = TopK(1) if has_outputs else Concept(torch.ones(served.explainer.vit.latent_size))
+    return (Job(pixels, (target,), (Cdam(),)) for pixels in noise)
 
 
 def _device(name: str) -> torch.device:

@@ -1,7 +1,10 @@
 """Settings: flags over environment over file. The one reader of the environment and of the settings file."""
 
+import difflib
+import os
+import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
@@ -20,12 +23,18 @@ _ONE_MODEL = {
     "task",
     "num_outputs",
 }
+_PREFIX: Final = "CDAM_"
+# Read elsewhere: by the command line and by the client's commands.
+_OTHER_VARIABLES: Final = {"CDAM_CONFIG", "CDAM_SERVER", "CDAM_TOKEN"}
+# What Kubernetes sets in every container of a namespace with a service called cdam...: not meant as settings.
+_SERVICE_HOST: Final = "_SERVICE_HOST"
+_SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)|_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
 
 
 class Settings(BaseSettings):
     """Everything that can be set, by flag ``--max-batch-size``, environment ``CDAM_MAX_BATCH_SIZE`` or YAML file."""
 
-    model_config = SettingsConfigDict(env_prefix="CDAM_", extra="forbid", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
     # Which file the class being built reads; set by `load` alone.
     _file: ClassVar[Path | None] = None
@@ -45,6 +54,9 @@ class Settings(BaseSettings):
     num_outputs: int | None = Field(default=None, ge=0)
     device: str = "auto"
     threads: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    compile: bool = False
+    token_cache_mib: int = Field(default=256, ge=0)
     max_batch_size: int = Field(default=16, ge=1)
     max_queue_delay_microseconds: int = Field(default=0, ge=0)
     max_pending: int = Field(default=256, ge=1)
@@ -53,6 +65,8 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(default=50_000_000, ge=1)
     max_patches: int = Field(default=2500, ge=1)
     max_targets: int = Field(default=100, ge=1)
+    max_samples: int = Field(default=500, ge=1)
+    max_passes: int = Field(default=5000, ge=1)
     drain_seconds: float = Field(default=30.0, ge=0)
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -127,3 +141,22 @@ class Settings(BaseSettings):
         chosen = {name: value for name, value in given.items() if value is not None}
         name = self.model_name or self.model
         return [ModelSpec.model_validate({"name": name, "architecture": self.model, **chosen})]
+
+
+def unknown_variables() -> dict[str, str]:
+    """Environment variables that look like settings and are none, each with what may have been meant, or "".
+
+    A variable that is misspelled is not read at all: nothing but this would tell its author.
+    """
+    known = {_PREFIX + field.upper() for field in Settings.model_fields} | _OTHER_VARIABLES
+    ours = sorted(name.upper() for name in os.environ if name.upper().startswith(_PREFIX))
+    words = [name.removeprefix(_PREFIX) for name in known]
+    services = [name.removesuffix(_SERVICE_HOST) for name in ours if name.endswith(_SERVICE_HOST)]
+    return {
+        name: next((_PREFIX + match for match in difflib.get_close_matches(name.removeprefix(_PREFIX), words, n=1)), "")
+        for name in ours
+        if name not in known
+        and not any(
+            name.startswith(service) and _SERVICE_LINK.fullmatch(name.removeprefix(service)) for service in services
+        )
+    }

@@ -6,15 +6,33 @@ import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cdam_engine import Explanation, Output, Target, TopK
+from cdam_engine import (
+    Attention,
+    Concept,
+    Contrast,
+    Explanation,
+    InputXGradient,
+    IntegratedGradients,
+    Method,
+    Output,
+    PatchMaskPrediction,
+    RelevancePropagation,
+    SmoothGrad,
+    Target,
+    TokenAblation,
+    TopK,
+)
+from cdam_engine.methods.prediction import Activation
 from cdam_engine.preprocess import Prepared, Resize, prepare
+from cdam_engine.targets import count
 from cdam_server.errors import (
     DeadlineError,
     FailedPreconditionError,
@@ -28,12 +46,39 @@ from cdam_server.models import Bucket, Catalog, Job, ServedModel
 from cdam_server.scheduling import Batcher, ClosedError, Done, ExpiredError, QueueFullError
 from cdam_server.telemetry import Telemetry
 
+# What turns a logit into what it means.
+_ACTIVATIONS: Final[dict[Task, Activation]] = {
+    Task.MULTI_CLASS: "softmax",
+    Task.MULTI_LABEL: "sigmoid",
+    Task.BINARY: "sigmoid",
+    Task.REGRESSION: "identity",
+}
+
 
 @dataclass(frozen=True)
 class OutputNamed:
     """An output by name, still to be looked up."""
 
     name: str
+
+
+Side: TypeAlias = Output | OutputNamed | Concept
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastNamed:
+    """A contrast whose outputs are still to be looked up.
+
+    Attributes:
+        positive: The minuend.
+        negative: The subtrahend.
+    """
+
+    positive: Side
+    negative: Side
+
+
+Wanted: TypeAlias = Side | TopK | ContrastNamed
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +89,7 @@ class Command:
         model: Name of the model; empty for the default one.
         open_image: Decodes the image, upright RGB; slow, so it is called outside the event loop.
         targets: What to explain.
+        methods: How.
         resize: Which part of the image the model sees.
         input_size: (height, width) in pixels, or None for the model's own.
         timeout: Seconds that the caller will still wait, or None.
@@ -52,7 +98,8 @@ class Command:
 
     model: str
     open_image: Callable[[], Image.Image]
-    targets: tuple[Output | TopK | OutputNamed, ...]
+    targets: tuple[Wanted, ...]
+    methods: tuple[Method, ...]
     resize: Resize
     input_size: tuple[int, int] | None
     timeout: float | None
@@ -67,7 +114,6 @@ class Explained:
         model: The model that was explained.
         prepared: The image as the model saw it, with its geometry.
         done: The explanation, and how its batch came about.
-        request_indices: For each explained target, the index of the command's target that it came from.
         probabilities: Of every output, shape (C,); None for a regression.
         decode_seconds: Time for decoding and resizing the image, the wait for a decoder counted in.
     """
@@ -75,7 +121,6 @@ class Explained:
     model: ServedModel
     prepared: Prepared
     done: Done[Explanation]
-    request_indices: tuple[int, ...]
     probabilities: NDArray[np.float64] | None
     decode_seconds: float
 
@@ -90,6 +135,7 @@ class ExplainUseCase:
         telemetry: Metrics.
         max_targets: Largest number of targets of a request, top-k counted as k.
         max_patches: Most patches that a request's input size may give.
+        max_passes: Most passes through the whole model that a request's methods may take.
     """
 
     def __init__(
@@ -101,6 +147,7 @@ class ExplainUseCase:
         *,
         max_targets: int,
         max_patches: int,
+        max_passes: int,
     ) -> None:
         self.catalog = catalog
         self._batcher = batcher
@@ -108,6 +155,7 @@ class ExplainUseCase:
         self._telemetry = telemetry
         self._max_targets = max_targets
         self._max_patches = max_patches
+        self._max_passes = max_passes
         self._preparing = 0
 
     async def __call__(self, command: Command) -> Explained:
@@ -118,20 +166,22 @@ class ExplainUseCase:
         """
         model = self.catalog.get(command.model)
         input_size = self._input_size(model, command)
+        methods = _methods(model, command)
         targets = self._targets(model, command)
+        self._check_passes(model, input_size, targets, methods)
         with _refusals():
             self._batcher.check_room(self._preparing)
             prepared, decode_seconds = await self._prepare(model, command, input_size)
             timeout = None if command.timeout is None else command.timeout - decode_seconds
             bucket = Bucket(model.loaded.name, input_size)
-            job = Job(prepared.pixels, targets)
+            job = Job(prepared.pixels, targets, methods)
             done = await self._batcher.submit(bucket, job, timeout=timeout, rank=command.rank)
-        self._observe(model, done, decode_seconds)
+        self._telemetry.compute.labels("decode", "", model.loaded.name).observe(decode_seconds)
+        self._telemetry.queue.labels(model.loaded.name).observe(done.queue_seconds)
         return Explained(
             model=model,
             prepared=prepared,
             done=done,
-            request_indices=_request_indices(targets),
             probabilities=_probabilities(done.answer.logits, model.loaded.task),
             decode_seconds=decode_seconds,
         )
@@ -150,29 +200,26 @@ class ExplainUseCase:
         return size
 
     def _targets(self, model: ServedModel, command: Command) -> tuple[Target, ...]:
-        """The targets with names looked up and every index in range."""
-        count = model.loaded.output_count
-        if not count:
-            raise FailedPreconditionError("NO_OUTPUTS", f"model {model.loaded.name!r} has no outputs: it needs a head")
-        resolved: list[Target] = []
-        for position, target in enumerate(command.targets):
-            field = f"targets[{position}]"
-            match target:
-                case OutputNamed(name):
-                    resolved.append(Output(model.output_index(name, f"{field}.output.name")))
-                case Output(index) if index >= count:
-                    message = (
-                        f"{field}.output.index: model {model.loaded.name!r} has outputs 0 to {count - 1}, not {index}"
-                    )
-                    raise NotFoundError("output", str(index), message)
-                case TopK(k) if not 1 <= k <= count:
-                    raise InvalidArgumentError(f"{field}.top_k.k", f"must be from 1 to {count}, the number of outputs")
-                case _:
-                    resolved.append(target)
-        wanted = sum(target.k if isinstance(target, TopK) else 1 for target in resolved)
+        """The targets as the engine takes them, all of them such as the model has."""
+        targets = tuple(_target(model, target, f"targets[{i}]") for i, target in enumerate(command.targets))
+        wanted = count(targets)
         if wanted > self._max_targets:
             raise InvalidArgumentError("targets", f"{wanted} targets; at most {self._max_targets} a request")
-        return tuple(resolved)
+        return targets
+
+    def _check_passes(
+        self,
+        model: ServedModel,
+        input_size: tuple[int, int],
+        targets: tuple[Target, ...],
+        methods: tuple[Method, ...],
+    ) -> None:
+        """Refuse what would keep the compute thread for minutes: the other methods cost a pass between them."""
+        grid = model.explainer.vit.grid(input_size)
+        passes = sum(_passes(method, count(targets), grid.h * grid.w) for method in methods)
+        if passes > self._max_passes:
+            message = f"take {passes} passes through the whole model; at most {self._max_passes} are allowed a request"
+            raise InvalidArgumentError("methods", message)
 
     async def _prepare(
         self, model: ServedModel, command: Command, input_size: tuple[int, int]
@@ -187,14 +234,6 @@ class ExplainUseCase:
         finally:
             self._preparing -= 1
         return prepared, perf_counter() - started
-
-    def _observe(self, model: ServedModel, done: Done[Explanation], decode_seconds: float) -> None:
-        telemetry, name = self._telemetry, model.loaded.name
-        telemetry.compute.labels("decode", "").observe(decode_seconds)
-        telemetry.compute.labels("trunk", "cdam").observe(done.answer.trunk_seconds)
-        telemetry.compute.labels("tail", "cdam").observe(done.answer.tail_seconds)
-        telemetry.queue.labels(name).observe(done.queue_seconds)
-        telemetry.batch_size.labels(name).observe(done.batch_size)
 
 
 def _open_and_resize(model: ServedModel, command: Command, input_size: tuple[int, int]) -> Prepared:
@@ -214,9 +253,84 @@ def _refusals() -> Iterator[None]:
         raise UnavailableError("the server is going down", 1.0) from error
 
 
-def _request_indices(targets: tuple[Target, ...]) -> tuple[int, ...]:
-    counts = (target.k if isinstance(target, TopK) else 1 for target in targets)
-    return tuple(index for index, count in enumerate(counts) for _ in range(count))
+def _methods(model: ServedModel, command: Command) -> tuple[Method, ...]:
+    """The methods as the engine takes them, all of them such as the model can serve."""
+    methods: list[Method] = []
+    for position, method in enumerate(command.methods):
+        field = f"methods[{position}].{method.kind}"
+        model.check_method(method.kind, field)
+        match method:
+            case Attention(heads) if any(head >= model.heads for head in heads):
+                message = f"model {model.loaded.name!r} has heads 0 to {model.heads - 1}, not {max(heads)}"
+                raise InvalidArgumentError(f"{field}.heads", message)
+            case PatchMaskPrediction():
+                methods.append(replace(method, activation=_ACTIVATIONS[model.loaded.task]))
+            case _:
+                methods.append(method)
+    return tuple(methods)
+
+
+def _passes(method: Method, targets: int, patches: int) -> int:
+    """How often the whole model runs for a method, over and above the trunk that all share."""
+    match method:
+        case SmoothGrad(samples=number) | IntegratedGradients(steps=number):
+            return number * targets
+        case InputXGradient() | RelevancePropagation():
+            return targets
+        case TokenAblation():
+            return patches
+        case _:
+            return 0
+
+
+def _target(model: ServedModel, target: Wanted, field: str) -> Target:
+    match target:
+        case TopK(k):
+            count = _output_count(model)
+            if not 1 <= k <= count:
+                raise InvalidArgumentError(f"{field}.top_k.k", f"must be from 1 to {count}, the number of outputs")
+            return target
+        case ContrastNamed(positive, negative):
+            return Contrast(
+                _side(model, positive, f"{field}.contrast.positive"),
+                _side(model, negative, f"{field}.contrast.negative"),
+            )
+        case _:
+            return _side(model, target, field)
+
+
+def _side(model: ServedModel, target: Side, field: str) -> Output | Concept:
+    match target:
+        case Concept():
+            _check_vector(model, target, f"{field}.concept.vector")
+            return target
+        case OutputNamed(name):
+            _output_count(model)
+            return Output(model.output_index(name, f"{field}.output.name"))
+        case Output(index):
+            count = _output_count(model)
+            if index >= count:
+                message = f"{field}.output.index: model {model.loaded.name!r} has outputs 0 to {count - 1}, not {index}"
+                raise NotFoundError("output", str(index), message)
+            return target
+
+
+def _output_count(model: ServedModel) -> int:
+    """The number of outputs, of which there must be one at least."""
+    name, count = model.loaded.name, model.loaded.output_count
+    if not count:
+        raise FailedPreconditionError("NO_OUTPUTS", f"model {name!r} has no outputs: it needs a head", model=name)
+    return count
+
+
+def _check_vector(model: ServedModel, concept: Concept, field: str) -> None:
+    length, size = len(concept.vector), model.explainer.vit.latent_size
+    if length != size:
+        message = f"has length {length}; the latent of model {model.loaded.name!r} has {size}"
+        raise InvalidArgumentError(field, message)
+    # Not whether all of it is zero: the squares of tiny values vanish too.
+    if concept.similarity == "cosine" and not float(concept.vector.norm()):
+        raise InvalidArgumentError(field, "is zero, which makes no angle with anything")
 
 
 def _probabilities(logits: NDArray[np.floating], task: Task) -> NDArray[np.float64] | None:

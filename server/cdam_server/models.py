@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cdam_engine import Explainer, Explanation, Target, UnsupportedArchitectureError
-from cdam_engine.preprocess import normalise
+from cdam_engine import (
+    METHODS,
+    Explainer,
+    Explanation,
+    Method,
+    Target,
+    TokenCache,
+    UnsupportedArchitectureError,
+    UnsupportedMethodError,
+)
 from cdam_server.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -23,15 +32,17 @@ from cdam_server.loading import LoadedModel
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One image and its targets.
+    """One image, and what is to be explained about it.
 
     Attributes:
         pixels: uint8, shape (H, W, 3), at the model's input size.
         targets: What to explain.
+        methods: How; every method is applied to every target.
     """
 
     pixels: NDArray[np.uint8]
     targets: tuple[Target, ...]
+    methods: tuple[Method, ...]
 
 
 @dataclass(frozen=True)
@@ -42,23 +53,60 @@ class Bucket:
     input_size: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a model can't serve a method.
+
+    Attributes:
+        reason: UPPER_SNAKE_CASE, stable, for programs.
+        message: For people.
+    """
+
+    reason: str
+    message: str
+
+
 class ServedModel:
     """A loaded model with its explainer.
+
+    Args:
+        loaded: The model and what is known about it.
+        precision: Arithmetic of the trunk: ``fp32``, ``bf16``, or ``auto`` for what is fast on the device.
+        compiled_batch_sizes: Compile the model for batches of these sizes; empty: run it as it is.
+        cache: Where what the trunk made of recent images is kept; several models may share it.
 
     Attributes:
         loaded: The model and what is known about it.
         unsupported: Why CDAM can't be had from it, or None.
+        refusals: The methods that it can't serve, by their names.
+        compiled_batch_sizes: As given.
     """
 
-    def __init__(self, loaded: LoadedModel, device: torch.device) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        precision: str = "fp32",
+        compiled_batch_sizes: Sequence[int] = (),
+        cache: TokenCache | None = None,
+    ) -> None:
         self.loaded = loaded
+        self.compiled_batch_sizes = tuple(compiled_batch_sizes)
         self.unsupported: UnsupportedArchitectureError | None = None
-        self._device = device
         self._explainer: Explainer | None = None
         try:
-            self._explainer = Explainer(loaded.module)
+            self._explainer = Explainer(
+                loaded.module,
+                precision=precision,
+                compile=bool(compiled_batch_sizes),
+                compile_batch_sizes=self.compiled_batch_sizes or (1,),
+                cache=cache,
+                data_config=loaded.data_config,
+                fingerprint=loaded.fingerprint,
+            )
         except UnsupportedArchitectureError as error:
             self.unsupported = error
+        self.refusals: Mapping[str, Refusal] = MappingProxyType(dict(self._ask()))
 
     @property
     def explainer(self) -> Explainer:
@@ -73,6 +121,26 @@ class ServedModel:
                 self.unsupported.reason, f"model {self.loaded.name!r}: {self.unsupported}", model=self.loaded.name
             )
         return self._explainer
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads of the last block."""
+        return int(self.explainer.vit.num_heads)
+
+    def check_method(self, kind: str, field: str) -> None:
+        """Refuse a method that the model can't serve.
+
+        Args:
+            kind: The method's name.
+            field: Path of the field that asks for it, for the message.
+
+        Raises:
+            FailedPreconditionError: With the engine's reason.
+        """
+        if refusal := self.refusals.get(kind):
+            name = self.loaded.name
+            message = f"{field}: model {name!r} can't serve it: {refusal.message}"
+            raise FailedPreconditionError(refusal.reason, message, model=name, method=kind)
 
     def output_index(self, name: str, field: str) -> int:
         """The index of the output with this name.
@@ -102,15 +170,26 @@ class ServedModel:
             OutOfMemoryError: The batch does not fit into the device's memory.
         """
         try:
-            pixels = torch.from_numpy(np.stack([job.pixels for job in jobs])).to(self._device)
-            inputs = normalise(pixels, self.loaded.data_config, torch.float32)
-            explanations = self.explainer.explain(inputs, [job.targets for job in jobs])
+            pixels = torch.from_numpy(np.stack([job.pixels for job in jobs]))
+            explanations = self.explainer.explain(pixels, [job.targets for job in jobs], [job.methods for job in jobs])
         except RuntimeError as error:
             # On a CPU torch has no class of its own for it.
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             raise OutOfMemoryError("OUT_OF_MEMORY", "the image does not fit into the device's memory") from error
         return [_checked(explanation) for explanation in explanations]
+
+    def _ask(self) -> Iterator[tuple[str, Refusal]]:
+        """Every method that the engine refuses for this model."""
+        for kind, method in METHODS.items():
+            if self._explainer is None:
+                assert self.unsupported is not None
+                yield kind, Refusal(self.unsupported.reason, str(self.unsupported))
+                continue
+            try:
+                self._explainer.check(method())
+            except UnsupportedMethodError as error:
+                yield kind, Refusal(error.reason, str(error))
 
 
 class Catalog:
@@ -147,8 +226,16 @@ class Catalog:
 
 
 def _checked(explanation: Explanation) -> Explanation | Exception:
-    """A map that is not finite is no answer."""
-    if all(np.isfinite(item.scores).all() for item in explanation.maps) and np.isfinite(explanation.logits).all():
+    """What is not finite is no answer."""
+    values = [target.value for target in explanation.targets]
+    arrays = [explanation.logits]
+    for item in explanation.maps:
+        arrays += [
+            array for array in (item.scores, item.value_part, item.key_part, item.standard_error) if array is not None
+        ]
+        if item.completeness_residual is not None:
+            values.append(item.completeness_residual)
+    if all(np.isfinite(array).all() for array in arrays) and np.isfinite(values).all():
         return explanation
     return NonFiniteError("the model's outputs or gradients for this image are not finite")
 

@@ -1,5 +1,7 @@
 """Prometheus metrics; one object of each, in a registry of their own."""
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 # 1 ms to 30 s, each bucket 1.67 times the one before.
@@ -35,16 +37,34 @@ class Telemetry:
         )
         self.compute = Histogram(
             "cdam_compute_duration_seconds",
-            "Time that batches spent in a stage: decode (one request), trunk, tail.",
-            ["stage", "method"],
+            "Time in a stage: decode (of a request), trunk (of a batch), tail (of a batch, method by method).",
+            ["stage", "method", "model"],
             buckets=_SECONDS,
             registry=registry,
         )
         self.batch_size = Histogram(
             "cdam_batch_size", "Images in a batch.", ["model"], buckets=_SIZES, registry=registry
         )
+        self.cache_hits = Counter(
+            "cdam_token_cache_hits", "Images whose trunk did not run: it was known.", ["model"], registry=registry
+        )
+        self.cache_misses = Counter(
+            "cdam_token_cache_misses", "Images whose trunk had to run.", ["model"], registry=registry
+        )
         self.pending = Gauge("cdam_pending_requests", "Requests waiting for a batch.", registry=registry)
         self.failures = Counter(
             "cdam_request_failures", "Requests that were not answered with a map.", ["reason"], registry=registry
         )
         self.models = Info("cdam_model", "Models that are loaded.", ["model"], registry=registry)
+
+    def observe_batch(self, model: str, size: int, trunk_seconds: float, method_seconds: Mapping[str, float]) -> None:
+        """Book a batch that has been computed: once, however many requests share it."""
+        self.batch_size.labels(model).observe(size)
+        if trunk_seconds:  # else no method asked for it
+            self.compute.labels("trunk", "", model).observe(trunk_seconds)
+        for method, seconds in method_seconds.items():
+            self.compute.labels("tail", method, model).observe(seconds)
+
+    def observe_cache(self, model: str, *, hit: bool) -> None:
+        """Book an image that was looked for in the token cache."""
+        (self.cache_hits if hit else self.cache_misses).labels(model).inc()

@@ -12,6 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
 
+from calls import method, vector
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, method_pb2, model_pb2, target_pb2
 from cdam_server.errors import InvalidArgumentError
 from cdam_server.rpc.images import ImageLimits, decode_image
@@ -36,6 +37,20 @@ def _violated(error: grpc.RpcError) -> str:
         ({"model": "x" * 5000}, "model"),
         ({"targets": [target_pb2.Target(output=target_pb2.OutputTarget(name="x" * 5000))]}, "targets[0].output.name"),
         ({"request_id": "x" * 10_000}, "request_id"),
+        ({"methods": [method("smooth_grad", samples=2**32 - 1)]}, "methods[0].smooth_grad.samples"),
+        ({"methods": [method("integrated_cdam", steps=2**32 - 1)]}, "methods[0].integrated_cdam.steps"),
+        ({"methods": [method("attention", heads=[0] * 1_000_000)]}, "methods[0].attention.heads"),
+        ({"targets": [vector([0.0] * 1_000_000)]}, "targets[0].concept.vector"),
+        ({"targets": [TARGET] * 100, "methods": [method("smooth_grad", samples=51)]}, "methods"),
+        ({"methods": [method("integrated_gradients", steps=500)] * 11}, "methods"),
+        ({"targets": [TARGET] * 100, "methods": [method("smooth_grad")] * 16}, "methods"),
+        (
+            {
+                "methods": [method("token_ablation")] * 3,
+                "preprocessing": common_pb2.Preprocessing(input_size=common_pb2.Size(height=200, width=200)),
+            },
+            "methods",
+        ),
         (
             {"preprocessing": common_pb2.Preprocessing(input_size=common_pb2.Size(height=512, width=512))},
             "preprocessing.input_size",

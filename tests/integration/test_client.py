@@ -109,13 +109,46 @@ def test_errors_are_typed_and_name_their_field(client: cdam.Client, scene: bytes
     assert invalid.value.field.startswith("preprocessing.input_size")
 
 
+def test_every_method_and_target(client: cdam.Client, scene: bytes) -> None:
+    model = client.model()
+    assert set(model.methods) == set(cdam.METHODS)
+    concept = cdam.Concept(vector=np.ones(model.latent_size), similarity="cosine")
+    targets = ["7", cdam.Contrast("7", 1), concept, cdam.Contrast(concept, "1")]
+    quick = {"smooth_grad": cdam.SmoothGrad(samples=2), "integrated_gradients": cdam.IntegratedGradients(steps=2)}
+    methods = [cdam.Cdam(parts=True), *(quick.get(kind, kind) for kind in model.methods)]
+    explanation = client.explain(scene, targets, methods=methods)
+    assert [target.target for target in explanation.targets] == [
+        cdam.Output(7),
+        cdam.Contrast(7, 1),
+        concept,
+        cdam.Contrast(concept, 1),
+    ]
+    assert [target.label for target in explanation.targets] == [
+        "7",
+        "7 - 1",
+        "concept (cosine)",
+        "concept (cosine) - 1",
+    ]
+    needless = sum(not cdam.METHODS[kind].needs_target for kind in model.methods)
+    assert len(explanation) == 4 * (len(methods) - needless) + needless
+    parts = explanation.maps[0].parts
+    assert parts is not None
+    np.testing.assert_allclose(parts.value + parts.key, explanation.maps[0].scores, atol=1e-5)
+    assert explanation["7", "smooth_cdam"].standard_error is not None
+    assert explanation["7", "integrated_cdam"].steps == 50
+    assert explanation["", "attention"].target is None
+    assert (
+        0
+        <= explanation["7", "patch_mask_prediction"].scores.min()
+        <= explanation["7", "patch_mask_prediction"].limit
+        <= 1
+    )
+
+
 def test_what_is_not_served_yet_says_so(client: cdam.Client, scene: bytes) -> None:
-    unsupported = client.model().unsupported
-    if not unsupported:
-        pytest.skip("every method is served")
-    with pytest.raises((cdam.Unimplemented, cdam.FailedPrecondition)) as error:
-        client.explain(scene, "7", methods=next(iter(unsupported)))  # type: ignore[arg-type]
-    assert error.value.reason
+    with pytest.raises(cdam.Unimplemented) as error:
+        client.explain(scene, cdam.Concept("stripes"))
+    assert error.value.reason == "TARGET_NOT_IMPLEMENTED"
 
 
 def _cdam(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -134,6 +167,12 @@ def test_the_commands(server_address: str, scene: bytes, tmp_path: Path) -> None
     assert len(answer["maps"]) == 3
     assert all(Path(relevance["overlay"]).exists() for relevance in answer["maps"])
     assert (out / "scene.sheet.png").exists()
+    contrast = _cdam(
+        *("explain", tmp_path / "scene.png", "-t", "7", "--minus", "1", "-m", "integrated_cdam:steps=8", "--json"),
+        *("--server", server_address),
+    )
+    (relevance,) = json.loads(contrast.stdout)["maps"]
+    assert (relevance["label"], relevance["steps"], relevance["parameters"]) == ("7 - 1", 8, {"steps": 8})
     listed = _cdam("models", "--server", server_address, "--json")
     assert json.loads(listed.stdout)[0]["output_count"] == 10
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from calls import method
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
 from processes import free_ports, serving
 
@@ -27,26 +28,52 @@ def test_log_metrics_and_probes(tmp_path: Path) -> None:
         with grpc.insecure_channel(server.address) as channel:
             stub = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
             stub.Explain(_request(request_id="abc"))
+            stub.Explain(_request(methods=[method("cdam"), method("attention"), method("cdam", parts=True)]))
+            stub.Explain(_request(methods=[method("input_x_gradient")]))
             with pytest.raises(grpc.RpcError):
                 stub.Explain(_request(model="nobody"))
         assert server.get("/livez")[0] == server.get("/readyz")[0] == 200
         assert server.get("/nothing")[0] == 404
         metrics = server.get("/metrics")[1]
     for line in (
-        'grpc_server_handled_total{code="OK",method="Explain"} 1.0',
+        'grpc_server_handled_total{code="OK",method="Explain"} 3.0',
         'grpc_server_handled_total{code="NOT_FOUND",method="Explain"} 1.0',
-        'grpc_server_handling_seconds_count{method="Explain"} 2.0',
+        'grpc_server_handling_seconds_count{method="Explain"} 4.0',
         'cdam_request_failures_total{reason="NOT_FOUND"} 1.0',
-        'cdam_queue_duration_seconds_count{model="demo"} 1.0',
-        'cdam_compute_duration_seconds_count{method="cdam",stage="tail"} 1.0',
-        'cdam_batch_size_count{model="demo"} 1.0',
+        'cdam_queue_duration_seconds_count{model="demo"} 3.0',
+        'cdam_compute_duration_seconds_count{method="",model="demo",stage="decode"} 3.0',
+        'cdam_compute_duration_seconds_count{method="",model="demo",stage="trunk"} 2.0',
+        'cdam_compute_duration_seconds_count{method="cdam",model="demo",stage="tail"} 2.0',
+        'cdam_compute_duration_seconds_count{method="attention",model="demo",stage="tail"} 1.0',
+        'cdam_compute_duration_seconds_count{method="input_x_gradient",model="demo",stage="tail"} 1.0',
+        'cdam_batch_size_count{model="demo"} 3.0',
+        'cdam_token_cache_misses_total{model="demo"} 1.0',
+        'cdam_token_cache_hits_total{model="demo"} 1.0',
         "cdam_pending_requests 0.0",
     ):
         assert line in metrics, metrics
     calls = [line for line in server.log_lines() if line["event"] == "rpc"]
-    assert [(line["method"], line["code"]) for line in calls] == [("Explain", "OK"), ("Explain", "NOT_FOUND")]
-    assert calls[0]["request_id"] == "abc"
-    assert "nobody" in str(calls[1]["error"])
+    assert [(line["method"], line["code"]) for line in calls] == [("Explain", "OK")] * 3 + [("Explain", "NOT_FOUND")]
+    assert (calls[0]["request_id"], calls[0]["methods"]) == ("abc", ["cdam"])
+    assert calls[1]["methods"] == ["cdam", "attention", "cdam"]
+    assert "nobody" in str(calls[3]["error"])
+
+
+def test_what_a_batch_costs_is_booked_once(tmp_path: Path) -> None:
+    count = 24
+    with serving(tmp_path / "log", "--token-cache-mib", "0") as server:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
+            futures = [stub.Explain.future(_request()) for _ in range(count)]
+            batches = sum(1 / future.result().timing.batch_size for future in futures)
+        lines = server.get("/metrics")[1].splitlines()
+    metrics = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(metrics['cdam_batch_size_sum{model="demo"}']) == count
+    assert batches < count
+    assert float(metrics['cdam_batch_size_count{model="demo"}']) == pytest.approx(batches)
+    for labels in ('method="",model="demo",stage="trunk"', 'method="cdam",model="demo",stage="tail"'):
+        assert float(metrics[f"cdam_compute_duration_seconds_count{{{labels}}}"]) == pytest.approx(batches)
+    assert not any(name.startswith("cdam_token_cache_hits_total") for name in metrics)
 
 
 def _serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -88,6 +115,28 @@ def test_a_wrong_setting_ends_in_one_clear_line(
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="on others torch looks for a compiler elsewhere")
+def test_without_a_compiler_compiling_ends_in_one_clear_line(tmp_path: Path) -> None:
+    api, admin = free_ports(2)
+    flags = ("--compile", "--address", f"127.0.0.1:{api}", "--admin-address", f"127.0.0.1:{admin}")
+    done = _serve(*flags, CXX="/nowhere", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "model 'demo' can't be compiled (compile)" in done.stderr.splitlines()[-1]
+
+
+def test_a_misspelled_variable_is_named_in_the_log(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDAM_MAX_BACH_SIZE", "2")
+        with serving(tmp_path / "log") as server:
+            (warning,) = (line for line in server.log_lines() if line["event"] == "unknown environment variable")
+    assert (warning["level"], warning["name"], warning["similar"]) == (
+        "warning",
+        "CDAM_MAX_BACH_SIZE",
+        "CDAM_MAX_BATCH_SIZE",
+    )
 
 
 def test_an_unknown_key_in_the_settings_file_is_named(tmp_path: Path) -> None:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from importlib.resources import files
+from functools import partial
 
 import grpc
 import numpy as np
 import pytest
 import torch
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
 
+from calls import SAMPLES, Stub, array, output, refused, request
 from cdam.v1 import (
     common_pb2,
     concept_pb2,
     evaluation_pb2,
     explain_pb2,
-    explainer_service_pb2_grpc,
     method_pb2,
     model_pb2,
     target_pb2,
@@ -30,9 +29,6 @@ from cdam.v1 import (
 from cdam_engine import Explainer, Output
 from cdam_engine.preprocess import DataConfig, normalise
 from cdam_server.demo import model as demo_model
-
-Stub = explainer_service_pb2_grpc.ExplainerServiceStub
-SAMPLES = files("cdam_server.demo") / "assets" / "samples"
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +38,8 @@ def channel(server_address: str) -> Iterator[grpc.Channel]:
 
 
 @pytest.fixture(scope="module")
-def stub(channel: grpc.Channel) -> explainer_service_pb2_grpc.ExplainerServiceStub:
-    return explainer_service_pb2_grpc.ExplainerServiceStub(channel)
+def stub(channel: grpc.Channel) -> Stub:
+    return Stub(channel)
 
 
 @pytest.fixture(scope="module")
@@ -51,37 +47,8 @@ def scene() -> bytes:
     return (SAMPLES / "scene1.png").read_bytes()
 
 
-def _output(selector: int | str) -> target_pb2.Target:
-    by = {"index": selector} if isinstance(selector, int) else {"name": selector}
-    return target_pb2.Target(output=target_pb2.OutputTarget(**by))
-
-
-def _request(image: bytes, *targets: target_pb2.Target, **fields: object) -> explain_pb2.ExplainRequest:
-    return explain_pb2.ExplainRequest(image=common_pb2.Image(encoded=image), targets=targets, **fields)
-
-
-def _scores(relevance: explain_pb2.RelevanceMap) -> np.ndarray:
-    return np.frombuffer(relevance.scores.data, "<f4").reshape(relevance.scores.shape)
-
-
-def _refused(call: object, *details: type) -> tuple[grpc.StatusCode, str, list[object]]:
-    """The status, message and details of a call that must fail."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    error = caught.value
-    metadata = dict(error.trailing_metadata() or ())
-    status = status_pb2.Status.FromString(metadata.get("grpc-status-details-bin", b""))
-    unpacked = []
-    for kind in details:
-        packed: AnyMessage = next(item for item in status.details if item.Is(kind.DESCRIPTOR))
-        detail = kind()
-        packed.Unpack(detail)
-        unpacked.append(detail)
-    return error.code(), error.details(), unpacked
-
-
 def test_a_map_is_the_engines_map_of_the_same_image(stub: Stub, scene: bytes) -> None:
-    answer = stub.Explain(_request(scene, _output(3), _output("7"), request_id="mine"))
+    answer = stub.Explain(request(scene, output(3), output("7"), request_id="mine"))
     model = demo_model.load()
     pixels = np.array(Image.open(io.BytesIO(scene)).convert("RGB"))
     inputs = normalise(torch.from_numpy(pixels)[None], DataConfig.from_timm(model), torch.float32)
@@ -89,7 +56,7 @@ def test_a_map_is_the_engines_map_of_the_same_image(stub: Stub, scene: bytes) ->
     assert answer.request_id == "mine"
     assert [(item.target_index, item.method_index) for item in answer.maps] == [(0, 0), (1, 0)]
     for relevance, truth in zip(answer.maps, expected.maps, strict=True):
-        np.testing.assert_allclose(_scores(relevance), truth.scores, atol=1e-5 * np.abs(truth.scores).max())
+        np.testing.assert_allclose(array(relevance.scores), truth.scores, atol=1e-5 * np.abs(truth.scores).max())
         assert relevance.prefix_share == pytest.approx(truth.prefix_share, abs=1e-4)
     assert [item.value for item in answer.targets] == pytest.approx([item.value for item in expected.targets], abs=1e-3)
     probabilities = torch.softmax(torch.from_numpy(expected.logits), 0)
@@ -100,7 +67,9 @@ def test_a_map_is_the_engines_map_of_the_same_image(stub: Stub, scene: bytes) ->
 
 
 def test_geometry_and_timing(stub: Stub, scene: bytes) -> None:
-    answer = stub.Explain(_request(scene, _output(0)))
+    unseen = io.BytesIO()
+    Image.open(io.BytesIO(scene)).rotate(90).save(unseen, "PNG")
+    answer = stub.Explain(request(unseen.getvalue(), output(0)))
     geometry = answer.geometry
     assert (geometry.patch_grid.height, geometry.patch_grid.width) == (16, 16)
     assert (geometry.region.left, geometry.region.top, geometry.region.right, geometry.region.bottom) == (0, 0, 64, 64)
@@ -114,7 +83,7 @@ def test_geometry_and_timing(stub: Stub, scene: bytes) -> None:
 
 
 def test_top_k_stands_for_its_outputs_highest_first(stub: Stub, scene: bytes) -> None:
-    answer = stub.Explain(_request(scene, _output(5), target_pb2.Target(top_k=target_pb2.TopKTarget(k=3))))
+    answer = stub.Explain(request(scene, output(5), target_pb2.Target(top_k=target_pb2.TopKTarget(k=3))))
     assert [item.request_index for item in answer.targets] == [0, 1, 1, 1]
     assert answer.targets[0].output_index == 5
     values = [item.value for item in answer.targets[1:]]
@@ -125,9 +94,9 @@ def test_top_k_stands_for_its_outputs_highest_first(stub: Stub, scene: bytes) ->
 
 def test_every_method_asked_for_gives_its_maps(stub: Stub, scene: bytes) -> None:
     cdam = method_pb2.Method(cdam=method_pb2.CdamMethod())
-    answer = stub.Explain(_request(scene, _output(1), _output(2), methods=[cdam, cdam]))
+    answer = stub.Explain(request(scene, output(1), output(2), methods=[cdam, cdam]))
     assert [(item.method_index, item.target_index) for item in answer.maps] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    np.testing.assert_array_equal(_scores(answer.maps[0]), _scores(answer.maps[2]))
+    np.testing.assert_array_equal(array(answer.maps[0].scores), array(answer.maps[2].scores))
 
 
 def test_other_input_sizes_and_squash(stub: Stub) -> None:
@@ -136,11 +105,11 @@ def test_other_input_sizes_and_squash(stub: Stub) -> None:
     preprocessing = common_pb2.Preprocessing(
         resize_mode=common_pb2.RESIZE_MODE_SQUASH, input_size=common_pb2.Size(height=48, width=96)
     )
-    answer = stub.Explain(_request(buffer.getvalue(), _output(1), preprocessing=preprocessing))
+    answer = stub.Explain(request(buffer.getvalue(), output(1), preprocessing=preprocessing))
     assert list(answer.maps[0].scores.shape) == [12, 24]
     region = answer.geometry.region
     assert (region.left, region.top, region.right, region.bottom) == (0, 0, 200, 100)
-    cropped = stub.Explain(_request(buffer.getvalue(), _output(1))).geometry.region
+    cropped = stub.Explain(request(buffer.getvalue(), output(1))).geometry.region
     assert (cropped.left, cropped.top, cropped.right, cropped.bottom) == (50, 0, 150, 100)
 
 
@@ -160,7 +129,7 @@ def test_other_input_sizes_and_squash(stub: Stub) -> None:
         ({"targets": [target_pb2.Target(output=target_pb2.OutputTarget())]}, "targets[0].output"),
         ({"targets": [target_pb2.Target(top_k=target_pb2.TopKTarget(k=0))]}, "targets[0].top_k.k"),
         ({"targets": [target_pb2.Target(top_k=target_pb2.TopKTarget(k=11))]}, "targets[0].top_k.k"),
-        ({"targets": [_output(0)] * 101}, "targets"),
+        ({"targets": [output(0)] * 101}, "targets"),
         ({"methods": [method_pb2.Method()]}, "methods[0]"),
         ({"methods": [method_pb2.Method(cdam=method_pb2.CdamMethod())] * 17}, "methods"),
         ({"request_id": "\n"}, "request_id"),
@@ -182,8 +151,8 @@ def test_other_input_sizes_and_squash(stub: Stub) -> None:
     ],
 )
 def test_a_bad_field_is_named(stub: Stub, scene: bytes, change: dict[str, object], field: str) -> None:
-    fields = {"image": common_pb2.Image(encoded=scene), "targets": [_output(0)], **change}
-    code, message, (detail,) = _refused(
+    fields = {"image": common_pb2.Image(encoded=scene), "targets": [output(0)], **change}
+    code, message, (detail,) = refused(
         lambda: stub.Explain(explain_pb2.ExplainRequest(**fields)), error_details_pb2.BadRequest
     )
     assert code is grpc.StatusCode.INVALID_ARGUMENT
@@ -195,16 +164,16 @@ def test_a_bad_field_is_named(stub: Stub, scene: bytes, change: dict[str, object
     ("change", "kind", "name"),
     [
         ({"model": "nobody"}, "cdam.v1.model", "nobody"),
-        ({"targets": [_output(10)]}, "cdam.v1.output", "10"),
-        ({"targets": [_output("ten")]}, "cdam.v1.output", "ten"),
-        ({"targets": [_output("")]}, "cdam.v1.output", ""),
+        ({"targets": [output(10)]}, "cdam.v1.output", "10"),
+        ({"targets": [output("ten")]}, "cdam.v1.output", "ten"),
+        ({"targets": [output("")]}, "cdam.v1.output", ""),
     ],
 )
 def test_what_does_not_exist_is_named(
     stub: Stub, scene: bytes, change: dict[str, object], kind: str, name: str
 ) -> None:
-    fields = {"image": common_pb2.Image(encoded=scene), "targets": [_output(0)], "request_id": "r1", **change}
-    code, _, (detail, about) = _refused(
+    fields = {"image": common_pb2.Image(encoded=scene), "targets": [output(0)], "request_id": "r1", **change}
+    code, _, (detail, about) = refused(
         lambda: stub.Explain(explain_pb2.ExplainRequest(**fields)),
         error_details_pb2.ResourceInfo,
         error_details_pb2.RequestInfo,
@@ -215,15 +184,10 @@ def test_what_does_not_exist_is_named(
 
 
 def test_what_this_version_does_not_serve_says_so(stub: Stub, scene: bytes) -> None:
-    smooth = method_pb2.Method(smooth_cdam=method_pb2.SmoothCdamMethod())
-    concept = target_pb2.Target(concept=target_pb2.ConceptTarget(name="stripes"))
-    calls = {
-        "METHOD_NOT_IMPLEMENTED": lambda: stub.Explain(_request(scene, _output(0), methods=[smooth])),
-        "TARGET_NOT_IMPLEMENTED": lambda: stub.Explain(_request(scene, concept)),
-    }
-    for reason, call in calls.items():
-        code, _, (detail,) = _refused(call, error_details_pb2.ErrorInfo)
-        assert (code, detail.reason) == (grpc.StatusCode.UNIMPLEMENTED, reason)
+    for selector in ({"name": "stripes"}, {"id": "c1"}):
+        concept = target_pb2.Target(concept=target_pb2.ConceptTarget(**selector))
+        code, _, (detail,) = refused(partial(stub.Explain, request(scene, concept)), error_details_pb2.ErrorInfo)
+        assert (code, detail.reason) == (grpc.StatusCode.UNIMPLEMENTED, "TARGET_NOT_IMPLEMENTED")
     for call in (
         lambda: stub.ConceptRegister(concept_pb2.ConceptRegisterRequest()),
         lambda: stub.ConceptRegisterStream(iter([])),
@@ -233,7 +197,7 @@ def test_what_this_version_does_not_serve_says_so(stub: Stub, scene: bytes) -> N
         lambda: list(stub.ExplainStream(iter([]))),
         lambda: list(stub.Evaluate(iter([evaluation_pb2.EvaluateRequest()]))),
     ):
-        code, _, (detail,) = _refused(call, error_details_pb2.ErrorInfo)
+        code, _, (detail,) = refused(call, error_details_pb2.ErrorInfo)
         assert (code, detail.reason) == (grpc.StatusCode.UNIMPLEMENTED, "RPC_NOT_IMPLEMENTED")
 
 
@@ -245,8 +209,9 @@ def test_models(stub: Stub) -> None:
     assert (model.patch_grid.height, model.patch_grid.width, model.prefix_tokens) == (16, 16, 1)
     assert model.readout == model_pb2.READOUT_CLS_TOKEN
     assert len(model.methods) == len(method_pb2.MethodKind.values()) - 1
-    assert [item.method for item in model.methods if item.supported] == [method_pb2.METHOD_KIND_CDAM]
-    code, _, _ = _refused(lambda: stub.ListModels(model_pb2.ListModelsRequest(page_token="x")))
+    assert all(item.supported and not item.reason for item in model.methods)
+    assert model.precision == model_pb2.PRECISION_FP32
+    code, _, _ = refused(lambda: stub.ListModels(model_pb2.ListModelsRequest(page_token="x")))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -261,14 +226,14 @@ def test_health_and_reflection(channel: grpc.Channel) -> None:
 
 def test_requests_at_once_are_batched_and_equal_to_requests_alone(stub: Stub, scene: bytes) -> None:
     images = [(SAMPLES / f"scene{i}.png").read_bytes() for i in range(1, 7)]
-    alone = [stub.Explain(_request(image, _output(i))) for i, image in enumerate(images)]
+    alone = [stub.Explain(request(image, output(i))) for i, image in enumerate(images)]
     futures = [
-        (i, stub.Explain.future(_request(image, *([_output(9)] * (i % 3)), _output(i))))
+        (i, stub.Explain.future(request(image, *([output(9)] * (i % 3)), output(i))))
         for _ in range(4)
         for i, image in enumerate(images)
     ]
     answers = [(i, future.result()) for i, future in futures]
     assert max(answer.timing.batch_size for _, answer in answers) > 1
     for i, answer in answers:
-        expected = _scores(alone[i].maps[0])
-        np.testing.assert_allclose(_scores(answer.maps[-1]), expected, atol=2e-5 * np.abs(expected).max())
+        expected = array(alone[i].maps[0].scores)
+        np.testing.assert_allclose(array(answer.maps[-1].scores), expected, atol=2e-5 * np.abs(expected).max())

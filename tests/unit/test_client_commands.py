@@ -13,8 +13,9 @@ from google.rpc import error_details_pb2 as details
 from PIL import Image
 
 import cdam
-from cdam_server.cli.explain import explain, parse_size, parse_target
+from cdam_server.cli.explain import explain
 from cdam_server.cli.models import models
+from cdam_server.cli.spelling import parse_method, parse_size, parse_target, spelled
 from scripted_server import Failure, Script, scores, serving
 
 Run = Callable[..., Result]
@@ -84,6 +85,30 @@ def test_explain_passes_everything_on(run: Run, script: Script, image: Path, tmp
     assert script.seconds_left[0] < 7.1
 
 
+def test_minus_makes_contrasts(run: Run, script: Script, image: Path) -> None:
+    assert run(explain, image, "-t", "tabby, tabby cat", "-t", "#3", "--minus", "index:4", "--json").exit_code == 0
+    sides = [(t.contrast.positive.output, t.contrast.negative.output) for t in script.requests[0].targets]
+    assert [(one.name or one.index, other.index) for one, other in sides] == [("tabby, tabby cat", 4), (3, 4)]
+
+
+def test_methods_with_parameters(run: Run, script: Script, image: Path) -> None:
+    chosen = ["smooth_cdam:samples=20,seed=3,noise=0.1", "cdam:parts", "integrated_cdam:quadrature=gauss_legendre"]
+    result = run(explain, image, "--json", "-t", "7", *(word for text in chosen for word in ("-m", text)))
+    smooth, parts, integrated = script.requests[0].methods
+    assert (smooth.smooth_cdam.samples, smooth.smooth_cdam.seed, smooth.smooth_cdam.noise.relative) == (20, 3, 0.1)
+    assert parts.cdam.parts
+    assert integrated.integrated_cdam.quadrature == 2
+    maps = json.loads(result.stdout)["maps"]
+    assert maps[0]["parameters"] == {"samples": 20, "noise": {"relative": 0.1, "absolute": None}, "seed": 3}
+    assert maps[1]["parameters"] == {"parts": True}
+
+
+def test_no_target_is_made_up_for_methods_that_need_none(run: Run, script: Script, image: Path) -> None:
+    run(explain, image, "--json", "-m", "attention", "-m", "attention_rollout")
+    run(explain, image, "--json", "-m", "attention", "-m", "cdam")
+    assert [len(sent.targets) for sent in script.requests] == [0, 1]
+
+
 def test_json_is_a_line_for_each_image_and_writes_nothing(run: Run, image: Path, tmp_path: Path) -> None:
     before = set(tmp_path.iterdir())
     result = run(explain, image, image, "--json")
@@ -135,6 +160,7 @@ def test_one_bad_image_does_not_stop_the_others(run: Run, image: Path, tmp_path:
     ("field", "said"),
     [
         ("targets[1].top_k.k", "--target top:99: too many"),
+        ("methods[0].smooth_cdam.samples", "--method smooth_cdam:samples=900: too many"),
         ("preprocessing.input_size", "--input-size: too many"),
         ("image.encoded", "the image: too many"),
         ("something.new", "something.new: too many"),
@@ -146,7 +172,7 @@ def test_wrong_fields_are_named_as_the_command_line_does(
     violation = details.BadRequest.FieldViolation(field=field, description="too many")
     wrong = details.BadRequest(field_violations=[violation])
     script.failures = [Failure(grpc.StatusCode.INVALID_ARGUMENT, "", [wrong])]
-    result = run(explain, image, "-t", "a", "-t", "top:99")
+    result = run(explain, image, "-t", "a", "-t", "top:99", "-m", "smooth_cdam:samples=900")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == f"Error: {image}: {said}\n"
 
@@ -167,7 +193,24 @@ def test_without_a_server_nothing_is_tried_twice(run: Run, image: Path) -> None:
         (["-t", "index:"], "'index:' wants a whole number"),
         (["-t", "name:"], "the name is missing"),
         (["-t", ""], "the name is missing"),
-        (["-m", "cdamn"], "'cdamn' is not one of"),
+        (["-m", "cdamn"], "'cdamn' is no method; there are cdam, smooth_cdam"),
+        (
+            ["-m", "smooth_cdam:draws=3"],
+            "'draws' is no parameter of smooth_cdam; its parameters are samples, noise, seed",
+        ),
+        (["-m", "token_ablation:steps=3"], "'steps' is no parameter of token_ablation; it has no parameters"),
+        (["-m", "smooth_cdam:samples"], "samples wants a whole number"),
+        (["-m", "smooth_cdam:samples=-1"], "samples wants a whole number"),
+        (["-m", "smooth_cdam:samples=99999999999"], "samples wants a whole number of at most 9 digits"),
+        (["-m", "smooth_cdam:noise=loud"], "noise wants a number"),
+        (["-m", "smooth_cdam:noise=some:1"], "noise wants a fraction of the range"),
+        (["-m", "integrated_cdam:quadrature=simpson"], "quadrature wants riemann_right or gauss_legendre"),
+        (["-m", "attention:heads=0/1"], "heads wants whole numbers with + between them"),
+        (["-m", "cdam:parts=maybe"], "parts wants true or false"),
+        (["--minus", "7"], "--minus needs a --target"),
+        (["-t", "top:2", "--minus", "7"], "--minus needs a --target"),
+        (["-t", "7", "--minus", "top:2"], "'top:2' is not one output"),
+        (["-t", "7", "--minus", ""], "the name is missing"),
         (["--input-size", "224x"], "not HEIGHTxWIDTH"),
         (["--input-size", "0x5"], "not HEIGHTxWIDTH"),
         (["--resize", "stretch"], "'model', 'squash'"),
@@ -210,6 +253,29 @@ def test_targets(text: str, target: cdam.Target) -> None:
     assert parse_target(text) == target
 
 
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("cdam", cdam.Cdam()),
+        ("cdam:", cdam.Cdam()),
+        ("cdam:parts=true", cdam.Cdam(parts=True)),
+        ("smooth_cdam:samples=3,noise=0.1", cdam.SmoothCdam(samples=3, noise=cdam.Noise(relative=0.1))),
+        ("smooth_grad:noise=absolute:2,seed=0", cdam.SmoothGrad(noise=cdam.Noise(absolute=2), seed=0)),
+        (
+            "integrated_cdam:steps=5,quadrature=gauss_legendre,tolerance=0.001",
+            cdam.IntegratedCdam(steps=5, quadrature="gauss_legendre", tolerance=1e-3),
+        ),
+        ("integrated_gradients:steps=5", cdam.IntegratedGradients(steps=5)),
+        ("attention:heads=0+2", cdam.Attention(heads=(0, 2))),
+        ("attention:heads=1", cdam.Attention(heads=(1,))),
+        *((kind, method()) for kind, method in cdam.METHODS.items()),
+    ],
+)
+def test_methods(text: str, method: cdam.Method) -> None:
+    assert parse_method(text) == method
+    assert parse_method(spelled(method)) == method
+
+
 def test_sizes() -> None:
     assert parse_size("224") == (224, 224)
     assert parse_size("224x336") == (224, 336)
@@ -220,10 +286,14 @@ def test_sizes() -> None:
 def test_models(run: Run) -> None:
     result = run(models)
     assert result.exit_code == 0
-    head, first, second = result.stdout.splitlines()
+    head, first, second, *refusals = result.stdout.splitlines()
     assert head.split() == ["model", "architecture", "task", "outputs", "input", "patches", "methods"]
     assert first.split()[:2] == ["first", "(default)"]
     assert "32 x 48" in second
+    assert second.split()[-1] == "cdam"
+    assert [line.strip() for line in refusals] == [
+        f"{name} does not serve smooth_cdam: not yet" for name in ("first", "second")
+    ]
 
 
 def test_models_as_json(run: Run) -> None:

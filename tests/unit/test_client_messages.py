@@ -159,7 +159,7 @@ def test_targets_travel_and_return(target: cdam.Target, message: dict[str, Any])
     encoded = encode_target(target)
     assert encoded == target_pb2.Target(**message)
     if not isinstance(target, cdam.TopK):
-        decoded = decode_explanation(answer(_request(target)), (), common_pb2.Image())
+        decoded = decode_explanation(answer(_request(target)), (), _request(target))
         assert decoded.targets[0].target == target
 
 
@@ -244,9 +244,7 @@ def test_an_answer_in_full() -> None:
     second.completeness_residual = 0.0
     second.steps = 50
     third.ClearField("target_index")
-    explanation = decode_explanation(
-        response, as_methods([cdam.Cdam(parts=True), "smooth_cdam", "attention"]), request.image
-    )
+    explanation = decode_explanation(response, as_methods([cdam.Cdam(parts=True), "smooth_cdam", "attention"]), request)
     one, two, three = explanation
     assert (explanation.patch_grid, explanation.image_size, explanation.input_size) == ((2, 3), (40, 60), (32, 48))
     assert explanation.region == cdam.Region(0, 0, 60, 40)
@@ -268,7 +266,7 @@ def test_an_answer_in_full() -> None:
 
 def test_maps_go_by_label() -> None:
     request = _request(["cat", "dog"], ["cdam", "smooth_cdam"])
-    explanation = decode_explanation(answer(request), as_methods(["cdam", "smooth_cdam"]), request.image)
+    explanation = decode_explanation(answer(request), as_methods(["cdam", "smooth_cdam"]), request)
     assert explanation["dog", "cdam"] is explanation.maps[1]
     with pytest.raises(KeyError, match="2 maps"):
         explanation["dog"]
@@ -307,13 +305,49 @@ def _endless() -> explain_pb2.ExplainResponse:
     return response
 
 
+def _of_another_target(**fields: Any) -> explain_pb2.ExplainResponse:
+    response = answer(_request())
+    response.targets[0].ClearField("target")
+    response.targets[0].MergeFrom(explain_pb2.ExplainedTarget(**fields))
+    return response
+
+
 @pytest.mark.parametrize(
     "response",
-    [_spoil(method_index=1), _spoil(target_index=1), _without("geometry"), _short(), _other_shape(), _endless()],
+    [
+        _spoil(method_index=1),
+        _spoil(target_index=1),
+        _without("geometry"),
+        _short(),
+        _other_shape(),
+        _endless(),
+        _of_another_target(request_index=1),
+        _of_another_target(target=target_pb2.Target()),
+        _of_another_target(target=target_pb2.Target(concept=target_pb2.ConceptTarget())),
+    ],
 )
 def test_answers_that_contradict_themselves(response: explain_pb2.ExplainResponse) -> None:
     with pytest.raises(cdam.MalformedResponse):
-        decode_explanation(response, (), common_pb2.Image())
+        decode_explanation(response, (), _request())
+
+
+def test_a_vector_that_the_server_does_not_repeat_is_the_one_that_was_sent() -> None:
+    concept = cdam.Concept(vector=[1, 0.5], similarity="cosine")
+    request = _request([concept, cdam.Contrast(3, concept)])
+    response = answer(request)
+    response.targets[0].target.concept.ClearField("vector")
+    response.targets[1].target.contrast.negative.concept.ClearField("vector")
+    explained = decode_explanation(response, (), request).targets
+    assert [item.target for item in explained] == [concept, cdam.Contrast(cdam.Output(3), concept)]
+
+
+def test_targets_may_be_left_out_if_no_method_needs_one() -> None:
+    assert not _request((), ["attention", cdam.AttentionRollout()]).targets
+    for methods in ((), ["attention", "cdam"], "token_ablation"):
+        with pytest.raises(ValueError, match="needs a target"):
+            _request((), methods)
+    needless = {name for name, method in cdam.METHODS.items() if not method.needs_target}
+    assert needless == {"attention", "attention_rollout"}
 
 
 def test_tensors_may_have_any_shape() -> None:

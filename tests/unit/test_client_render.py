@@ -38,7 +38,7 @@ def _explanation(targets: Any, methods: Any = ()) -> cdam.Explanation:
         request_id="",
         priority=None,
     )
-    return decode_explanation(answer(request), as_methods(methods), request.image)
+    return decode_explanation(answer(request), as_methods(methods), request)
 
 
 def test_orange_is_for_blue_is_against_and_zero_is_transparent() -> None:
@@ -184,7 +184,7 @@ def test_a_sheet_of_concepts_and_long_names() -> None:
 
 
 def test_a_sheet_without_maps() -> None:
-    assert cdam.render.sheet(_explanation([]), cell=64).width > 64
+    assert cdam.render.sheet(_explanation([], "attention"), cell=64).width > 64
 
 
 def test_a_16_bit_grey_picture_is_taken_by_its_high_byte() -> None:

@@ -139,7 +139,9 @@ class ExplainResponse(_message.Message):
 
     @_builtins.property
     def maps(self) -> _containers.RepeatedCompositeFieldContainer[Global___RelevanceMap]:
-        """One map for each method and target, method by method; methods that need no target give one map."""
+        """One map for each method and target, method by method; methods that need no target give one map, with or without
+        targets.
+        """
 
     @_builtins.property
     def timing(self) -> Global___Timing:
@@ -224,14 +226,16 @@ class ExplainedTarget(_message.Message):
     output_index: _builtins.int
     """For an output: its index."""
     label: _builtins.str
-    """For people: the output's name or index, the concept's name, "a - b" for a contrast."""
+    """For people: the output's name or index, the concept's name or "concept (dot)" for a vector, "a - b" for a contrast."""
     value: _builtins.float
     """f: the logit, regression value, similarity, or difference of two of them."""
     probability: _builtins.float
     """For an output of a classifier: its probability."""
     @_builtins.property
     def target(self) -> _target_pb2.Target:
-        """The target; never top-k."""
+        """The target: never top-k, outputs by their index, and a vector that the request brought along left out, as it is
+        long and the caller has it.
+        """
 
     def __init__(
         self,
@@ -278,7 +282,7 @@ class RelevanceMap(_message.Message):
     """Index in ExplainResponse.targets; unset for methods that need no target."""
     prefix_share: _builtins.float
     """Relevance on the prefix tokens, which the grid doesn't show: sum of |score| over prefix tokens divided by
-    sum of |score| over all tokens, in 0..1. Unset for methods that have no score for them.
+    sum of |score| over all tokens, in 0..1. Unset for methods that score patches only.
     """
     completeness_residual: _builtins.float
     """Sum of the scores, those of prefix tokens included, minus (f at the end of the path - f at its start)
@@ -292,11 +296,11 @@ class RelevanceMap(_message.Message):
 
     @_builtins.property
     def parts(self) -> Global___RelevanceMapParts:
-        """Further maps that belong to this one."""
+        """The two maps that this one is the sum of (CdamMethod.parts)."""
 
     @_builtins.property
     def standard_error(self) -> _common_pb2.FloatTensor:
-        """Standard error of each score over the draws, shape patch_grid (Smooth methods)."""
+        """Standard error of each score over the draws, shape patch_grid (Smooth methods, of more than one draw)."""
 
     def __init__(
         self,
@@ -343,11 +347,11 @@ class RelevanceMapParts(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def value(self) -> _common_pb2.FloatTensor:
-        """Relevance through the attention's values, shape patch_grid."""
+        """Relevance through the attention's values, its weights held constant, shape patch_grid."""
 
     @_builtins.property
     def key(self) -> _common_pb2.FloatTensor:
-        """Relevance through the attention's keys, shape patch_grid."""
+        """Relevance through the attention's weights: the rest, shape patch_grid."""
 
     def __init__(
         self,
@@ -387,11 +391,13 @@ class Timing(_message.Message):
 
     @_builtins.property
     def trunk(self) -> _duration_pb2.Duration:
-        """The batch's trunk: patch embedding and all blocks but the last."""
+        """The batch's trunk: patch embedding and all blocks but the last, for images whose tokens were not kept."""
 
     @_builtins.property
     def tail(self) -> _duration_pb2.Duration:
-        """The batch's tails: last attention to outputs, and gradients."""
+        """All methods of the batch: last attention to outputs, and gradients; those that differentiate pixels run the whole
+        model here.
+        """
 
     @_builtins.property
     def total(self) -> _duration_pb2.Duration:

@@ -109,7 +109,7 @@ Global___Quadrature: _TypeAlias = Quadrature  # noqa: Y015
 
 @_typing.final
 class Method(_message.Message):
-    """How to explain. Model.methods says which kinds a model can serve."""
+    """How to explain. Model.methods says which kinds a model can serve; to others it answers FAILED_PRECONDITION."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -231,12 +231,12 @@ class SmoothCdamMethod(_message.Message):
     NOISE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     samples: _builtins.int
-    """Number of draws. Unset: 50."""
+    """Number of draws, from 1 to a limit of the server's. Unset: 50."""
     seed: _builtins.int
     """Seed of the draws; unset: 0. The same seed gives the same map, alone or in any batch."""
     @_builtins.property
     def noise(self) -> Global___Noise:
-        """The noise, added to the tokens. Unset: the method's documented default."""
+        """The noise, added to the tokens. Unset: 0.05, relative."""
 
     def __init__(
         self,
@@ -262,7 +262,7 @@ Global___SmoothCdamMethod: _TypeAlias = SmoothCdamMethod  # noqa: Y015
 
 @_typing.final
 class Noise(_message.Message):
-    """Standard deviation of Gaussian noise. Unset level: the method's default."""
+    """Standard deviation of Gaussian noise, from 0 (none) to 1e6. Unset level: the method's default."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -298,11 +298,13 @@ class IntegratedCdamMethod(_message.Message):
     QUADRATURE_FIELD_NUMBER: _builtins.int
     TOLERANCE_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Number of points on the path. Unset: 50."""
+    """Number of points on the path, from 1 to a limit of the server's. Unset: 50."""
     quadrature: Global___Quadrature.ValueType
     """How the integral is approximated."""
     tolerance: _builtins.float
-    """Refine until |completeness residual| is at most this, in units of the target. Unset: no refinement."""
+    """Double the steps until |completeness residual| is at most this, in units of the target, but not beyond 1024.
+    RelevanceMap.steps says how many were used. Finite and more than 0. Unset: no refinement.
+    """
     def __init__(
         self,
         *,
@@ -327,14 +329,14 @@ Global___IntegratedCdamMethod: _TypeAlias = IntegratedCdamMethod  # noqa: Y015
 
 @_typing.final
 class AttentionMethod(_message.Message):
-    """Attention of the readout token over the patches, last block."""
+    """Attention of the readout token over the patches, last block. Where the model averages tokens, the mean over them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The heads to average, from 0. Empty: all."""
+        """The heads to average, from 0, each once. Empty: all."""
 
     def __init__(
         self,
@@ -351,7 +353,7 @@ Global___AttentionMethod: _TypeAlias = AttentionMethod  # noqa: Y015
 
 @_typing.final
 class AttentionRolloutMethod(_message.Message):
-    """Attention rollout: the product over blocks of (attention + identity), rows normalised."""
+    """Attention rollout: the product over blocks of (mean attention of the heads + identity) / 2, the readout's row of it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -385,7 +387,7 @@ Global___RelevancePropagationMethod: _TypeAlias = RelevancePropagationMethod  # 
 
 @_typing.final
 class PartialLrpMethod(_message.Message):
-    """Partial layer-wise relevance propagation: relevance of the last block's attention heads."""
+    """Partial layer-wise relevance propagation: relevance of the last block's attention, positive part, mean over heads."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -402,7 +404,7 @@ Global___PartialLrpMethod: _TypeAlias = PartialLrpMethod  # noqa: Y015
 
 @_typing.final
 class InputXGradientMethod(_message.Message):
-    """Gradient times input pixel, summed over each patch."""
+    """Gradient times normalised input, summed over each patch's pixels and channels."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -419,7 +421,9 @@ Global___InputXGradientMethod: _TypeAlias = InputXGradientMethod  # noqa: Y015
 
 @_typing.final
 class SmoothGradMethod(_message.Message):
-    """Mean gradient over noisy copies of the input, summed over each patch."""
+    """Mean gradient over noisy copies of the input, signed and not times the input, summed over each patch's pixels and
+    channels.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -427,12 +431,12 @@ class SmoothGradMethod(_message.Message):
     NOISE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     samples: _builtins.int
-    """Number of draws. Unset: 50."""
+    """Number of draws, from 1 to a limit of the server's. Unset: 50."""
     seed: _builtins.int
-    """Seed of the draws; unset: 0."""
+    """Seed of the draws; unset: 0. The same seed gives the same map, alone or in any batch."""
     @_builtins.property
     def noise(self) -> Global___Noise:
-        """The noise, added to the normalised input. Unset: the method's documented default."""
+        """The noise, added to the normalised input. Unset: 0.15, relative."""
 
     def __init__(
         self,
@@ -458,14 +462,16 @@ Global___SmoothGradMethod: _TypeAlias = SmoothGradMethod  # noqa: Y015
 
 @_typing.final
 class IntegratedGradientsMethod(_message.Message):
-    """Path integral of the gradient from a baseline input, times (input - baseline), summed over each patch."""
+    """Path integral of the gradient, times the input, summed over each patch's pixels and channels. The path starts from
+    zeros of the normalised input, a picture of the mean colour.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STEPS_FIELD_NUMBER: _builtins.int
     QUADRATURE_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Number of points on the path. Unset: 50."""
+    """Number of points on the path, from 1 to a limit of the server's. Unset: 50."""
     quadrature: Global___Quadrature.ValueType
     """How the integral is approximated."""
     def __init__(
@@ -503,7 +509,9 @@ Global___TokenAblationMethod: _TypeAlias = TokenAblationMethod  # noqa: Y015
 
 @_typing.final
 class PatchMaskPredictionMethod(_message.Message):
-    """Value of the target when the classifier reads each normalised patch token instead of the readout token."""
+    """What the classifier says to each normalised patch token in place of the latent: for an output of a classifier its
+    probability, for a regression output its value, for a concept the similarity, for a contrast the difference.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -142,7 +142,7 @@ class Model(_message.Message):
     architecture: _builtins.str
     """timm architecture, for example "vit_small_patch16_224"."""
     fingerprint: _builtins.str
-    """Digest of architecture and weights: two servers with the same fingerprint give the same maps,
+    """Digest of architecture and weights: two servers with the same fingerprint give the same maps at the same precision,
     and concepts are bound to it.
     """
     task: Global___Task.ValueType

@@ -144,7 +144,7 @@ Global___TopKTarget: _TypeAlias = TopKTarget  # noqa: Y015
 
 @_typing.final
 class ConceptTarget(_message.Message):
-    """Similarity of the image's latent l to a concept vector l_c."""
+    """Similarity of the image's latent l to a concept vector l_c. A model without outputs serves these."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -160,7 +160,7 @@ class ConceptTarget(_message.Message):
     """How similarity is measured."""
     @_builtins.property
     def vector(self) -> _common_pb2.FloatTensor:
-        """The vector itself, shape (latent size)."""
+        """The vector itself, shape (latent size), finite and nowhere larger than 1e15; for the cosine, not zero."""
 
     def __init__(
         self,

@@ -93,6 +93,16 @@ class Method(ABC):
         """
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that no generator takes.
+
+    Raises:
+        ValueError: It is negative, or has more than 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"a seed is a whole number of 64 bits, not {seed}")
+
+
 def at_least_one(name: str, number: int) -> None:
     """Refuse a number of draws or steps that is no number.
 

@@ -18,7 +18,8 @@ _MAX_KEPT: Final = 64 * 1024 * 1024  # bytes
 def draws(seed: int, samples: int, at_once: int, like: Tensor) -> Iterator[Tensor]:
     """Standard normal numbers in the shape, dtype and on the device of `like`, some draws at a time: (draws, ...).
 
-    Draw k is the k-th `torch.randn` in float32 of a generator with this seed, however many come at a time.
+    Draw k is the k-th `torch.randn` in float32 of a generator with this seed, however many come at a time; drawn on the
+    CPU, so that maps are the same on every device.
     """
     shape = tuple(like.shape)
     if 4 * samples * math.prod(shape) <= _MAX_KEPT:
@@ -26,7 +27,7 @@ def draws(seed: int, samples: int, at_once: int, like: Tensor) -> Iterator[Tenso
         for some in chunks(samples, at_once):
             yield kept[some].to(like.dtype)
         return
-    generator = torch.Generator(like.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for some in chunks(samples, at_once):
         yield _draw(generator, some.stop - some.start, shape, like.device).to(like.dtype)
 
@@ -34,14 +35,14 @@ def draws(seed: int, samples: int, at_once: int, like: Tensor) -> Iterator[Tenso
 @lru_cache(maxsize=1)
 def _drawn(seed: int, samples: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """All draws; the last ones are kept, since most requests have the same seed and drawing costs as much as using."""
-    return _draw(torch.Generator(device).manual_seed(seed), samples, shape, device)
+    return _draw(torch.Generator().manual_seed(seed), samples, shape, device)
 
 
 def _draw(generator: torch.Generator, count: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    drawn = torch.empty((count, *shape), dtype=torch.float32, device=device)
+    drawn = torch.empty((count, *shape), dtype=torch.float32)
     for one in drawn:
         one.normal_(generator=generator)
-    return drawn
+    return drawn.to(device)
 
 
 class Moments:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
-from cdam_engine.methods.base import Method, Noise, Quadrature, Scores, at_least_one
+from cdam_engine.methods.base import Method, Noise, Quadrature, Scores, at_least_one, check_seed
 from cdam_engine.methods.draws import Moments, draws
 from cdam_engine.methods.quadrature import nodes
 from cdam_engine.targets import Scalar, Target, values
@@ -63,6 +63,7 @@ class SmoothGrad(Method):
 
     def __post_init__(self) -> None:
         at_least_one("samples", self.samples)
+        check_seed(self.seed)
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""

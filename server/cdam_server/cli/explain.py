@@ -1,9 +1,8 @@
 """`cdam explain`, and how the client commands reach a server."""
 
-import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any, TypeVar, get_args
 import click
 
 import cdam
+from cdam_server.cli.report import Report
+from cdam_server.cli.spelling import parse_method, parse_minus, parse_size, parse_target, spelled
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_LARGE = 512  # longer side of an overlay of a small image, in pixels
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 _HELP = """Explain images: one map for each target and method, orange where the image speaks for it, blue against it.
@@ -30,12 +30,24 @@ A TARGET is one of
   #3, index:3  the output of this index, from 0
   top:3        the three outputs with the highest values
   name:top:3   the output that is really called so
-Without any, the output with the highest value is explained.
+
+Without any, the output with the highest value is explained. With --minus, each TARGET is explained minus that output:
+what speaks for the one and against the other.
+
+\b
+A METHOD is a name, or a name with parameters
+  smooth_cdam
+  smooth_cdam:samples=20,seed=3,noise=0.1    (a fraction of the range; noise=absolute:0.5)
+  integrated_cdam:steps=100,quadrature=gauss_legendre
+  attention:heads=0+2
+
+`cdam models` says which methods a model serves.
 
 \b
 Examples
   cdam explain scene.png
   cdam explain scene.png --target 7 --target top:3 -o out
+  cdam explain scene.png --target 7 --minus 3 --method cdam --method integrated_cdam:steps=20
   cdam explain *.jpg --target tench --server dns:///cdam.example.org:8001 --tls --token-file token
   cdam explain scene.png --json | jq '.maps[] | {label, probability}'
   cdam explain scene.png --local      (no server needed; with the extra `server` installed)
@@ -163,43 +175,6 @@ def _plain(error: Exception) -> str:
     return "; ".join(item["msg"].removeprefix("Value error, ") for item in details()) if details else str(error)
 
 
-def parse_target(text: str) -> cdam.Output | cdam.TopK:
-    """The target that the command line spells so; see the command's help.
-
-    Raises:
-        click.BadParameter: if it spells none.
-    """
-    kind, given, rest = text.partition(":")
-    if text.startswith("#"):
-        return cdam.Output(_whole_number(text[1:], 0, text))
-    if given and kind == "index":
-        return cdam.Output(_whole_number(rest, 0, text))
-    if given and kind == "top":
-        return cdam.TopK(_whole_number(rest, 1, text))
-    name = text.removeprefix("name:")
-    if not name:
-        raise click.BadParameter(f"{text!r}: the name is missing")
-    return cdam.Output(name)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of "224x336", or of "224" for both.
-
-    Raises:
-        click.BadParameter: if it is no size.
-    """
-    found = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text)
-    if not found:
-        raise click.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, as in 224x336")
-    return int(found[1]), int(found[2] or found[1])
-
-
-def _whole_number(digits: str, least: int, text: str) -> int:
-    if re.fullmatch(r"[0-9]{1,9}", digits) and int(digits) >= least:
-        return int(digits)
-    raise click.BadParameter(f"{text!r} wants a whole number from {least}; for an output so called, 'name:{text}'")
-
-
 @click.command(help=_HELP)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
 @click.option(
@@ -208,15 +183,22 @@ def _whole_number(digits: str, least: int, text: str) -> int:
     "targets",
     multiple=True,
     callback=lambda _ctx, _param, texts: tuple(map(parse_target, texts)),
+    metavar="TARGET",
     help="What to explain; repeatable.  [top:1]",
+)
+@click.option(
+    "--minus",
+    metavar="TARGET",
+    callback=lambda _ctx, _param, text: parse_minus(text) if text is not None else None,
+    help="Explain each target minus this one.",
 )
 @click.option(
     "-m",
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice(list(cdam.METHODS)),
     metavar="METHOD",
+    callback=lambda _ctx, _param, texts: tuple(map(parse_method, texts)),
     help=f"How; repeatable: {', '.join(cdam.METHODS)}.  [cdam]",
 )
 @click.option(
@@ -245,12 +227,17 @@ def _whole_number(digits: str, least: int, text: str) -> int:
 )
 @connection_options
 def explain(
-    images: tuple[Path, ...], targets: tuple[cdam.Output | cdam.TopK, ...], *, local: bool, **options: Any
+    images: tuple[Path, ...],
+    targets: tuple[cdam.Output | cdam.TopK, ...],
+    minus: cdam.Output | None,
+    *,
+    local: bool,
+    **options: Any,
 ) -> None:
     """Explain every image; exit with 1 if one failed."""
     look = {name: options.pop(name) for name in ("shared_scale", "blocks", "sheet", "as_json", "out")}
     request = {name: options.pop(name) for name in ("methods", "model", "resize", "input_size")}
-    request["targets"] = targets or (cdam.TopK(1),)
+    request["targets"] = _targets(targets, minus, request["methods"])
     if look["out"] is None and not look["as_json"]:
         look["out"] = Path()
     if look["sheet"] and look["out"] is None:
@@ -265,7 +252,20 @@ def explain(
     sys.exit(1 if failed else 0)
 
 
-def _explain_all(images: Sequence[Path], server: Server, request: dict[str, Any], report: "Report") -> int:
+def _targets(
+    targets: Sequence[cdam.Output | cdam.TopK], minus: cdam.Output | None, methods: Sequence[cdam.Method]
+) -> tuple[cdam.Target, ...]:
+    """What to explain, by the command line's words for it."""
+    if minus is not None:
+        if not targets or any(isinstance(target, cdam.TopK) for target in targets):
+            raise click.UsageError("--minus needs a --target to be subtracted from, an output each")
+        return tuple(cdam.Contrast(target, minus) for target in targets if isinstance(target, cdam.Output))
+    if targets or (methods and not any(method.needs_target for method in methods)):
+        return tuple(targets)
+    return (cdam.TopK(1),)
+
+
+def _explain_all(images: Sequence[Path], server: Server, request: dict[str, Any], report: Report) -> int:
     """Explain every image, and return how many failed."""
     failed = 0
     with server.client() as client:
@@ -318,158 +318,10 @@ def _option(path: str, request: dict[str, Any]) -> str:
         if found := re.match(rf"{re.escape(prefix)}(?:\[(\d+)\])?(?:\.|$)", path):
             values = request.get(prefix, ())
             if found[1] and int(found[1]) < len(values):
-                return f"{option} {_spelled(values[int(found[1])])}"
+                return f"{option} {spelled(values[int(found[1])])}"
             return option
     return path
 
 
-def _spelled(value: Any) -> str:
-    match value:
-        case cdam.TopK():
-            return f"top:{value.k}"
-        case cdam.Output():
-            return f"#{value.selector}" if isinstance(value.selector, int) else str(value.selector)
-        case _:
-            return str(value)
-
-
 def _first_line(error: cdam.RpcError) -> str:
     return error.message.strip().partition("\n")[0]
-
-
-@dataclass
-class Report:
-    """What is shown and written of each answer.
-
-    Attributes:
-        out: Folder for files; None: none.
-        as_json: Print JSON lines in place of tables.
-        shared_scale: One scale of colours for all maps of an image.
-        blocks: Show patches as blocks.
-        sheet: Also write a contact sheet.
-    """
-
-    out: Path | None
-    as_json: bool
-    shared_scale: bool
-    blocks: bool
-    sheet: bool
-    _taken: set[str] = field(default_factory=set)
-
-    def add(self, path: Path, explanation: cdam.Explanation) -> None:
-        """Show and write one image's answer."""
-        stem = self._free(path.stem, "")
-        files = self._write_overlays(stem, explanation) if self.out else [None] * len(explanation)
-        answer = as_json(path, explanation, files)
-        if self.out:
-            self._write_text(f"{stem}.json", json.dumps(answer))
-            if self.sheet:
-                picture = cdam.render.sheet(
-                    explanation, shared_scale=self.shared_scale, interpolation=self._interpolation, title=path.name
-                )
-                picture.save(self.out / f"{stem}.sheet.png")
-        if self.as_json:
-            click.echo(json.dumps(answer))
-        else:
-            click.echo(table(path, explanation, files))
-
-    @property
-    def _interpolation(self) -> cdam.Interpolation:
-        return "nearest" if self.blocks else "bicubic"
-
-    def _write_overlays(self, stem: str, explanation: cdam.Explanation) -> list[Path | None]:
-        assert self.out is not None
-        self.out.mkdir(parents=True, exist_ok=True)
-        scale = cdam.render.limit(explanation) if self.shared_scale else None
-        zoom = max(1, round(_LARGE / max(explanation.image_size)))
-        files: list[Path | None] = []
-        for relevance in explanation:
-            parts = [stem, relevance.label, relevance.method.kind]
-            file = self.out / self._free(".".join(_safe(part) for part in parts if part), ".png")
-            relevance.overlay(scale=scale, interpolation=self._interpolation, zoom=zoom).save(file)
-            files.append(file)
-        return files
-
-    def _write_text(self, name: str, text: str) -> None:
-        assert self.out is not None
-        (self.out / name).write_text(text + "\n", encoding="utf-8")
-
-    def _free(self, stem: str, suffix: str) -> str:
-        """A file name that this run has not used: images in different folders may share their stem."""
-        stem = _safe(stem)
-        name, number = stem + suffix, 1
-        while name.lower() in self._taken:  # some file systems don't tell cases apart
-            number += 1
-            name = f"{stem}-{number}{suffix}"
-        self._taken.add(name.lower())
-        return name
-
-
-def _safe(text: str) -> str:
-    """The text with what file names can't hold replaced, and of a length that they can."""
-    return re.sub(r"[^\w.+-]+", "_", text).strip("._")[:80] or "_"
-
-
-def as_json(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None]) -> dict[str, Any]:
-    """Everything that an answer says, in JSON's types."""
-    region = explanation.region
-    return {
-        "image": str(path),
-        "request_id": explanation.request_id,
-        "model": explanation.model,
-        "fingerprint": explanation.fingerprint,
-        "patch_grid": explanation.patch_grid,
-        "region": {"left": region.left, "top": region.top, "right": region.right, "bottom": region.bottom},
-        "image_size": explanation.image_size,
-        "input_size": explanation.input_size,
-        "seconds": {name: getattr(explanation.timing, name) for name in ("decode", "queue", "trunk", "tail", "total")},
-        "token_cache_hit": explanation.token_cache_hit,
-        "maps": [
-            {
-                "label": relevance.label,
-                "method": relevance.method.kind,
-                "output_index": relevance.target.output_index if relevance.target else None,
-                "value": relevance.target.value if relevance.target else None,
-                "probability": relevance.target.probability if relevance.target else None,
-                "prefix_share": relevance.prefix_share,
-                "overlay": str(file) if file else None,
-                "scores": relevance.scores.tolist(),
-            }
-            for relevance, file in zip(explanation, files, strict=True)
-        ],
-    }
-
-
-def table(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None]) -> str:
-    """A line for each map: the target, the model's answer to it, and how much speaks for and against it."""
-    probabilities = any(target.probability is not None for target in explanation.targets)
-    rows = [("target", "method", "logit" if probabilities else "value", "probability", "for", "against", "file")]
-    for relevance, file in zip(explanation, files, strict=True):
-        target, scores = relevance.target, relevance.scores
-        probability = target.probability if target else None
-        rows.append(
-            (
-                relevance.label or "-",
-                relevance.method.kind,
-                f"{target.value:.3f}" if target else "-",
-                f"{probability:.1%}" if probability is not None else "-",
-                f"{scores.clip(min=0).sum():+.4f}",
-                f"{scores.clip(max=0).sum():+.4f}",
-                str(file or "-"),
-            )
-        )
-    height, width = explanation.patch_grid
-    milliseconds = 1000 * explanation.timing.total
-    head = f"{path}  {explanation.model}, {height} x {width} patches, {milliseconds:.1f} ms"
-    return "\n".join([head, *columns(rows, right={2, 3, 4, 5}), ""])
-
-
-def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> Iterator[str]:
-    """Lines with the cells of each column one below the other, those of `right` aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield ("  " + "  ".join(cells)).rstrip()

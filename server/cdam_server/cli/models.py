@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 import cdam
-from cdam_server.cli.explain import Failure, columns, connection_options, describe, server_from
+from cdam_server.cli.explain import Failure, connection_options, describe, server_from
+from cdam_server.cli.report import columns
 
 _HELP = """List the models that a server has loaded, its default one first.
 
@@ -42,11 +43,27 @@ def models(*, as_json: bool, **connection: Any) -> None:
             str(model.output_count),
             "{} x {}".format(*model.input_size) + (", flexible" if model.flexible_input_size else ""),
             "{} x {}".format(*model.patch_grid),
-            ", ".join(model.methods) or "-",
+            _methods(model),
         )
         for model in found
     ]
-    click.echo("\n".join(columns(rows, right={3})))
+    lines = [*columns(rows, right={3})]
+    for model in found:
+        lines += _refusals(model)
+    click.echo("\n".join(lines))
+
+
+def _methods(model: cdam.Model) -> str:
+    count = len(model.methods) + len(model.unsupported)
+    return f"all {count}" if model.methods and not model.unsupported else ", ".join(model.methods) or "none"
+
+
+def _refusals(model: cdam.Model) -> list[str]:
+    """Which methods a model does not serve, a line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for kind, reason in model.unsupported.items():
+        by_reason.setdefault(reason, []).append(kind)
+    return [f"  {model.name} does not serve {', '.join(kinds)}: {reason}" for reason, kinds in by_reason.items()]
 
 
 def _as_json(model: cdam.Model) -> dict[str, Any]:

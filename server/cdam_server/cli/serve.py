@@ -52,6 +52,23 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--num-outputs", type=click.IntRange(min=0), help="Number of outputs, if not the architecture's own.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, ...  [auto]")
 @click.option("--threads", type=click.IntRange(min=0), help="Compute threads on a CPU; 0: torch's choice.  [0]")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "auto"]),
+    help="Arithmetic of the trunk; auto: bf16 where the device is fast at it.  [fp32]",
+)
+@click.option(
+    "--compile",
+    is_flag=True,
+    default=None,
+    help="Compile the models for batches of 1, 2, 4, ... before the server is ready; needs a C++ compiler.",
+)
+@click.option(
+    "--token-cache-mib",
+    type=click.IntRange(min=0),
+    metavar="MIB",
+    help="Memory of the device for the trunk's output of recent images, for all models; 0: none.  [256]",
+)
 @click.option("--max-batch-size", type=click.IntRange(min=1), help="Most images in a batch.  [16]")
 @click.option(
     "--max-queue-delay-microseconds",
@@ -64,6 +81,12 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-image-pixels", type=click.IntRange(min=1), help="Most pixels of an image.  [50000000]")
 @click.option("--max-patches", type=click.IntRange(min=1), help="Most patches of a requested input size.  [2500]")
 @click.option("--max-targets", type=click.IntRange(min=1), help="Most targets of a request.  [100]")
+@click.option("--max-samples", type=click.IntRange(min=1), help="Most draws or steps of a method.  [500]")
+@click.option(
+    "--max-passes",
+    type=click.IntRange(min=1),
+    help="Most passes through the whole model that a request's methods may take.  [5000]",
+)
 @click.option("--drain-seconds", type=click.FloatRange(min=0), help="Time for requests in flight after SIGTERM.  [30]")
 @click.option(
     "--log-format", type=click.Choice(["auto", "console", "json"]), help="auto: JSON unless on a terminal.  [auto]"
@@ -84,6 +107,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     try:
         settings = Settings.load(config, **flags)
         logs.configure(settings.log_format, settings.log_level)
+        bootstrap.warn_of_unknown_variables()
         # As PID 1 of a container the process would not hear a SIGTERM while it loads; serving has a handler of its own.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         asyncio.run(bootstrap.serve(settings, bootstrap.load_catalog(settings)))

@@ -1,11 +1,13 @@
 """From the use cases' answers to the API's messages."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from numpy.typing import NDArray
 
 from cdam.v1 import common_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
-from cdam_engine import Readout
+from cdam_engine import Concept, Contrast, ExplainedTarget, Output, Readout, RelevanceMap
 from cdam_engine.preprocess import Prepared
 from cdam_server.explain import Explained
 from cdam_server.loading import Task
@@ -24,14 +26,18 @@ _READOUT = {
     Readout.MAX_POOL: model_pb2.READOUT_MAX_POOL,
     Readout.ATTENTION_POOL: model_pb2.READOUT_ATTENTION_POOL,
 }
+_PRECISION = {"fp32": model_pb2.PRECISION_FP32, "bf16": model_pb2.PRECISION_BF16}
+_SIMILARITY = {
+    "dot": target_pb2.SIMILARITY_DOT,
+    "cosine": target_pb2.SIMILARITY_COSINE,
+    "l2": target_pb2.SIMILARITY_L2,
+}
 
 
-def explain_response(
-    explained: Explained, request_id: str, methods: int, total_seconds: float
-) -> explain_pb2.ExplainResponse:
-    """The answer to an Explain request with `methods` methods, all of them CDAM so far."""
+def explain_response(explained: Explained, request_id: str, total_seconds: float) -> explain_pb2.ExplainResponse:
+    """The answer to an Explain request."""
     explanation, done, loaded = explained.done.answer, explained.done, explained.model.loaded
-    response = explain_pb2.ExplainResponse(
+    return explain_pb2.ExplainResponse(
         request_id=request_id,
         model=loaded.name,
         model_fingerprint=loaded.fingerprint,
@@ -44,26 +50,10 @@ def explain_response(
             total=_duration(total_seconds),
             batch_size=done.batch_size,
         ),
+        targets=[_explained_target(explained, target) for target in explanation.targets],
+        maps=[_map(relevance) for relevance in explanation.maps],
+        token_cache_hit=explanation.token_cache_hit,
     )
-    for target, request_index in zip(explanation.targets, explained.request_indices, strict=True):
-        probabilities = explained.probabilities
-        response.targets.add(
-            target=target_pb2.Target(output=target_pb2.OutputTarget(index=target.index)),
-            request_index=request_index,
-            output_index=target.index,
-            label=loaded.output_names[target.index] if loaded.output_names else str(target.index),
-            value=target.value,
-            probability=None if probabilities is None else float(probabilities[target.index]),
-        )
-    for method_index in range(methods):
-        for target_index, relevance in enumerate(explanation.maps):
-            response.maps.add(
-                method_index=method_index,
-                target_index=target_index,
-                scores=_tensor(relevance.scores),
-                prefix_share=relevance.prefix_share,
-            )
-    return response
 
 
 def model(served: ServedModel, *, is_default: bool) -> model_pb2.Model:
@@ -78,11 +68,11 @@ def model(served: ServedModel, *, is_default: bool) -> model_pb2.Model:
         output_names=loaded.output_names,
         output_count=loaded.output_count,
         input_size=_size(loaded.data_config.input_size),
-        precision=model_pb2.PRECISION_FP32,
         methods=_methods(served),
     )
     if served.unsupported is None:
         vit = served.explainer.vit
+        message.precision = _PRECISION[served.explainer.precision]
         message.flexible_input_size = vit.flexible_input_size
         message.patch_size.CopyFrom(_size(vit.patch_size))
         message.patch_grid.CopyFrom(_size(vit.grid(loaded.data_config.input_size)))
@@ -94,14 +84,81 @@ def model(served: ServedModel, *, is_default: bool) -> model_pb2.Model:
 
 def _methods(served: ServedModel) -> list[model_pb2.MethodSupport]:
     support = []
-    for kind in method_pb2.MethodKind.values()[1:]:
-        reason = ""
-        if kind != method_pb2.METHOD_KIND_CDAM:
-            reason = "this version of the server does not serve it"
-        elif served.unsupported is not None:
-            reason = str(served.unsupported)
-        support.append(model_pb2.MethodSupport(method=kind, supported=not reason, reason=reason))
+    for field in method_pb2.Method.DESCRIPTOR.fields:
+        refusal = served.refusals.get(field.name)
+        support.append(
+            model_pb2.MethodSupport(
+                method=method_pb2.MethodKind.Value(f"METHOD_KIND_{field.name.upper()}"),
+                supported=refusal is None,
+                reason=refusal.message if refusal else "",
+            )
+        )
     return support
+
+
+def _explained_target(explained: Explained, item: ExplainedTarget) -> explain_pb2.ExplainedTarget:
+    index, probabilities = item.index, explained.probabilities
+    return explain_pb2.ExplainedTarget(
+        target=_target(item.target),
+        request_index=item.request_index,
+        output_index=index,
+        label=_label(item.target, explained.model.loaded.output_names),
+        value=item.value,
+        probability=None if index is None or probabilities is None else float(probabilities[index]),
+    )
+
+
+def _target(target: Output | Concept | Contrast) -> target_pb2.Target:
+    match target:
+        case Output():
+            return target_pb2.Target(output=_output(target))
+        case Concept():
+            return target_pb2.Target(concept=_concept(target))
+        case Contrast(positive, negative):
+            contrast = target_pb2.ContrastTarget(positive=_side(positive), negative=_side(negative))
+            return target_pb2.Target(contrast=contrast)
+
+
+def _side(target: Output | Concept) -> target_pb2.ScalarTarget:
+    if isinstance(target, Output):
+        return target_pb2.ScalarTarget(output=_output(target))
+    return target_pb2.ScalarTarget(concept=_concept(target))
+
+
+def _output(output: Output) -> target_pb2.OutputTarget:
+    return target_pb2.OutputTarget(index=output.index)
+
+
+def _concept(concept: Concept) -> target_pb2.ConceptTarget:
+    """How it is compared; the vector is the caller's own, and long."""
+    return target_pb2.ConceptTarget(similarity=_SIMILARITY[concept.similarity])
+
+
+def _label(target: Output | Concept | Contrast, names: Sequence[str]) -> str:
+    match target:
+        case Output(index):
+            return names[index] if names else str(index)
+        case Concept():
+            return f"concept ({target.similarity})"
+        case Contrast(positive, negative):
+            return f"{_label(positive, names)} - {_label(negative, names)}"
+
+
+def _map(relevance: RelevanceMap) -> explain_pb2.RelevanceMap:
+    message = explain_pb2.RelevanceMap(
+        method_index=relevance.method_index,
+        target_index=relevance.target_index,
+        scores=_tensor(relevance.scores),
+        prefix_share=relevance.prefix_share,
+        completeness_residual=relevance.completeness_residual,
+        steps=relevance.steps,
+    )
+    if relevance.value_part is not None and relevance.key_part is not None:
+        message.parts.value.CopyFrom(_tensor(relevance.value_part))
+        message.parts.key.CopyFrom(_tensor(relevance.key_part))
+    if relevance.standard_error is not None:
+        message.standard_error.CopyFrom(_tensor(relevance.standard_error))
+    return message
 
 
 def _geometry(prepared: Prepared, grid: tuple[int, int], patch: tuple[int, int]) -> explain_pb2.MapGeometry:

@@ -14,7 +14,6 @@ from cdam.v1 import concept_pb2, evaluation_pb2, explain_pb2, explainer_service_
 from cdam_server.errors import InvalidArgumentError, NotImplementedYetError
 from cdam_server.explain import ExplainUseCase
 from cdam_server.rpc import decode, encode
-from cdam_server.rpc.images import ImageLimits
 
 _PAGE_TOKEN = re.compile(r"[0-9]{0,9}")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -25,25 +24,24 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
 
     Args:
         explain: The Explain use case.
-        limits: Limits of images.
-        max_targets: Most targets of a request.
+        limits: Limits of a request.
     """
 
-    def __init__(self, explain: ExplainUseCase, limits: ImageLimits, max_targets: int) -> None:
+    def __init__(self, explain: ExplainUseCase, limits: decode.Limits) -> None:
         self._explain = explain
         self._limits = limits
-        self._max_targets = max_targets
 
     async def Explain(self, request: explain_pb2.ExplainRequest, context: _Context) -> explain_pb2.ExplainResponse:
         """Explain one image."""
         started = perf_counter()
         request_id = decode.request_id(request)
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        command = decode.explain_command(request, self._limits, self._max_targets, context.time_remaining())
+        command = decode.explain_command(request, self._limits, context.time_remaining())
         model = command.model or self._explain.catalog.default.loaded.name
-        structlog.contextvars.bind_contextvars(model=model, targets=len(command.targets))
+        methods = [method.kind for method in command.methods]
+        structlog.contextvars.bind_contextvars(model=model, targets=len(command.targets), methods=methods)
         explained = await self._explain(command)
-        return encode.explain_response(explained, request_id, max(1, len(request.methods)), perf_counter() - started)
+        return encode.explain_response(explained, request_id, perf_counter() - started)
 
     async def ListModels(
         self,

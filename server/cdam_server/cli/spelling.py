@@ -1,0 +1,171 @@
+"""How targets, methods and sizes are spelled on the command line."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, Final, get_args, get_type_hints
+
+import click
+
+import cdam
+
+
+def parse_target(text: str) -> cdam.Output | cdam.TopK:
+    """The target that the command line spells so; see the help of `cdam explain`.
+
+    Raises:
+        click.BadParameter: if it spells none.
+    """
+    kind, given, rest = text.partition(":")
+    if text.startswith("#"):
+        return cdam.Output(_index(text[1:], 0, text))
+    if given and kind == "index":
+        return cdam.Output(_index(rest, 0, text))
+    if given and kind == "top":
+        return cdam.TopK(_index(rest, 1, text))
+    name = text.removeprefix("name:")
+    if not name:
+        raise click.BadParameter(f"{text!r}: the name is missing")
+    return cdam.Output(name)
+
+
+def parse_minus(text: str) -> cdam.Output:
+    """The output that is to be subtracted.
+
+    Raises:
+        click.BadParameter: if it spells none, or several.
+    """
+    target = parse_target(text)
+    if isinstance(target, cdam.TopK):
+        raise click.BadParameter(f"{text!r} is not one output")
+    return target
+
+
+def parse_method(text: str) -> cdam.Method:
+    """The method that "smooth_cdam" or "smooth_cdam:samples=20,noise=0.1" spells.
+
+    Raises:
+        click.BadParameter: if it spells none.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in cdam.METHODS:
+        raise click.BadParameter(f"{kind!r} is no method; there are {', '.join(cdam.METHODS)}")
+    method = cdam.METHODS[kind]
+    hints = get_type_hints(method)
+    parameters = {field.name: hints[field.name] for field in dataclasses.fields(method)}
+    given: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        name, equals, value = part.partition("=")
+        if name not in parameters:
+            known = f"its parameters are {', '.join(parameters)}" if parameters else "it has no parameters"
+            raise click.BadParameter(f"{text!r}: {name!r} is no parameter of {kind}; {known}")
+        hint = parameters[name]
+        try:
+            given[name] = _READERS[hint](value if equals or hint is not bool else "true")
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r}: {name} wants {error}") from error
+    return method(**given)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "224x336", or of "224" for both.
+
+    Raises:
+        click.BadParameter: if it is no size.
+    """
+    found = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text)
+    if not found:
+        raise click.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, as in 224x336")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def spelled(value: Any) -> str:
+    """How the command line spells a target or a method."""
+    if isinstance(value, cdam.Method):
+        said = ",".join(f"{name}={_word(given)}" for name, given in parameters(value).items())
+        return f"{value.kind}:{said}" if said else value.kind
+    match value:
+        case cdam.TopK():
+            return f"top:{value.k}"
+        case cdam.Output():
+            return f"#{value.selector}" if isinstance(value.selector, int) else value.selector
+        case cdam.Contrast():
+            return f"{spelled(value.positive)} --minus {spelled(value.negative)}"
+        case _:
+            return str(value)
+
+
+def parameters(method: cdam.Method) -> dict[str, Any]:
+    """What a method is told beside its defaults."""
+    values = {field.name: (getattr(method, field.name), field.default) for field in dataclasses.fields(method)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def _index(digits: str, least: int, text: str) -> int:
+    if re.fullmatch(r"[0-9]{1,9}", digits) and int(digits) >= least:
+        return int(digits)
+    raise click.BadParameter(f"{text!r} wants a whole number from {least}; for an output so called, 'name:{text}'")
+
+
+def _flag(text: str) -> bool:
+    if text not in {"true", "false"}:
+        raise ValueError("true or false")
+    return text == "true"
+
+
+def _whole_number(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):  # as much as the API's integers hold
+        raise ValueError("a whole number of at most 9 digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("a number") from None
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(_whole_number, text.split("+")))
+    except ValueError:
+        raise ValueError("whole numbers with + between them, as in 0+2") from None
+
+
+def _quadrature(text: str) -> str:
+    if text not in get_args(cdam.Quadrature):
+        raise ValueError(" or ".join(get_args(cdam.Quadrature)))
+    return text
+
+
+def _noise(text: str) -> cdam.Noise:
+    kind, colon, level = text.rpartition(":")
+    if colon and kind not in {"relative", "absolute"}:
+        raise ValueError("a fraction of the range, as in 0.1, or absolute:0.5")
+    return cdam.Noise(**{kind or "relative": _number(level)})
+
+
+def _word(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case tuple():
+            return "+".join(map(str, value))
+        case cdam.Noise() if value.absolute is not None:
+            return f"absolute:{value.absolute:g}"
+        case cdam.Noise():
+            return f"{value.relative:g}"
+        case _:
+            return str(value)
+
+
+# How a parameter is read, by its type in the client's classes; a ValueError says what it wants.
+_READERS: Final[dict[Any, Callable[[str], Any]]] = {
+    bool: _flag,
+    int | None: _whole_number,
+    float | None: _number,
+    tuple[int, ...]: _whole_numbers,
+    cdam.Quadrature: _quadrature,
+    cdam.Noise | None: _noise,
+}
