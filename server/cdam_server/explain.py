@@ -19,15 +19,10 @@ from cdam_engine import (
     Concept,
     Contrast,
     Explanation,
-    InputXGradient,
-    IntegratedGradients,
     Method,
     Output,
     PatchMaskPrediction,
-    RelevancePropagation,
-    SmoothGrad,
     Target,
-    TokenAblation,
     TopK,
 )
 from cdam_engine.methods.prediction import Activation
@@ -216,7 +211,7 @@ class ExplainUseCase:
     ) -> None:
         """Refuse what would keep the compute thread for minutes: the other methods cost a pass between them."""
         grid = model.explainer.vit.grid(input_size)
-        passes = sum(_passes(method, count(targets), grid.h * grid.w) for method in methods)
+        passes = sum(method.passes(count(targets), grid.h * grid.w) for method in methods)
         if passes > self._max_passes:
             message = f"take {passes} passes through the whole model; at most {self._max_passes} are allowed a request"
             raise InvalidArgumentError("methods", message)
@@ -268,19 +263,6 @@ def _methods(model: ServedModel, command: Command) -> tuple[Method, ...]:
             case _:
                 methods.append(method)
     return tuple(methods)
-
-
-def _passes(method: Method, targets: int, patches: int) -> int:
-    """How often the whole model runs for a method, over and above the trunk that all share."""
-    match method:
-        case SmoothGrad(samples=number) | IntegratedGradients(steps=number):
-            return number * targets
-        case InputXGradient() | RelevancePropagation():
-            return targets
-        case TokenAblation():
-            return patches
-        case _:
-            return 0
 
 
 def _target(model: ServedModel, target: Wanted, field: str) -> Target:

@@ -32,6 +32,10 @@ class TokenAblation(Method):
         """See `Method`."""
         vit.check_attend()
 
+    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+        """See `Method`."""
+        return patches
+
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""
         vit = batch.vit

@@ -82,6 +82,10 @@ class AttentionRollout(Method):
         vit.check_readout()
         vit.check_attend()
 
+    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+        """See `Method`."""
+        return 1
+
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:  # noqa: ARG002
         """See `Method`."""
         vit = batch.vit

@@ -82,6 +82,15 @@ class Method(ABC):
             UnsupportedMethodError: With the reason.
         """
 
+    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+        """How often the whole model runs for one image, over and above the trunk that all methods share.
+
+        Args:
+            targets: Number of scalar functions that are explained.
+            patches: Number of patches.
+        """
+        return 0
+
     @abstractmethod
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """Scores of some images of a batch.

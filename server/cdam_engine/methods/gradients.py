@@ -31,6 +31,10 @@ class InputXGradient(Method):
     kind: ClassVar[str] = "input_x_gradient"
     reads_tokens: ClassVar[bool] = False
 
+    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+        """See `Method`."""
+        return targets
+
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""
         found = []
@@ -64,6 +68,10 @@ class SmoothGrad(Method):
     def __post_init__(self) -> None:
         at_least_one("samples", self.samples)
         check_seed(self.seed)
+
+    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+        """See `Method`."""
+        return self.samples * targets
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""
@@ -102,6 +110,10 @@ class IntegratedGradients(Method):
     def __post_init__(self) -> None:
         at_least_one("steps", self.steps)
         nodes(self.quadrature, 1)
+
+    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+        """See `Method`."""
+        return self.steps * targets
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""

@@ -38,6 +38,10 @@ class RelevancePropagation(Method):
         vit.check_readout()
         vit.check_attend()
 
+    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+        """See `Method`."""
+        return targets
+
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""
         vit = batch.vit
