@@ -46,7 +46,7 @@ gen: $(VENV)/dev ## generate client/cdam/v1 from protos
 	BIN=$(BIN) scripts/gen
 
 bench: $(VENV)/dev ## run the benchmarks, write results/*.json
-	$(BIN)/python tests/benchmarks/explain.py $(ARGS)
+	$(BIN)/python tests/benchmarks/engine.py $(ARGS)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist out results .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
