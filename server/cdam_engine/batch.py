@@ -32,6 +32,8 @@ class Batch:
         self.grid = grid
         self.trunk: TrunkOutput | None = None
         self._load = load
+        self._tail: Tail | None = None
+        self._top: dict[tuple[int, TopK], tuple[Scalar, ...]] = {}
         self._outputs: list[tuple[Tensor, Tensor] | None] = [None] * count
 
     @cached_property
@@ -46,15 +48,17 @@ class Batch:
 
     def tail(self, images: Sequence[int]) -> Tail:
         """The tail of some images, by their indices."""
-        if list(images) == list(range(len(self._outputs))):
-            return self._whole_tail
         assert self.trunk is not None
+        if self._tail is not None and list(images) == list(range(len(self._outputs))):
+            return self._tail
         return make_tail(self.vit, self.trunk.take(images))
 
-    def learn_from_tail(self) -> None:
-        """Keep every image's latent and logits."""
-        tail = self._whole_tail
-        self.learn(range(len(self._outputs)), tail.latent, tail.logits)
+    def start_from(self, trunk: TrunkOutput, tail: Tail | None = None) -> Tail:
+        """Take the trunk's output of all images, and their tail if it is known; learn their latents and logits."""
+        self.trunk = trunk
+        self._tail = tail or make_tail(self.vit, trunk)
+        self.learn(range(len(self._outputs)), self._tail.latent, self._tail.logits)
+        return self._tail
 
     def learn(self, images: Sequence[int], latent: Tensor, logits: Tensor) -> None:
         """Keep latents (B, D) and logits (B, C) of some images, unless they are known."""
@@ -70,16 +74,19 @@ class Batch:
 
     def resolve(self, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> list[tuple[Scalar, ...]]:
         """The targets of some images, top-k ones replaced by their outputs."""
-        # Only top-k must wait for the device.
-        needed = any(isinstance(target, TopK) for asked in wanted for target in asked)
-        logits = self.outputs(images)[1].cpu() if needed else [torch.zeros(0)] * len(images)
-        return [targets.resolve(asked, row) for asked, row in zip(wanted, logits, strict=True)]
+        return [
+            tuple(scalar for target in asked for scalar in self._scalars(image, target))
+            for image, asked in zip(images, wanted, strict=True)
+        ]
+
+    def _scalars(self, image: int, target: Target) -> tuple[Scalar, ...]:
+        if not isinstance(target, TopK):
+            return (target,)
+        if (image, target) not in self._top:  # the only targets that must wait for the device
+            logits = self.outputs([image])[1][0].cpu()
+            self._top[image, target] = targets.resolve([target], logits)
+        return self._top[image, target]
 
     def values(self, images: Sequence[int], resolved: Sequence[Sequence[Scalar]]) -> Tensor:
         """The values f of some images' targets, shape (B, K)."""
         return targets.values(resolved, *self.outputs(images))
-
-    @cached_property
-    def _whole_tail(self) -> Tail:
-        assert self.trunk is not None
-        return make_tail(self.vit, self.trunk)

@@ -6,11 +6,12 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cdam_engine.tail import Tail
 from cdam_engine.vit import TrunkOutput
 
 
@@ -21,6 +22,26 @@ def digest(image: Tensor) -> bytes:
     if array.numel():
         found.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return found.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What is kept of an image.
+
+    Attributes:
+        trunk: The trunk's output, a batch of one.
+        tail: Its tail, if that is small.
+    """
+
+    trunk: TrunkOutput
+    tail: Tail | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of tensors."""
+        its = self.trunk
+        tensors = [its.residual, its.tokens, *(x for x in its.attention_arguments.values() if isinstance(x, Tensor))]
+        return sum(map(_bytes, tensors)) + (self.tail.bytes if self.tail is not None else 0)
 
 
 class TokenCache:
@@ -38,14 +59,14 @@ class TokenCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = self.hits = self.misses = 0
-        self._kept: OrderedDict[Hashable, TrunkOutput] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: Hashable) -> TrunkOutput | None:
-        """What is kept of an image, as a batch of one; None if nothing is."""
+    def get(self, key: Hashable) -> Kept | None:
+        """What is kept of an image; None if nothing is."""
         with self._lock:
             found = self._kept.get(key)
             if found is None:
@@ -55,21 +76,20 @@ class TokenCache:
                 self._kept.move_to_end(key)
             return found
 
-    def put(self, key: Hashable, trunk: TrunkOutput) -> None:
-        """Keep a batch of one, if it is not too large for the cache."""
-        size = _bytes(trunk)
-        if size > self.max_bytes:
+    def put(self, key: Hashable, trunk: TrunkOutput, tail: Tail | None = None) -> None:
+        """Keep a batch of one, in the place of what is kept, if it is not too large for the cache."""
+        # A view would keep its whole batch alive.
+        kept = Kept(replace(trunk, residual=_owned(trunk.residual), tokens=_owned(trunk.tokens)), tail)
+        if kept.bytes > self.max_bytes:
             return
-        # A copy: a view would keep its whole batch alive.
-        kept = replace(trunk, residual=trunk.residual.clone(), tokens=trunk.tokens.clone())
         with self._lock:
-            if key in self._kept:
-                return
+            if (old := self._kept.pop(key, None)) is not None:
+                self.bytes -= old.bytes
             self._kept[key] = kept
-            self.bytes += size
+            self.bytes += kept.bytes
             while self.bytes > self.max_bytes:
                 _, oldest = self._kept.popitem(last=False)
-                self.bytes -= _bytes(oldest)
+                self.bytes -= oldest.bytes
 
     def clear(self) -> None:
         """Forget everything."""
@@ -89,6 +109,9 @@ def join(parts: Sequence[TrunkOutput]) -> TrunkOutput:
     )
 
 
-def _bytes(trunk: TrunkOutput) -> int:
-    tensors = [trunk.residual, trunk.tokens, *(x for x in trunk.attention_arguments.values() if isinstance(x, Tensor))]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _owned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.untyped_storage().nbytes() == _bytes(tensor) else tensor.clone()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

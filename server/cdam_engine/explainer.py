@@ -21,7 +21,8 @@ from cdam_engine.fingerprint import fingerprint as make_fingerprint
 from cdam_engine.methods import Cdam
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.preprocess import DataConfig, normalise, prepare
-from cdam_engine.targets import Output, Target, TopK, check, count, resolve
+from cdam_engine.tail import ClsTail
+from cdam_engine.targets import Output, Scalar, Target, TopK, check, count
 from cdam_engine.trunk import Trunk, resolve_precision
 from cdam_engine.vit import Grid, SplitViT
 
@@ -164,19 +165,19 @@ class Explainer:
             batch = Batch(self.vit, self._grid(images), len(distinct), lambda: self._load(distinct))
             hits = [False] * len(distinct)
             if any(method.reads_tokens for its in asked for method in its) or not all(asked):
-                with clock("trunk"):
-                    hits = self._run_trunk(batch, distinct, list(places))
+                hits = self._start(batch, distinct, list(places), clock)
+            units = [
+                [_Unit(places[key], method, tuple(wanted) if method.needs_target else ()) for method in its]
+                for key, wanted, its in zip(keys, targets, asked, strict=True)
+            ]
             with clock("tail"):
-                if batch.trunk is not None:
-                    batch.learn_from_tail()
-                units = [
-                    [_Unit(places[key], method, tuple(wanted) if method.needs_target else ()) for method in its]
-                    for key, wanted, its in zip(keys, targets, asked, strict=True)
-                ]
                 found = _run(batch, [unit for its in units for unit in its], clock)
             order = [places[key] for key in keys]
             latents, logits = map(_on_cpu, batch.outputs(order))
-            answered = [_explained(wanted, latents[row], logits[row]) for row, wanted in enumerate(targets)]
+            scalars = batch.resolve(order, targets)
+            answered = [
+                _explained(wanted, scalars[row], latents[row], logits[row]) for row, wanted in enumerate(targets)
+            ]
         seconds = clock.seconds()
         kinds = {unit.method.kind for its in units for unit in its}
         return [
@@ -234,24 +235,30 @@ class Explainer:
         weight = next(self.vit.model.parameters())
         return normalise(images.to(self._device, non_blocking=True), self.data_config, weight.dtype)
 
-    def _run_trunk(self, batch: Batch, images: Tensor, keys: Sequence[Hashable]) -> list[bool]:
-        """Fill in the trunk's outputs, from the cache where it has them; returns which it had."""
-        cache = self.cache
-        if cache is None:
-            batch.trunk = self._trunk(batch.pixels)
-            return [False] * len(keys)
-        kept = [cache.get(key) for key in keys]
+    def _start(self, batch: Batch, images: Tensor, keys: Sequence[Hashable], clock: Clock) -> list[bool]:
+        """Run the trunk for the images that the cache does not know, and the tail; returns which it knew."""
+        kept = [None if self.cache is None else self.cache.get(key) for key in keys]
         missing = [place for place, found in enumerate(kept) if found is None]
-        if missing:
-            whole = len(missing) == len(keys)
-            out = self._trunk(batch.pixels if whole else self._load(images[missing]))
-            for row, place in enumerate(missing):
-                cache.put(keys[place], out.part(row))
-            if whole:
-                batch.trunk = out
-                return [False] * len(keys)
-            kept = [out.part(missing.index(place)) if found is None else found for place, found in enumerate(kept)]
-        batch.trunk = join([found for found in kept if found is not None])
+        if not missing and len(kept) == 1 and kept[0] is not None:
+            batch.start_from(kept[0].trunk, kept[0].tail)
+            return [True]
+        with clock("trunk"):
+            trunks = [None if found is None else found.trunk for found in kept]
+            if len(missing) == len(keys):
+                trunk = self._trunk(batch.pixels)
+            else:
+                if missing:
+                    out = self._trunk(self._load(images[missing]))
+                    trunks = [
+                        out.part(missing.index(place)) if its is None else its for place, its in enumerate(trunks)
+                    ]
+                trunk = join([its for its in trunks if its is not None])
+        with clock("tail"):
+            tail = batch.start_from(trunk)
+        if self.cache is not None:
+            alone = tail if len(keys) == 1 and isinstance(tail, ClsTail) else None  # the other kind is large
+            for place in missing:
+                self.cache.put(keys[place], trunk.part(place), alone)
         return [place not in missing for place in range(len(keys))]
 
 
@@ -332,13 +339,15 @@ def _scores_on_cpu(scores: Scores) -> Scores:
     )
 
 
-def _explained(wanted: Sequence[Target], latent: Tensor, logits: Tensor) -> tuple[ExplainedTarget, ...]:
+def _explained(
+    wanted: Sequence[Target], scalars: Sequence[Scalar], latent: Tensor, logits: Tensor
+) -> tuple[ExplainedTarget, ...]:
     """The model's answers to one image's targets."""
+    origins = [index for index, target in enumerate(wanted) for _ in range(count([target]))]
     numbers = logits.tolist()
     return tuple(
         ExplainedTarget(f, numbers[f.index] if isinstance(f, Output) else float(f(latent, logits)), index)
-        for index, target in enumerate(wanted)
-        for f in resolve([target], logits)
+        for f, index in zip(scalars, origins, strict=True)
     )
 
 

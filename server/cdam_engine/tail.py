@@ -7,15 +7,16 @@ tokens in the place of T it is a draw of Smooth CDAM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cdam_engine import attention
 from cdam_engine.targets import Concept, Contrast, Scalar, values
-from cdam_engine.vit import Readout, SplitViT, TrunkOutput
+from cdam_engine.vit import Readout, SplitViT, TailOutput, TrunkOutput
 
 _MAX_ELEMENTS: Final = 1 << 23  # of a temporary: 32 MiB in float32
 
@@ -37,6 +38,10 @@ class Tail(Protocol):
 
     latent: Tensor
     logits: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """About how many bytes it holds, beside the trunk's output."""
 
     def scores(
         self,
@@ -75,6 +80,12 @@ class AutogradTail:
             self._output = vit.tail(trunk, self._tokens)
         self.latent = self._output.latent.detach()
         self.logits = self._output.logits.detach()
+
+    @property
+    def bytes(self) -> int:
+        """See `Tail`."""
+        # What the way back through the whole block needs: some 30 times the tokens.
+        return 30 * self._tokens.numel() * self._tokens.element_size()
 
     def scores(
         self,
@@ -171,8 +182,16 @@ class ClsTail:
             self._leaf, x = self._with_graph(self._heads_out(self._a, [1.0]))
             output = vit.read_out(x.detach())
         self._x = x
+        self._read_out: dict[float, TailOutput] = {}
         self.latent = output.latent
         self.logits = output.logits
+
+    @property
+    def bytes(self) -> int:
+        """See `Tail`."""
+        # Products and weights, and what the way back through the block needs: some 30 rows of the model's width.
+        numbers = 2 * self._t_u1.numel() + self._t_u0.numel() + 30 * self._leaf.numel() + self.logits.numel()
+        return numbers * self.logits.element_size()
 
     @staticmethod
     def fits(vit: SplitViT, trunk: TrunkOutput) -> bool:
@@ -229,7 +248,10 @@ class ClsTail:
         """See `Tail`."""
         if point == 1:
             return values(targets, self.latent, self.logits)
-        return values(targets, *self._vit.read_out(self._rest(self._heads_out(self._attend([point]), [point]))))
+        if point not in self._read_out:
+            x = self._rest(self._heads_out(self._attend([point]), [point]))
+            self._read_out = {point: self._vit.read_out(x)}  # one is enough: paths start where they start
+        return values(targets, *self._read_out[point])
 
     def _attend(self, points: Sequence[float]) -> Tensor:
         """A of the rows that are read out at every point, shape (B, n, R, H, N)."""
@@ -298,9 +320,10 @@ class ClsTail:
         seeds = seeds.expand(-1, at, -1, -1, -1).flatten(0, 1)  # (B n, K, R, D)
         if total > 1:
             # A row for each target: a batched backward pass would run norms and activations target by target.
-            leaf, x = self._with_graph(leaf.detach().repeat_interleave(total, dim=0))
-            with torch.enable_grad():
-                features = self._features(x)
+            with _LinearOnce(total):
+                leaf, x = self._with_graph(leaf.detach().repeat_interleave(total, dim=0))
+                with torch.enable_grad():
+                    features = self._features(x)
         (gradient,) = torch.autograd.grad(features, leaf, seeds.flatten(0, 1), retain_graph=True)
         return torch.unflatten(gradient, 0, (images, at, total))
 
@@ -351,6 +374,38 @@ class ClsTail:
     def _column(self, numbers: Sequence[float]) -> Tensor:
         """Numbers for n points, to go with (B, n, R, H, N)."""
         return torch.tensor(numbers, dtype=self._tokens.dtype, device=self._tokens.device).view(1, -1, 1, 1, 1)
+
+
+class _LinearOnce(TorchFunctionMode):
+    """Linear layers, most of the work, run forward once for rows that are known to be equal.
+
+    Args:
+        times: How many neighbours along the first axis are equal.
+    """
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self._times = times
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch in the place of every function."""
+        if func is nn.functional.linear and not kwargs:
+            return _Once.apply(*args, self._times)
+        return func(*args, **(kwargs or {}))
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, times: int) -> Tensor:
+        ctx.save_for_backward(weight)
+        return nn.functional.linear(x[::times], weight, bias).repeat_interleave(times, dim=0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight, None, None, None
 
 
 _IDENTITY: Final = nn.Identity()
