@@ -83,7 +83,7 @@ class Explainer:
         self._data_config = data_config
         if cache is not None and fingerprint is None:
             fingerprint = make_fingerprint(model, type(model).__name__, {})
-        self._name = f"{fingerprint}/{self.precision}/{weight.dtype}"
+        self._name = f"{fingerprint}/{self.precision}/{weight.dtype}/{data_config}"
         self._trunk = Trunk(self.vit, self.precision, compile=compile, batch_sizes=compile_batch_sizes)
 
     @property

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -227,7 +228,10 @@ def test_a_trunk_in_bfloat16(tmp_path: Path, picture: bytes) -> None:
     np.testing.assert_allclose(found, truth, atol=0.05 * np.abs(truth).max())
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+COMPILES = shutil.which("g++") is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+@pytest.mark.skipif(not COMPILES, reason="compiling for a CPU needs a C++ compiler and Python's headers")
 def test_a_compiled_trunk(tmp_path: Path, picture: bytes) -> None:
     with _serving(tmp_path) as stub:
         plain = stub.Explain(request(picture, output(3)))
