@@ -34,7 +34,7 @@ def explain(scene: Path, labels: list[str]) -> cdam.Explanation:
     logs.configure("console", "warning")
     settings = Settings(address="127.0.0.1:0", admin_address="127.0.0.1:0", log_level="warning")
     with bootstrap.serve_in_background(settings) as address, cdam.Client(address, timeout=300) as client:
-        return client.explain(scene, labels, methods=list(cdam.METHODS))
+        return client.explain(scene, labels, methods=[method() for method in cdam.METHODS.values()])
 
 
 def draw(explanation: cdam.Explanation, scene: Image.Image) -> Image.Image:
