@@ -135,7 +135,7 @@ class AutogradTail:
 
 
 class ClsTail:
-    """The tail where only [CLS] (and DeiT's distillation token) is read out, without ever making K and V.
+    """The tail where only [CLS] (and DeiT's distillation token) is read out, without making K, nor V for a few targets.
 
     Let r be a token that is read out and h a head. Only row r of the attention matters, and keys and values enter it
     linearly:
@@ -151,7 +151,8 @@ class ClsTail:
         query part   sum_h sum_i da_i T_i . u1_h for token r alone, u1_h = W_K^hT W_Q^h T_r
 
     At alpha * T the logits are alpha^2 T_i . u1_h + alpha T_i . u0_h with u0_h = W_K^hT b_Q^h: no point projects T again.
-    Further targets share everything but G.
+    Further targets share everything but G. Where points and targets are many, T_i . G_h = V_i . df/do_h with V made once
+    costs less than a G for each.
     """
 
     def __init__(self, vit: SplitViT, trunk: TrunkOutput) -> None:
@@ -178,6 +179,8 @@ class ClsTail:
             bias = attention.position_bias(self._attention, trunk.attention_arguments)
             self._bias = 0.0 if bias is None else bias[:, None, :, :rows].transpose(2, 3)  # (1, 1, R, H, N)
             self._residual = trunk.residual[:, :rows]
+            # V without its bias, (B, H, N, d): made when points times targets are so many (d) that it pays.
+            self._v: Tensor | None = None
             self._a = self._attend([1.0])
             self._leaf, x = self._with_graph(self._heads_out(self._a, [1.0]))
             output = vit.read_out(x.detach())
@@ -189,8 +192,9 @@ class ClsTail:
     @property
     def bytes(self) -> int:
         """See `Tail`."""
-        # Products and weights, and what the way back through the block needs: some 30 rows of the model's width.
+        # V, products and weights, and what the way back through the block needs: some 30 rows of the model's width.
         numbers = 2 * self._t_u1.numel() + self._t_u0.numel() + 30 * self._leaf.numel() + self.logits.numel()
+        numbers += self._tokens.numel()
         return numbers * self.logits.element_size()
 
     @staticmethod
@@ -226,6 +230,9 @@ class ClsTail:
         scores, value = (self._tokens.new_zeros((images, total, count)) for _ in range(2))
         # Bound the temporaries: of size B n K R H D and B n K R H N.
         one = images * self._rows * self._heads * max(width, count)
+        if self._v is None and len(points) * total >= self._w_v.shape[1]:
+            v = nn.functional.linear(self._tokens, self._w_v.flatten(0, 1))
+            self._v = torch.unflatten(v, -1, (self._heads, -1)).transpose(1, 2).contiguous()
         points_at_once = min(len(points), max(1, _MAX_ELEMENTS // one))
         targets_at_once = max(1, _MAX_ELEMENTS // (one * points_at_once))
         for first in range(0, len(points), points_at_once):
@@ -263,14 +270,17 @@ class ClsTail:
     def _heads_out(self, a: Tensor, points: Sequence[float]) -> Tensor:
         """The heads' outputs o at every point, shape (B n, R, H d)."""
         images, at, rows, heads, _ = a.shape
-        z = torch.matmul(a.flatten(1, 3), self._tokens)  # (B, n R H, D)
+        if self._v is not None:
+            out = torch.matmul(a.permute(0, 3, 1, 2, 4).flatten(2, 3), self._v).transpose(1, 2)  # (B, n R, H, d)
+        else:
+            z = torch.matmul(a.flatten(1, 3), self._tokens)  # (B, n R H, D)
+            z = torch.unflatten(z, 1, (at * rows, heads)).permute(2, 0, 1, 3).flatten(1, 2)  # (H, B n R, D)
+            out = torch.unflatten(torch.matmul(z, self._w_v.transpose(1, 2)).transpose(0, 1), 0, (images, at * rows))
         if list(points) != [1.0]:
-            z = z * torch.tensor(points, dtype=z.dtype, device=z.device).repeat_interleave(rows * heads)[:, None]
-        z = torch.unflatten(z, 1, (at * rows, heads)).permute(2, 0, 1, 3).flatten(1, 2)  # (H, B n R, D)
-        out = torch.matmul(z, self._w_v.transpose(1, 2))
+            out = out * out.new_tensor(points).repeat_interleave(rows)[:, None, None]
         if self._b_v is not None:
-            out = out + self._b_v[:, None]
-        return out.transpose(0, 1).reshape(images * at, rows, -1)
+            out = out + self._b_v
+        return out.reshape(images * at, rows, -1)
 
     def _rest(self, out: Tensor) -> Tensor:
         """From the heads' outputs (B n, R, H d) to the final norm's, shape (B n, R, D)."""
@@ -286,9 +296,14 @@ class ClsTail:
         """Scores and their value part, summed over points, shapes (B, K, N), from df/do, shape (B, n, K, R, H d)."""
         images, at, rows, heads, _ = a.shape
         total = gradient.shape[2]
-        g = gradient.reshape(-1, heads, gradient.shape[-1] // heads).transpose(0, 1)  # (H, B n K R, d)
-        g = torch.matmul(g, self._w_v).transpose(0, 1).reshape(images, at * total * rows * heads, -1)
-        a_tg = torch.unflatten(torch.matmul(g, self._tokens.transpose(1, 2)), 1, (at, total, rows, heads))
+        g = torch.unflatten(gradient, -1, (heads, -1))
+        if self._v is not None:
+            a_tg = torch.matmul(g.flatten(1, 3).transpose(1, 2), self._v.transpose(2, 3)).transpose(1, 2)
+            a_tg = torch.unflatten(a_tg, 1, (at, total, rows))
+        else:
+            g = torch.matmul(g.flatten(0, 3).transpose(0, 1), self._w_v).transpose(0, 1)  # (B n K R, H, D)
+            g = g.reshape(images, at * total * rows * heads, -1)
+            a_tg = torch.unflatten(torch.matmul(g, self._tokens.transpose(1, 2)), 1, (at, total, rows, heads))
         a = a[:, :, None]
         a_tg.mul_(a)
         if list(weights) != [1.0]:
@@ -350,6 +365,9 @@ class ClsTail:
                         places.append((b, k))
                         indices.append(side.index)
                         signs.append(sign)
+        if not concepts and len(places) == len(targets) * len(targets[0]) and min(signs) > 0:  # outputs alone
+            vectors = self._output_vectors(torch.tensor(indices, device=features.device))
+            return torch.unflatten(vectors, 0, (len(targets), 1, len(targets[0])))
         fixed = all(concept.similarity == "dot" for *_, concept in concepts)
         shape = (len(targets), 1 if fixed else features.shape[1], len(targets[0]), *features.shape[-2:])
         seeds = features.new_zeros(shape)

@@ -46,7 +46,7 @@ class Trunk:
             compiled: Any = torch.compile(self._run, dynamic=False)
             self._compiled = compiled
 
-    @torch.no_grad()
+    @torch.no_grad()  # in inference mode, what a model caches of its positions could never be differentiated again
     def __call__(self, pixels: Tensor) -> TrunkOutput:
         """Run it.
 

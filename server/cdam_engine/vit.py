@@ -297,7 +297,13 @@ class SplitViT:
         return cast("Tensor", x + block.drop_path2(layer_scale(block, 2, block.mlp(block.norm2(x)))))
 
     def _check_mode(self) -> None:
-        if any(module.training for module in self.model.modules()):
+        pending: list[Any] = [self.model]
+        training = False
+        while pending and not training:  # in a tenth of the time of `modules()`, which also looks for names
+            module = pending.pop()
+            training = module is not None and module.training
+            pending += () if module is None else module._modules.values()  # noqa: SLF001
+        if training:
             raise ValueError("the model is in training mode, where outputs are random: call model.eval() first")
 
 

@@ -135,8 +135,8 @@ def test_bytes_are_bounded(entries: int) -> None:
 def test_bytes_are_those_of_the_tensors() -> None:
     tokens = CASE.prefix + CASE.grid[0] * CASE.grid[1]
     width = build(CASE).embed_dim
-    # The residual stream and T, in double precision, and the tail of one row: beside a real model's tokens, little.
-    tail = 30 * width + 3 * build(CASE).blocks[-1].attn.num_heads * tokens + CASE.outputs
+    # The residual stream, T and V, in double precision, and the tail of one row: beside a real model's tokens, little.
+    tail = tokens * width + 30 * width + 3 * build(CASE).blocks[-1].attn.num_heads * tokens + CASE.outputs
     assert 2 * tokens * width * 8 <= entry() <= (2 * tokens * width + tail) * 8
 
 
