@@ -253,7 +253,6 @@ def _methods(model: ServedModel, command: Command) -> tuple[Method, ...]:
     methods: list[Method] = []
     for position, method in enumerate(command.methods):
         field = f"methods[{position}].{method.kind}"
-        model.check_method(method.kind, field)
         match method:
             case Attention(heads) if any(head >= model.heads for head in heads):
                 message = f"model {model.loaded.name!r} has heads 0 to {model.heads - 1}, not {max(heads)}"
@@ -262,6 +261,7 @@ def _methods(model: ServedModel, command: Command) -> tuple[Method, ...]:
                 methods.append(replace(method, activation=_ACTIVATIONS[model.loaded.task]))
             case _:
                 methods.append(method)
+        model.check_method(method, field)
     return tuple(methods)
 
 

@@ -127,20 +127,22 @@ class ServedModel:
         """Number of attention heads of the last block."""
         return int(self.explainer.vit.num_heads)
 
-    def check_method(self, kind: str, field: str) -> None:
-        """Refuse a method that the model can't serve.
+    def check_method(self, method: Method, field: str) -> None:
+        """Refuse a method that the model can't serve with these parameters.
 
         Args:
-            kind: The method's name.
+            method: The method.
             field: Path of the field that asks for it, for the message.
 
         Raises:
             FailedPreconditionError: With the engine's reason.
         """
-        if refusal := self.refusals.get(kind):
+        try:
+            self.explainer.check(method)
+        except UnsupportedMethodError as error:
             name = self.loaded.name
-            message = f"{field}: model {name!r} can't serve it: {refusal.message}"
-            raise FailedPreconditionError(refusal.reason, message, model=name, method=kind)
+            message = f"{field}: model {name!r} can't serve it: {error}"
+            raise FailedPreconditionError(error.reason, message, model=name, method=method.kind) from error
 
     def output_index(self, name: str, field: str) -> int:
         """The index of the output with this name.

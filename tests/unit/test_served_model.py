@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import JsonValue
 
-from cdam_engine import Cdam, Concept, Explanation, IntegratedCdam, Output, SmoothCdam
+from cdam_engine import Attention, Cdam, Concept, Explanation, IntegratedCdam, Output, SmoothCdam
 from cdam_server.errors import FailedPreconditionError, OutOfMemoryError
 from cdam_server.loading import ModelSpec, load_model
-from cdam_server.models import Job, NonFiniteError, Refusal, ServedModel
+from cdam_server.models import Job, NonFiniteError, ServedModel
 
 METHODS = (Cdam(parts=True), SmoothCdam(samples=2), IntegratedCdam(steps=2))
 
@@ -83,11 +84,26 @@ def test_memory_that_runs_out_is_told(served: ServedModel, monkeypatch: pytest.M
         served.compute([_job(0)])
 
 
-def test_methods_that_it_cannot_serve_are_refused(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_that_it_cannot_serve_are_refused(served: ServedModel) -> None:
+    """Its attention is the difference of two: there are no weights to show, nor to hold constant."""
     assert not served.refusals
-    served.check_method("partial_lrp", "methods[0].partial_lrp")
-    monkeypatch.setattr(served, "refusals", {"partial_lrp": Refusal("NO_LRP_RULE", "it has no rule")})
-    with pytest.raises(FailedPreconditionError, match=r"^methods\[0\]\.partial_lrp: .*it has no rule$") as refused:
-        served.check_method("partial_lrp", "methods[0].partial_lrp")
-    assert refused.value.reason == "NO_LRP_RULE"
-    assert refused.value.metadata == {"model": "demo", "method": "partial_lrp"}
+    served.check_method(Cdam(parts=True), "methods[0].cdam")
+    kwargs: dict[str, JsonValue] = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}
+    other = ServedModel(
+        load_model(
+            ModelSpec(
+                name="dwee",
+                architecture="vit_dwee_patch16_reg1_gap_256",
+                random_weights=True,
+                num_outputs=3,
+                model_kwargs=kwargs,
+            )
+        )
+    )
+    assert other.refusals["attention"].reason == "UNKNOWN_ATTENTION"
+    other.check_method(Cdam(), "methods[0].cdam")
+    for method in (Cdam(parts=True), Attention()):
+        with pytest.raises(FailedPreconditionError, match=r"^methods\[0\]\.x: model 'dwee'.*DiffAttention") as refused:
+            other.check_method(method, "methods[0].x")
+        assert refused.value.reason == "UNKNOWN_ATTENTION"
+        assert refused.value.metadata == {"model": "dwee", "method": method.kind}
