@@ -29,7 +29,7 @@ from measure import FORWARD, OURS, Bar, Contestant, Measured, Report, SkippedErr
 from subject import DEMO, Subject, load, machine
 from torch import Tensor
 
-from cdam_engine import Cdam, IntegratedCdam, Method, Noise, Output, RelevancePropagation, SmoothCdam, TokenAblation
+from cdam_engine import METHODS, Cdam, IntegratedCdam, Method, Noise, Output, RelevancePropagation, SmoothCdam, TokenAblation
 from cdam_engine.cache import TokenCache
 
 STEPS: Final = 50
@@ -114,8 +114,8 @@ def smooth(subject: Subject) -> Contestants:
     method, seeds = SmoothCdam(samples=DRAWS, noise=Noise(0.05), seed=0), itertools.count(1)
     explainer = subject.explainer()
     shape = (subject.model.pos_embed.shape[1], subject.model.embed_dim)
-    generator = torch.Generator(subject.device).manual_seed(method.seed)
-    noise = torch.stack([torch.randn(shape, generator=generator, device=subject.device) for _ in range(DRAWS)])
+    generator = torch.Generator().manual_seed(method.seed)
+    noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(DRAWS)]).to(subject.device)
 
     def new_seed() -> Any:
         other = SmoothCdam(samples=DRAWS, noise=method.noise, seed=next(seeds))
@@ -182,6 +182,13 @@ def compiled(subject: Subject) -> Contestants:
     return {OURS: Contestant(ours), "compiled forward": Contestant(forward, same_map=False)}
 
 
+def others(subject: Subject) -> Contestants:
+    """Every method that has no row of its own, with its defaults."""
+    rest = [kind for kind in METHODS if kind not in {"cdam", "smooth_cdam", "integrated_cdam", "token_ablation"}]
+    found = {kind: Contestant(_ours(subject, METHODS[kind]()), same_map=False) for kind in rest}
+    return {OURS: Contestant(_ours(subject, Cdam())), **found}
+
+
 def to_compiled(_: Subject, ratios: Mapping[str, float]) -> str:
     """Ours beside the compiled model."""
     return f"{OURS} / compiled forward {ratios[OURS] / ratios['compiled forward']:.3f}"
@@ -208,6 +215,7 @@ ROWS: Final = (
         "largest",
     ),
     Row("ablation", "token ablation, all patches", (Bar(3, "a loop"),), ablation, "one", on_demo=True),
+    Row("others", "CDAM, and the other methods", (), others, "one"),
     Row("memory", "CDAM, peak memory", (Bar(1.1),), None, "largest"),
     Row("bf16", "CDAM, trunk in bf16", (), bf16, note=correlation),
     Row("compile", "CDAM, trunk compiled", (), compiled, note=to_compiled),
