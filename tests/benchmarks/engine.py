@@ -29,7 +29,17 @@ from measure import FORWARD, OURS, Bar, Contestant, Measured, Report, SkippedErr
 from subject import DEMO, Subject, load, machine
 from torch import Tensor
 
-from cdam_engine import METHODS, Cdam, IntegratedCdam, Method, Noise, Output, RelevancePropagation, SmoothCdam, TokenAblation
+from cdam_engine import (
+    METHODS,
+    Cdam,
+    IntegratedCdam,
+    Method,
+    Noise,
+    Output,
+    RelevancePropagation,
+    SmoothCdam,
+    TokenAblation,
+)
 from cdam_engine.cache import TokenCache
 
 STEPS: Final = 50
