@@ -15,7 +15,7 @@ from torch import Tensor
 from cdam_engine.attention import check_known
 from cdam_engine.batch import Batch
 from cdam_engine.methods.base import Method, Noise, Quadrature, Scores, at_least_one, check_seed
-from cdam_engine.methods.draws import Moments, draws
+from cdam_engine.methods.draws import Moments, draws, mean_scores
 from cdam_engine.methods.quadrature import nodes
 from cdam_engine.tail import Tail, make_tail
 from cdam_engine.targets import Scalar, Target
@@ -87,11 +87,7 @@ class SmoothCdam(Method):
                     tokens=torch.addcmul(trunk.tokens, noise, sigma[image], out=buffer[: len(noise)]),
                 )
                 moments[row].add(make_tail(batch.vit, noisy).scores([targets[row]] * len(noise)).scores)
-        errors = [error for its in moments if (error := its.standard_error) is not None]
-        return Scores(
-            torch.stack([its.mean for its in moments]).to(tokens),
-            standard_error=torch.stack(errors).to(tokens) if errors else None,
-        )
+        return mean_scores(moments, tokens, has_prefix=True)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cdam_engine.chunks import chunks
+from cdam_engine.methods.base import Scores
 
 _MAX_KEPT: Final = 64 * 1024 * 1024  # bytes
 
@@ -77,3 +78,13 @@ class Moments:
     def standard_error(self) -> Tensor | None:
         """Sample standard deviation / sqrt(draws); None of a single draw."""
         return (self._squares / (self._count - 1) / self._count).sqrt() if self._count > 1 else None
+
+
+def mean_scores(moments: Sequence[Moments], like: Tensor, *, has_prefix: bool) -> Scores:
+    """The scores of several images, each a mean over draws, in the dtype of `like`."""
+    errors = [error for its in moments if (error := its.standard_error) is not None]
+    return Scores(
+        torch.stack([its.mean for its in moments]).to(like),
+        has_prefix=has_prefix,
+        standard_error=torch.stack(errors).to(like) if errors else None,
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
 from cdam_engine.methods.base import Method, Noise, Quadrature, Scores, at_least_one, check_seed
-from cdam_engine.methods.draws import Moments, draws
+from cdam_engine.methods.draws import Moments, draws, mean_scores
 from cdam_engine.methods.quadrature import nodes
 from cdam_engine.targets import Scalar, Target, values
 from cdam_engine.vit import TailOutput
@@ -83,12 +83,7 @@ class SmoothGrad(Method):
                 x, output = _forward(batch, batch.pixels[image] + sigma[image] * noise)
                 gradients = _gradients(x, output, [targets[row]] * len(noise))
                 moments[row].add(_stack([_by_patch(batch, gradient) for gradient in gradients], x))
-        errors = [error for its in moments if (error := its.standard_error) is not None]
-        return Scores(
-            torch.stack([its.mean for its in moments]).to(batch.pixels),
-            has_prefix=False,
-            standard_error=torch.stack(errors).to(batch.pixels) if errors else None,
-        )
+        return mean_scores(moments, batch.pixels, has_prefix=False)
 
 
 @dataclass(frozen=True)
