@@ -84,10 +84,14 @@ def encode_method(method: Method) -> method_pb2.Method:
                 settings.noise.CopyFrom(_noise(value))
             case "quadrature", str():
                 settings.quadrature = enum_value(method_pb2.Quadrature, "QUADRATURE", value)
-            case "heads", _:
-                settings.heads.extend(value)
             case _:
-                setattr(settings, field.name, value)
+                try:
+                    if field.name == "heads":
+                        settings.heads.extend(value)
+                    else:
+                        setattr(settings, field.name, value)
+                except (TypeError, ValueError, AttributeError) as error:
+                    raise ValueError(f"{method.kind}: {field.name} can't be {value!r}") from error
     return message
 
 

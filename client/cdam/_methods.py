@@ -71,14 +71,18 @@ class SmoothCdam(_Method):
 
     Attributes:
         samples: Number of draws; None: 50.
-        noise: The noise, added to the tokens; None: 0.05, relative.
+        noise: The noise, added to the tokens; None: 0.05, relative, as a plain number is.
         seed: None: 0. The same seed gives the same map, alone or in any batch.
     """
 
     kind: ClassVar[MethodKind] = "smooth_cdam"
     samples: int | None = None
-    noise: Noise | None = None
+    noise: Noise | float | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.noise, int | float):
+            object.__setattr__(self, "noise", Noise(relative=self.noise))
 
 
 @dataclass(frozen=True)
@@ -146,14 +150,18 @@ class SmoothGrad(_Method):
 
     Attributes:
         samples: Number of draws; None: 50.
-        noise: The noise, added to the normalised input; None: 0.15, relative.
+        noise: The noise, added to the normalised input; None: 0.15, relative, as a plain number is.
         seed: Seed of the draws; None: 0.
     """
 
     kind: ClassVar[MethodKind] = "smooth_grad"
     samples: int | None = None
-    noise: Noise | None = None
+    noise: Noise | float | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.noise, int | float):
+            object.__setattr__(self, "noise", Noise(relative=self.noise))
 
 
 @dataclass(frozen=True)

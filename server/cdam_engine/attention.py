@@ -37,7 +37,12 @@ def is_code_of(module: nn.Module, method: str, classes: tuple[type[nn.Module], .
 
 def is_plain(module: Any, *classes: type[nn.Module]) -> bool:
     """Whether a module is exactly of one of these classes and nothing hooks into it, so that it can be bypassed."""
-    return type(module) in classes and not (
+    return type(module) in classes and not is_changed(module)
+
+
+def is_changed(module: Any) -> bool:
+    """Whether something hooks into a module, or gives it another forward pass."""
+    return bool(
         module._forward_hooks  # noqa: SLF001
         or module._forward_pre_hooks  # noqa: SLF001
         or module._backward_hooks  # noqa: SLF001

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from cdam_engine.batch import Batch
 from cdam_engine.cache import TokenCache, digest, join
 from cdam_engine.clock import Clock
 from cdam_engine.explanation import ExplainedTarget, Explanation, RelevanceMap
-from cdam_engine.fingerprint import fingerprint as make_fingerprint
 from cdam_engine.methods import Cdam
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.preprocess import DataConfig, normalise, prepare
@@ -53,7 +53,8 @@ class Explainer:
         cache: Keeps trunk outputs for further questions about the same images; explainers may share it. Clear it after
             changing a model's weights.
         data_config: How the model wants its pixels; None: as timm says.
-        fingerprint: What tells the model from others in the cache; None: made from its weights.
+        fingerprint: What tells the model from all others in a shared cache: of equal fingerprints entries are shared;
+            None: with nobody.
 
     Attributes:
         vit: The model, split.
@@ -81,9 +82,9 @@ class Explainer:
         self.precision = resolve_precision(precision, weight.device)
         self.cache = cache
         self._data_config = data_config
-        if cache is not None and fingerprint is None:
-            fingerprint = make_fingerprint(model, type(model).__name__, {})
-        self._name = f"{fingerprint}/{self.precision}/{weight.dtype}/{data_config}"
+        if self.precision == "bf16" and weight.dtype not in {torch.float32, torch.float64}:
+            raise ValueError(f"precision bf16 is for models in float32; this one is in {weight.dtype}")
+        self._name = f"{fingerprint or uuid4()}/{self.precision}/{weight.dtype}/{data_config}"
         self._trunk = Trunk(self.vit, self.precision, compile=compile, batch_sizes=compile_batch_sizes)
 
     @property
@@ -108,24 +109,28 @@ class Explainer:
     def __call__(
         self,
         image: Image.Image,
-        targets: Target | Sequence[Target] = TopK(1),  # noqa: B008 - frozen
+        targets: int | Target | Sequence[int | Target] = TopK(1),  # noqa: B008 - frozen
         methods: Method | Sequence[Method] = Cdam(),  # noqa: B008 - frozen
     ) -> Explanation:
         """Explain one image, resized and cropped as the model was evaluated.
 
         Args:
-            image: The image.
-            targets: What to explain, one or several.
+            image: The image; in other modes than RGB it is converted.
+            targets: What to explain, one or several; an int is an output's index.
             methods: How, one or several.
 
         Raises:
             UnsupportedMethodError: The model can't serve a method.
             IndexError: A target names an output that the model does not have.
             ValueError: A concept's vector is not one of the model's latent space.
+            TypeError: The image, a target or a method is something else.
         """
-        pixels = torch.from_numpy(prepare(image, self.data_config).pixels)[None]
-        its_targets = [targets] if isinstance(targets, Target) else targets
-        its_methods = [methods] if isinstance(methods, Method) else methods
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"the image is a PIL image, not {type(image).__name__}; `explain` takes tensors")
+        pixels = torch.from_numpy(prepare(image.convert("RGB"), self.data_config).pixels)[None]
+        several = [targets] if isinstance(targets, int | Target) else targets
+        its_targets = [Output(target) if isinstance(target, int) else target for target in several]
+        its_methods = [methods] if isinstance(methods, Method) else list(methods)
         (explanation,) = self.explain(pixels, [its_targets], [its_methods])
         return explanation
 
@@ -164,7 +169,11 @@ class Explainer:
             distinct = images if len(places) == len(keys) else images[[keys.index(key) for key in places]]
             batch = Batch(self.vit, self._grid(images), len(distinct), lambda: self._load(distinct))
             hits = [False] * len(distinct)
-            if any(method.reads_tokens for its in asked for method in its) or not all(asked):
+            runs = [
+                any(count(wanted) or not method.needs_target for method in its)
+                for wanted, its in zip(targets, asked, strict=True)
+            ]
+            if any(method.reads_tokens for its in asked for method in its) or not all(runs):
                 hits = self._start(batch, distinct, list(places), clock)
             units = [
                 [_Unit(places[key], method, tuple(wanted) if method.needs_target else ()) for method in its]
@@ -214,6 +223,8 @@ class Explainer:
         for wanted in targets:
             check(wanted, self.vit.num_outputs, self.vit.latent_size)
         for method in {method for its in methods for method in its}:
+            if not isinstance(method, Method):
+                raise TypeError(f"a method is one of cdam_engine's, such as Cdam(), not {method!r}")
             self.check(method)
 
     def _grid(self, images: Tensor) -> Grid:

@@ -177,7 +177,8 @@ class ClsTail:
             self._t_u1 = torch.unflatten(products[:, None, : rows * heads], 2, (rows, heads))
             self._t_u0 = products[:, None, None, rows * heads :]
             bias = attention.position_bias(self._attention, trunk.attention_arguments)
-            self._bias = 0.0 if bias is None else bias[:, None, :, :rows].transpose(2, 3)  # (1, 1, R, H, N)
+            # (1, 1, R, H, N); a copy, since a view would keep the biases of all rows alive
+            self._bias = None if bias is None else bias[:, None, :, :rows].transpose(2, 3).contiguous()
             self._residual = trunk.residual[:, :rows]
             # V without its bias, (B, H, N, d): made when points times targets are so many (d) that it pays.
             self._v: Tensor | None = None
@@ -194,7 +195,7 @@ class ClsTail:
         """See `Tail`."""
         # V, products and weights, and what the way back through the block needs: some 30 rows of the model's width.
         numbers = 2 * self._t_u1.numel() + self._t_u0.numel() + 30 * self._leaf.numel() + self.logits.numel()
-        numbers += self._tokens.numel()
+        numbers += self._tokens.numel() + (0 if self._bias is None else self._bias.numel())
         return numbers * self.logits.element_size()
 
     @staticmethod
@@ -263,9 +264,11 @@ class ClsTail:
     def _attend(self, points: Sequence[float]) -> Tensor:
         """A of the rows that are read out at every point, shape (B, n, R, H, N)."""
         if list(points) == [1.0]:
-            return (self._t_u1 + self._t_u0 + self._bias).softmax(dim=-1)
-        alpha = self._column(points)
-        return (alpha * (alpha * self._t_u1 + self._t_u0) + self._bias).softmax(dim=-1)
+            logits = self._t_u1 + self._t_u0
+        else:
+            alpha = self._column(points)
+            logits = alpha * (alpha * self._t_u1 + self._t_u0)
+        return (logits if self._bias is None else logits + self._bias).softmax(dim=-1)
 
     def _heads_out(self, a: Tensor, points: Sequence[float]) -> Tensor:
         """The heads' outputs o at every point, shape (B n, R, H d)."""

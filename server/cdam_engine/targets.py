@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,12 +34,17 @@ class Concept:
     Source: Brocki, Binda and Chung (TMLR 2024), Eq. 3 and 4.
 
     Attributes:
-        vector: l_c, shape (D,).
+        vector: l_c, shape (D,): a tensor, or what can be made one, such as `Explanation.latent`.
         similarity: "dot": l . l_c, the paper's choice; "cosine"; "l2": -1/2 |l - l_c|^2.
     """
 
     vector: Tensor = field(repr=False)
     similarity: Similarity = "dot"
+
+    def __post_init__(self) -> None:
+        if self.similarity not in get_args(Similarity):
+            raise ValueError(f"a similarity is one of {', '.join(get_args(Similarity))}, not {self.similarity!r}")
+        object.__setattr__(self, "vector", torch.as_tensor(self.vector))
 
     def __call__(self, latent: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG002
         """The values of latents (..., D) and logits (..., C), shape (...)."""
@@ -66,6 +71,11 @@ class Contrast:
 
     positive: Output | Concept
     negative: Output | Concept
+
+    def __post_init__(self) -> None:
+        for side in (self.positive, self.negative):
+            if not isinstance(side, Output | Concept):
+                raise TypeError(f"a contrast is of outputs and concepts, not of {type(side).__name__}")
 
     def __call__(self, latent: Tensor, logits: Tensor) -> Tensor:
         """The values of latents (..., D) and logits (..., C), shape (...)."""
@@ -103,6 +113,7 @@ def check(targets: Sequence[Target], outputs: int, latent_size: int) -> None:
     Raises:
         IndexError: There is no such output, or there are fewer than k.
         ValueError: A concept's vector is not of shape (D,) or not finite, or a cosine is asked for to a zero vector.
+        TypeError: It is no target.
     """
     for target in targets:
         match target:
@@ -116,6 +127,8 @@ def check(targets: Sequence[Target], outputs: int, latent_size: int) -> None:
                 check((positive, negative), outputs, latent_size)
             case Concept():
                 _check_concept(target, latent_size)
+            case _:
+                raise TypeError(f"a target is an Output, TopK, Concept or Contrast, not {type(target).__name__}")
 
 
 def _check_concept(concept: Concept, latent_size: int) -> None:
@@ -124,8 +137,11 @@ def _check_concept(concept: Concept, latent_size: int) -> None:
         raise ValueError(f"a concept vector of shape {tuple(vector.shape)}, not ({latent_size},)")
     if not bool(vector.isfinite().all()):
         raise ValueError("a concept vector that is not finite")
-    if concept.similarity == "cosine" and not bool(vector.any()):
-        raise ValueError("no vector makes an angle with zero")
+    length = float(
+        torch.linalg.vector_norm(vector.detach().float())
+    )  # in which tiny squares vanish and huge ones overflow
+    if concept.similarity == "cosine" and not 0 < length < float("inf"):
+        raise ValueError(f"a concept vector of length {length} in float32 makes no angle with anything")
 
 
 def resolve(targets: Sequence[Target], logits: Tensor) -> tuple[Scalar, ...]:

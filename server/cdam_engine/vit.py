@@ -18,7 +18,7 @@ from timm.models import beit, eva, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from cdam_engine.attention import check_known, combine, is_code_of, position_bias, project, weights
+from cdam_engine.attention import check_known, combine, is_changed, is_code_of, position_bias, project, weights
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedMethodError
 
 
@@ -154,7 +154,7 @@ class SplitViT:
             pixels: Normalised input, shape (B, 3, H, W).
 
         Raises:
-            ValueError: The model does not take inputs of this size, or is in training mode.
+            ValueError: The model does not take inputs of this size, is in training mode, or has hooks on its last block.
         """
         self._check_mode()
         grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
@@ -213,7 +213,7 @@ class SplitViT:
             UnsupportedMethodError: With the reason.
         """
         for block in self.blocks:
-            if not is_code_of(block, "forward", _BLOCKS):
+            if not is_code_of(block, "forward", _BLOCKS) or is_changed(block):
                 raise UnsupportedMethodError("UNKNOWN_BLOCK", f"{type(block).__name__} can't be taken apart")
             check_known(block.attn)
 
@@ -286,10 +286,17 @@ class SplitViT:
         Only the tokens that are read out do, if nothing after the attention mixes tokens; of a module that is neither
         timm's nor torch's nobody knows.
         """
-        block = self.blocks[-1]
-        after = (block.mlp, block.norm2, cast("Any", self.model).norm)
-        parts = (part for module in after for part in module.modules())
-        token_wise = all(type(part).__module__.split(".")[0] in {"timm", "torch"} for part in parts)
+        block, none = self.blocks[-1], nn.Identity()
+        names = ("norm2", "mlp", "ls1", "ls2", "drop_path1", "drop_path2")
+        after = [getattr(block, name, none) for name in names]
+        after += [getattr(block.attn, name, none) for name in ("norm", "proj", "proj_drop")]
+        parts = [part for module in (*after, cast("Any", self.model).norm) for part in module.modules()]
+        token_wise = all(
+            type(part).__module__.split(".")[0] in {"timm", "torch"}
+            and type(part) not in _MIXES
+            and not is_changed(part)
+            for part in parts
+        )
         return self.num_readout_tokens or None if token_wise else None
 
     def _after_attention(self, block: Any, residual: Tensor, attended: Tensor) -> Tensor:
@@ -303,6 +310,8 @@ class SplitViT:
             module = pending.pop()
             training = module is not None and module.training
             pending += () if module is None else module._modules.values()  # noqa: SLF001
+        if is_changed(self.blocks[-1]) or is_changed(self.model.blocks):
+            raise ValueError("explanations would pass by the hooks on the last block, or on all blocks: remove them")
         if training:
             raise ValueError("the model is in training mode, where outputs are random: call model.eval() first")
 
@@ -338,6 +347,7 @@ _FAMILIES: Mapping[type[nn.Module], _Embedding] = {
     eva.Eva: _embed_eva,
     beit.Beit: _embed_beit,
 }
+_MIXES = (nn.Softmax, nn.LogSoftmax)  # of torch's modules, what may work across tokens
 _BLOCKS: tuple[type[nn.Module], ...] = (vision_transformer.Block, eva.EvaBlock, beit.Block)
 
 

@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     max_patches: int = Field(default=2500, ge=1)
     max_targets: int = Field(default=100, ge=1)
     max_samples: int = Field(default=500, ge=1)
-    max_passes: int = Field(default=5000, ge=1)
+    max_passes: int = Field(default=1000, ge=1)
     drain_seconds: float = Field(default=30.0, ge=0)
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"

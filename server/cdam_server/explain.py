@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from cdam_server.errors import (
     UnavailableError,
 )
 from cdam_server.loading import Task
-from cdam_server.models import Bucket, Catalog, Job, ServedModel
+from cdam_server.models import Bucket, Catalog, Job, NonFiniteError, ServedModel
 from cdam_server.scheduling import Batcher, ClosedError, Done, ExpiredError, QueueFullError
 from cdam_server.telemetry import Telemetry
 
@@ -170,7 +171,13 @@ class ExplainUseCase:
             timeout = None if command.timeout is None else command.timeout - decode_seconds
             bucket = Bucket(model.loaded.name, input_size)
             job = Job(prepared.pixels, targets, methods)
-            done = await self._batcher.submit(bucket, job, timeout=timeout, rank=command.rank)
+            try:
+                done = await self._batcher.submit(bucket, job, timeout=timeout, rank=command.rank)
+            except NonFiniteError as error:
+                if all(isinstance(target, Output | TopK) for target in targets):
+                    raise
+                message = "a map is not finite: is a concept's vector too large for one of the methods?"
+                raise InvalidArgumentError("targets", message) from error
         self._telemetry.compute.labels("decode", "", model.loaded.name).observe(decode_seconds)
         self._telemetry.queue.labels(model.loaded.name).observe(done.queue_seconds)
         return Explained(
@@ -211,7 +218,9 @@ class ExplainUseCase:
     ) -> None:
         """Refuse what would keep the compute thread for minutes: the other methods cost a pass between them."""
         grid = model.explainer.vit.grid(input_size)
-        passes = sum(method.passes(count(targets), grid.h * grid.w) for method in methods)
+        own = model.explainer.vit.grid(model.loaded.data_config.input_size)
+        larger = max(1.0, grid.h * grid.w / (own.h * own.w))  # than the input that the operator chose the limit for
+        passes = math.ceil(larger * sum(method.passes(count(targets), grid.h * grid.w) for method in methods))
         if passes > self._max_passes:
             message = f"take {passes} passes through the whole model; at most {self._max_passes} are allowed a request"
             raise InvalidArgumentError("methods", message)

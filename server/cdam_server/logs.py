@@ -16,7 +16,9 @@ def configure(form: Literal["auto", "console", "json"], level: str) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             *(
-                [structlog.dev.ConsoleRenderer()]
+                [
+                    structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+                ]  # a rich one takes seconds
                 if console
                 else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
             ),

@@ -152,6 +152,10 @@ class ServedModel:
             InvalidArgumentError: Several outputs share the name.
         """
         matches = [index for index, known in enumerate(self.loaded.output_names) if known == name]
+        if not self.loaded.output_names:
+            last = self.loaded.output_count - 1
+            message = f"{field}: the outputs of model {self.loaded.name!r} have no names; ask by index, 0 to {last}"
+            raise NotFoundError("output", name, message)
         if not matches:
             similar = difflib.get_close_matches(name, self.loaded.output_names, n=3, cutoff=0.5)
             similar += [known for known in self.loaded.output_names if name and name in known and known not in similar][
@@ -170,10 +174,13 @@ class ServedModel:
 
         Raises:
             OutOfMemoryError: The batch does not fit into the device's memory.
+            FailedPreconditionError: A method is not defined for inputs of this size.
         """
         try:
             pixels = torch.from_numpy(np.stack([job.pixels for job in jobs]))
             explanations = self.explainer.explain(pixels, [job.targets for job in jobs], [job.methods for job in jobs])
+        except UnsupportedMethodError as error:
+            raise FailedPreconditionError(error.reason, str(error), model=self.loaded.name) from error
         except RuntimeError as error:
             # On a CPU torch has no class of its own for it.
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
+from cdam_engine.errors import UnsupportedMethodError
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.targets import Target, values
 from cdam_engine.vit import SplitViT, TailOutput
@@ -40,6 +41,8 @@ class TokenAblation(Method):
         """See `Method`."""
         vit = batch.vit
         patches = batch.grid.h * batch.grid.w
+        if patches == 1 and not vit.num_readout_tokens:
+            raise UnsupportedMethodError("NO_TOKENS_LEFT", "of a single patch nothing is left to read out without it")
         at_once = _MAX_ELEMENTS // (4 * vit.width * batch.tokens)
         maps = []
         for image, targets in zip(images, batch.resolve(images, wanted), strict=True):
@@ -80,6 +83,6 @@ def _without_rows(arguments: Mapping[str, Any], kept: Tensor) -> dict[str, Any]:
     rope = arguments.get("rope")
     if rope is None:
         return {name: value for name, value in arguments.items() if name != "shared_rel_pos_bias"}
-    patches = kept[:, -(rope.shape[-2] - 1) :]
+    patches = kept[:, kept.shape[1] - (rope.shape[-2] - 1) :]
     table = rope[patches][:, None] if rope.ndim == 2 else rope[:, patches].transpose(0, 1)
     return {**arguments, "rope": table}

@@ -85,7 +85,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--max-passes",
     type=click.IntRange(min=1),
-    help="Most passes through the whole model that a request's methods may take.  [5000]",
+    help="Most passes through the whole model that a request's methods may take.  [1000]",
 )
 @click.option("--drain-seconds", type=click.FloatRange(min=0), help="Time for requests in flight after SIGTERM.  [30]")
 @click.option(

@@ -115,7 +115,7 @@ def _flag(text: str) -> bool:
 
 def _whole_number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):  # as much as the API's integers hold
-        raise ValueError("a whole number of at most 9 digits")
+        raise ValueError("a whole number from 0 to 999999999")
     return int(text)
 
 
@@ -167,5 +167,5 @@ _READERS: Final[dict[Any, Callable[[str], Any]]] = {
     float | None: _number,
     tuple[int, ...]: _whole_numbers,
     cdam.Quadrature: _quadrature,
-    cdam.Noise | None: _noise,
+    cdam.Noise | float | None: _noise,
 }
