@@ -63,7 +63,9 @@ class Subject:
 def load(name: str, batch: int, device: torch.device, precision: str) -> Subject:
     """A subject; the same one in every process."""
     torch.manual_seed(0)
-    model: Any = (demo.load() if name == DEMO else timm.create_model(name, pretrained=False).eval()).to(device)
+    model: Any = (
+        demo.load() if name == DEMO else timm.create_model(name, pretrained=False, num_classes=1000).eval()
+    ).to(device)
     pixels = torch.randint(0, 256, (batch, *model.patch_embed.img_size, 3), dtype=torch.uint8)
     x = normalise(pixels.to(device), DataConfig.from_timm(model))
     return Subject(name, model, pixels, x, [index % model.num_classes for index in range(batch)], precision)
