@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 from uuid import uuid4
@@ -253,7 +253,7 @@ class Explainer:
         if not missing and len(kept) == 1 and kept[0] is not None:
             batch.start_from(kept[0].trunk, kept[0].tail)
             return [True]
-        with clock("trunk"):
+        with clock("trunk") if missing else nullcontext():
             trunks = [None if found is None else found.trunk for found in kept]
             if len(missing) == len(keys):
                 trunk = self._trunk(batch.pixels)

@@ -42,7 +42,7 @@ def test_log_metrics_and_probes(tmp_path: Path) -> None:
         'cdam_request_failures_total{reason="NOT_FOUND"} 1.0',
         'cdam_queue_duration_seconds_count{model="demo"} 3.0',
         'cdam_compute_duration_seconds_count{method="",model="demo",stage="decode"} 3.0',
-        'cdam_compute_duration_seconds_count{method="",model="demo",stage="trunk"} 2.0',
+        'cdam_compute_duration_seconds_count{method="",model="demo",stage="trunk"} 1.0',  # the image was known
         'cdam_compute_duration_seconds_count{method="cdam",model="demo",stage="tail"} 2.0',
         'cdam_compute_duration_seconds_count{method="attention",model="demo",stage="tail"} 1.0',
         'cdam_compute_duration_seconds_count{method="input_x_gradient",model="demo",stage="tail"} 1.0',
