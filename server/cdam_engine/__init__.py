@@ -29,6 +29,7 @@ from cdam_engine.methods import (
     SmoothGrad,
     TokenAblation,
 )
+from cdam_engine.pauses import interruptible
 from cdam_engine.targets import Concept, Contrast, Output, Target, TopK
 from cdam_engine.vit import Grid, Readout, SplitViT
 
@@ -64,4 +65,5 @@ __all__ = [
     "UnsupportedArchitectureError",
     "UnsupportedError",
     "UnsupportedMethodError",
+    "interruptible",
 ]

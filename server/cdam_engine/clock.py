@@ -9,6 +9,8 @@ from time import perf_counter
 
 import torch
 
+from cdam_engine.pauses import rested
+
 
 class Clock:
     """Seconds by stage; on a GPU by events in its stream, so that nothing waits for the device.
@@ -32,9 +34,9 @@ class Clock:
             end.record()
             self._events.append((stage, start, end))
         else:
-            started = perf_counter()
+            started = perf_counter() - rested()
             yield
-            self._seconds[stage] += perf_counter() - started
+            self._seconds[stage] += perf_counter() - rested() - started
 
     def seconds(self) -> dict[str, float]:
         """The time of every stage, in seconds; waits for what is still being computed."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cdam_engine import attention
+from cdam_engine.pauses import pause
 from cdam_engine.targets import Concept, Contrast, Scalar, values
 from cdam_engine.vit import Readout, SplitViT, TailOutput, TrunkOutput
 
@@ -131,6 +132,7 @@ class AutogradTail:
             for row in zip(*targets, strict=True):
                 total = torch.stack([target(output.latent[b], output.logits[b]) for b, target in enumerate(row)]).sum()
                 (gradient,) = torch.autograd.grad(total, tokens, retain_graph=True)
+                pause(tokens.device)
                 yield gradient
 
 
@@ -199,8 +201,13 @@ class ClsTail:
         return numbers * self.logits.element_size()
 
     @staticmethod
-    def fits(vit: SplitViT, trunk: TrunkOutput) -> bool:
-        """Whether the closed form is exact: nothing between tokens and logits but plain linear maps, and no hooks."""
+    def fits(vit: SplitViT, trunk: TrunkOutput | None = None) -> bool:
+        """Whether the closed form is exact: nothing between tokens and logits but plain linear maps, and no hooks.
+
+        Args:
+            vit: The model.
+            trunk: What its trunk made; without it, positions that are rotated are not looked for.
+        """
         its = vit.blocks[-1].attn
         model = cast("Any", vit.model)
         heads = [model.head] if vit.num_outputs else []
@@ -209,7 +216,7 @@ class ClsTail:
         return (
             vit.rows_read is not None
             and attention.is_plain(its, *attention.KNOWN)
-            and trunk.attention_arguments.get("rope") is None
+            and (trunk is None or trunk.attention_arguments.get("rope") is None)
             and getattr(its, "num_kv_heads", its.num_heads) == its.num_heads
             and getattr(its, "gate", None) is None
             and all(attention.is_plain(getattr(its, name, _IDENTITY), nn.Identity) for name in ("q_norm", "k_norm"))
@@ -250,6 +257,8 @@ class ClsTail:
                 )
                 scores[:, chosen] += part
                 value[:, chosen] += value_part
+                if len(points) * total > 1:
+                    pause(scores.device)
         return PathScores(scores, value if parts else None)
 
     def values(self, targets: Sequence[Sequence[Scalar]], point: float) -> Tensor:

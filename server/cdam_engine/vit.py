@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cdam_engine.attention import check_known, combine, is_changed, is_code_of, position_bias, project, weights
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedMethodError
+from cdam_engine.pauses import pause
 
 
 class Grid(NamedTuple):
@@ -145,6 +146,8 @@ class SplitViT:
         x = embedded.tokens
         for block, arguments in zip(self.blocks[:-1], embedded.arguments[:-1], strict=True):
             x = block(x, **arguments)
+            if x.device.type == "cpu":  # a GPU is done with the whole trunk before it would have been worth while
+                pause(x.device)
         return TrunkOutput(x, self.blocks[-1].norm1(x), embedded.grid, embedded.arguments[-1])
 
     def embed(self, pixels: Tensor) -> Embedded:

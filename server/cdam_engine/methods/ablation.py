@@ -13,6 +13,7 @@ from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
 from cdam_engine.errors import UnsupportedMethodError
 from cdam_engine.methods.base import Method, Scores
+from cdam_engine.pauses import pause
 from cdam_engine.targets import Target, values
 from cdam_engine.vit import SplitViT, TailOutput
 
@@ -75,6 +76,8 @@ def _without(vit: SplitViT, tokens: Tensor, arguments: Sequence[Mapping[str, Any
             x = vit.blocks[index](x, **left)  # the model's own, with its fused attention
         else:
             x, _ = vit.attend(index, x, left, bias, rows)
+        if x.device.type == "cpu" or index == last:
+            pause(x.device)
     return vit.read_out(vit.final_norm(x))
 
 

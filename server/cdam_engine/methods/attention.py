@@ -13,6 +13,7 @@ from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
 from cdam_engine.errors import UnsupportedMethodError
 from cdam_engine.methods.base import Method, Scores
+from cdam_engine.pauses import pause
 from cdam_engine.targets import Target
 from cdam_engine.vit import SplitViT
 
@@ -97,6 +98,7 @@ class AttentionRollout(Method):
             for index, arguments in enumerate(embedded.arguments):
                 x, a = vit.attend(index, x, arguments, vit.position_bias(index, arguments))
                 means.append(a.mean(dim=1))
+                pause(x.device)
             batch.learn(chosen, *vit.read_out(vit.final_norm(x)))
             row = vit.readout_weights(x).expand(len(chosen), 1, -1)
             for mean in reversed(means):

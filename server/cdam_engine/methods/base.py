@@ -91,6 +91,14 @@ class Method(ABC):
         """
         return 0
 
+    def gradients(self, targets: int) -> int:  # noqa: ARG002
+        """How many gradients through the tail it takes for one image.
+
+        Args:
+            targets: Number of scalar functions that are explained.
+        """
+        return 0
+
     @abstractmethod
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """Scores of some images of a batch.

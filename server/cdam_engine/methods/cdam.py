@@ -17,6 +17,7 @@ from cdam_engine.batch import Batch
 from cdam_engine.methods.base import Method, Noise, Quadrature, Scores, at_least_one, check_seed
 from cdam_engine.methods.draws import Moments, draws, mean_scores
 from cdam_engine.methods.quadrature import nodes
+from cdam_engine.pauses import pause
 from cdam_engine.tail import Tail, make_tail
 from cdam_engine.targets import Scalar, Target
 from cdam_engine.vit import SplitViT
@@ -42,6 +43,10 @@ class Cdam(Method):
         """See `Method`."""
         if self.parts:
             check_known(vit.blocks[-1].attn)
+
+    def gradients(self, targets: int) -> int:
+        """See `Method`."""
+        return targets * (2 if self.parts else 1)
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""
@@ -69,6 +74,10 @@ class SmoothCdam(Method):
         at_least_one("samples", self.samples)
         check_seed(self.seed)
 
+    def gradients(self, targets: int) -> int:
+        """See `Method`."""
+        return targets * self.samples
+
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""
         assert batch.trunk is not None
@@ -87,6 +96,7 @@ class SmoothCdam(Method):
                     tokens=torch.addcmul(trunk.tokens, noise, sigma[image], out=buffer[: len(noise)]),
                 )
                 moments[row].add(make_tail(batch.vit, noisy).scores([targets[row]] * len(noise)).scores)
+                pause(tokens.device)
         return mean_scores(moments, tokens, has_prefix=True)
 
 
@@ -114,6 +124,10 @@ class IntegratedCdam(Method):
         nodes(self.quadrature, 1)
         if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
             raise ValueError(f"a tolerance is positive and finite, not {self.tolerance}")
+
+    def gradients(self, targets: int) -> int:
+        """See `Method`."""
+        return targets * self.steps  # or up to twice the most steps, if the tolerance wants it
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""

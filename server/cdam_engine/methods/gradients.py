@@ -15,6 +15,7 @@ from cdam_engine.chunks import chunks
 from cdam_engine.methods.base import Method, Noise, Quadrature, Scores, at_least_one, check_seed
 from cdam_engine.methods.draws import Moments, draws, mean_scores
 from cdam_engine.methods.quadrature import nodes
+from cdam_engine.pauses import pause
 from cdam_engine.targets import Scalar, Target, values
 from cdam_engine.vit import TailOutput
 
@@ -161,6 +162,7 @@ def _gradients(x: Tensor, output: TailOutput, targets: Sequence[Sequence[Scalar]
         with torch.enable_grad():
             total = torch.stack([f(output.latent[b], output.logits[b]) for b, f in enumerate(row)]).sum()
             (gradient,) = torch.autograd.grad(total, x, retain_graph=True)
+        pause(x.device)
         yield gradient
 
 

@@ -15,6 +15,7 @@ from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
 from cdam_engine.errors import UnsupportedMethodError
 from cdam_engine.methods.base import Method, Scores
+from cdam_engine.pauses import pause
 from cdam_engine.targets import Scalar, Target
 from cdam_engine.vit import Readout, SplitViT, layer_scale
 
@@ -68,6 +69,7 @@ class RelevancePropagation(Method):
             with torch.enable_grad():
                 total = torch.stack([f(output.latent[b], output.logits[b]) for b, f in enumerate(row)]).sum()
                 gradients = torch.autograd.grad(total, weights, retain_graph=True)
+            pause(rho.device)
             relevance = rho
             for a, gradient in zip(reversed(weights), reversed(gradients), strict=True):
                 positive = (a.detach() * gradient).clamp_(min=0).mean(dim=1)
