@@ -1,39 +1,51 @@
 """Where objects meet: settings in, a running server out."""
 
 import asyncio
+import platform
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from time import monotonic, perf_counter
+from time import monotonic
 
 import grpc
-import numpy as np
 import structlog
+import timm
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cdam import __version__
 from cdam.v1 import explainer_service_pb2, explainer_service_pb2_grpc
-from cdam_engine import Cdam, Concept, Explanation, TokenCache, TopK
+from cdam_engine import Explanation, TokenCache
 from cdam_server.admin import AdminServer
 from cdam_server.config import MIB, Settings, unknown_variables
 from cdam_server.explain import ExplainUseCase
+from cdam_server.health import Health
 from cdam_server.loading import load_model
-from cdam_server.models import Bucket, Catalog, Job, NonFiniteError, ServedModel
+from cdam_server.models import Bucket, Catalog, Job, ServedModel
 from cdam_server.rpc.decode import Limits
 from cdam_server.rpc.images import ImageLimits
 from cdam_server.rpc.interceptors import RequestInterceptor
 from cdam_server.rpc.servicer import ExplainerServicer
-from cdam_server.scheduling import Batcher
+from cdam_server.rpc.stream import StreamServer
+from cdam_server.scheduling import Bounds, Rest, Scheduler
 from cdam_server.telemetry import Telemetry
+from cdam_server.tracing import Tracing
+from cdam_server.warmup import warm_up
+from cdam_server.watchdog import Watchdog
 
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _DECODERS = 4
 _HEARTBEAT_SECONDS = 1.0
+_STALL_SECONDS = 10.0
 _LAST_CALL_SECONDS = 1.0
 _log = structlog.get_logger("cdam.server")
+
+
+class ServerFailedError(Exception):
+    """Nothing can be computed any more: only a new process helps."""
 
 
 class Application:
@@ -45,76 +57,87 @@ class Application:
 
     Attributes:
         address: Where the API is served, once started.
+        failed: Set when nothing can be computed any more.
     """
 
     def __init__(self, settings: Settings, catalog: Catalog) -> None:
         self._settings = settings
         self._catalog = catalog
         self._telemetry = Telemetry()
-        self._ready = False
-        self._warm = False
+        self._tracing = Tracing(settings.tracing_endpoint)
+        self._ready = self._accepting = self._warm = False
+        self._draining = asyncio.Event()
         self._heartbeat = monotonic()
         self.address = ""
+        self.failed = asyncio.Event()
 
     async def start(self) -> None:
         """Open the ports, warm the models up, and only then report ready.
 
         Raises:
             OSError: A port is taken.
+            ValueError: A model can't be used.
         """
         settings, telemetry = self._settings, self._telemetry
-        probes = {"/livez": self._live, "/readyz": lambda: self._ready}
-        self._admin = AdminServer(settings.admin_address, telemetry.registry, probes)
-        self._batcher: Batcher[Bucket, Job, Explanation] = Batcher(
+        self._loop = asyncio.get_running_loop()
+        self._facts = Health(live=self._live, ready=lambda: self._ready, service=SERVICE)
+        self._admin = AdminServer(settings.admin_address, telemetry.registry, self._facts)
+        self._scheduler: Scheduler[Bucket, Job, Explanation] = Scheduler(
             self._compute,
+            bounds=Bounds(settings.max_pending, settings.max_pending_passes, settings.max_pending_mib * MIB),
             max_batch_size=settings.max_batch_size,
             max_queue_delay=settings.max_queue_delay_microseconds / 1e6,
-            max_pending=settings.max_pending,
+            slots=2 if self._on_gpu else 1,  # on a CPU, two batches would only share its cores
+            observer=telemetry,
+            on_failure=self._fail,
         )
-        telemetry.pending.set_function(lambda: self._batcher.pending)
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
-        self._batcher.start()
+        self._scheduler.start()
         self._pulse = asyncio.create_task(self._beat(), name="heartbeat")
+        self._describe()
         await self._serve()
         _log.info("listening", address=self.address, admin_port=self._admin.port)
-        await self._warm_up()
-        self._ready = True
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        largest = min(settings.max_batch_size, settings.max_pending)
+        await warm_up(self._catalog, self._scheduler, (1, largest) if largest > 1 else (1,))
+        self._warm = True
+        # Compiling is silent for minutes, so nobody watched until now.
+        self._watchdog = Watchdog(lambda: self._scheduler.silent_seconds, settings.watchdog_seconds, self._give_up)
+        self._ready = self._accepting = True
+        await self._facts.publish_to(self._health)
         _log.info("ready", models=[served.loaded.name for served in self._catalog])
 
     async def stop(self) -> None:
-        """Report NOT_SERVING, refuse new requests, finish those in flight, close."""
+        """Report NOT_SERVING, wait, refuse new requests, finish those in flight, close."""
+        settings = self._settings
         self._ready = False
-        await self._health.enter_graceful_shutdown()
-        _log.info("draining", seconds=self._settings.drain_seconds)
+        await self._facts.publish_to(self._health)
+        _log.info("draining", seconds=settings.drain_seconds)
+        if not self.failed.is_set():
+            await asyncio.sleep(settings.drain_wait_seconds)
+        self._accepting = False
+        self._draining.set()
         # gRPC's own stop drops calls that have arrived but not begun; until all others are answered, new ones are
         # told UNAVAILABLE instead.
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.drain_seconds):
+            async with asyncio.timeout(settings.drain_seconds):
                 await self._interceptor.wait_until_idle()
-                await self._batcher.close()
+                await self._scheduler.close()
         await self._server.stop(grace=_LAST_CALL_SECONDS)
-        self._batcher.abandon()
+        self._scheduler.abandon()
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._pulse.cancel()
+        await asyncio.to_thread(self._tracing.close)
+        self._watchdog.close()
         self._admin.close()
         _log.info("stopped")
 
     async def _serve(self) -> None:
         settings = self._settings
-        self._interceptor = RequestInterceptor(self._telemetry, lambda: self._ready)
-        self._server = grpc.aio.server(
-            interceptors=[self._interceptor],
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
-                ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a share
-            ],
-        )
+        self._interceptor = RequestInterceptor(self._telemetry, lambda: self._accepting, self._tracing)
+        self._server = grpc.aio.server(interceptors=[self._interceptor], options=_options(settings))
         explain = ExplainUseCase(
             self._catalog,
-            self._batcher,
+            self._scheduler,
             self._decoders,
             self._telemetry,
             max_targets=settings.max_targets,
@@ -126,12 +149,12 @@ class Application:
             max_targets=settings.max_targets,
             max_samples=settings.max_samples,
         )
+        streams = StreamServer(self._telemetry, self._draining, max_items=settings.max_stream_items)
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
-            ExplainerServicer(explain, limits), self._server
+            ExplainerServicer(explain, limits, streams), self._server
         )
         self._health = health.aio.HealthServicer()
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._facts.publish_to(self._health)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         try:
@@ -142,43 +165,43 @@ class Application:
         self.address = settings.address if settings.address.startswith("unix:") else f"{host}:{port}"
         await self._server.start()
 
-    async def _warm_up(self) -> None:
-        """Every model's batches, so that no caller pays for lazy initialisation, or for compiling."""
+    def _describe(self) -> None:
+        """Metrics that say what this server is, and those that are asked for only when they are read."""
+        telemetry, cache = self._telemetry, self._catalog.cache
+        telemetry.pending.set_function(lambda: self._scheduler.waiting)
+        telemetry.cache_bytes.set_function(lambda: 0 if cache is None else cache.bytes)
+        if self._on_gpu:
+            telemetry.device_memory.set_function(torch.cuda.memory_allocated)
+        telemetry.build.info(
+            {
+                "version": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+            }
+        )
         for served in self._catalog:
-            name = served.loaded.name
-            if served.unsupported is not None:
-                _log.warning("model can't be explained", model=name, reason=str(served.unsupported))
-                continue
-            started = perf_counter()
-            bucket = Bucket(name, served.loaded.data_config.input_size)
-            if served.compiled_batch_sizes:
-                _log.info("compiling", model=name, batch_sizes=served.compiled_batch_sizes)
-            try:
-                for size in served.compiled_batch_sizes or (1,):
-                    # Jobs that are submitted at once share a batch.
-                    await asyncio.gather(*(self._batcher.submit(bucket, job) for job in _warm_up_jobs(served, size)))
-            except NonFiniteError as error:
-                raise ValueError(f"model {name!r} can't be used: {error}") from error
-            except RuntimeError as error:
-                if not served.compiled_batch_sizes:
-                    raise
-                reason = str(error).strip().partition("\n")[0]
-                raise ValueError(f"model {name!r} can't be compiled (compile): {reason}") from error
-            if served.explainer.cache is not None:
-                served.explainer.cache.clear()
-            self._telemetry.models.labels(name).info(
-                {"architecture": served.loaded.architecture, "fingerprint": served.loaded.fingerprint}
+            loaded = served.loaded
+            telemetry.models.labels(loaded.name).info(
+                {"architecture": loaded.architecture, "fingerprint": loaded.fingerprint}
             )
-            _log.info("warm", model=name, seconds=round(perf_counter() - started, 3))
-        self._warm = True
 
-    def _compute(self, bucket: Bucket, jobs: Sequence[Job]) -> list[Explanation | Exception]:
-        """One batch, booked once; called in the batcher's thread."""
-        answers = self._catalog.compute(bucket, jobs)
+    @property
+    def _on_gpu(self) -> bool:
+        return any(next(served.loaded.module.parameters()).is_cuda for served in self._catalog)
+
+    def _compute(self, bucket: Bucket, jobs: Sequence[Job], rest: Rest) -> list[Explanation | Exception]:
+        """One batch, booked once; called in a worker's thread."""
+        answers = self._catalog.compute(bucket, jobs, rest)
+        if not self._warm:
+            return answers
         explained = next((answer for answer in answers if isinstance(answer, Explanation)), None)
-        if self._warm and explained is not None:  # each explanation knows the whole batch's times
-            self._telemetry.observe_batch(bucket.model, len(jobs), explained.trunk_seconds, explained.method_seconds)
-        if self._warm and self._settings.token_cache_mib:
+        if explained is not None:  # each explanation knows the whole batch's times
+            fill = len(jobs) / self._scheduler.ceiling(bucket)
+            self._telemetry.observe_batch(
+                bucket.model, len(jobs), fill, explained.trunk_seconds, explained.method_seconds
+            )
+        if self._catalog.cache is not None:
             for job, answer in zip(jobs, answers, strict=True):
                 if isinstance(answer, Explanation) and any(method.reads_tokens for method in job.methods):
                     self._telemetry.observe_cache(bucket.model, hit=answer.token_cache_hit)
@@ -187,11 +210,25 @@ class Application:
     async def _beat(self) -> None:
         while True:
             self._heartbeat = monotonic()
+            await self._facts.publish_to(self._health)
             await asyncio.sleep(_HEARTBEAT_SECONDS)
 
     def _live(self) -> bool:
-        """Whether the event loop turns and the batcher works."""
-        return monotonic() - self._heartbeat < 10 * _HEARTBEAT_SECONDS and self._batcher.alive
+        """Whether the event loop turns and the workers work."""
+        return monotonic() - self._heartbeat < _STALL_SECONDS and self._scheduler.alive
+
+    def _give_up(self) -> None:
+        """The computing stands still; called in the watchdog's thread."""
+        seconds = self._settings.watchdog_seconds
+        error = ServerFailedError(f"the computing has stood still for {seconds:g} s")
+        _log.critical("stuck", seconds=seconds)
+        with suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._scheduler.fail, error)
+
+    def _fail(self, error: BaseException) -> None:
+        _log.critical("failed", exc_info=error)
+        self._ready = self._accepting = False
+        self.failed.set()
 
 
 def warn_of_unknown_variables() -> None:
@@ -221,18 +258,25 @@ def load_catalog(settings: Settings) -> Catalog:
             cache=cache,
         )
         models.append(served)
-    return Catalog(models)
+    return Catalog(models, cache)
 
 
 async def serve(settings: Settings, catalog: Catalog) -> None:
-    """Serve until SIGTERM or SIGINT, then drain."""
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        ServerFailedError: Nothing can be computed any more; those who waited have been told.
+    """
     application = Application(settings, catalog)
     stopping = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stopping.set)
     await application.start()
-    await stopping.wait()
+    ends = [asyncio.create_task(event.wait()) for event in (stopping, application.failed)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     await application.stop()
+    if application.failed.is_set():
+        raise ServerFailedError("the device is lost, or the computing stands still; the log says more")
 
 
 @contextmanager
@@ -261,13 +305,17 @@ def _batch_sizes(settings: Settings) -> tuple[int, ...]:
     return (*(1 << step for step in range((largest - 1).bit_length())), largest)
 
 
-def _warm_up_jobs(served: ServedModel, count: int) -> Iterator[Job]:
-    """Jobs with pictures of noise, none like the other: equal ones would be computed once."""
-    height, width = served.loaded.data_config.input_size
-    noise = np.random.default_rng(count).integers(0, 256, (count, height, width, 3), np.uint8)
-    has_outputs = served.loaded.output_count > 0
-    target = TopK(1) if has_outputs else Concept(torch.ones(served.explainer.vit.latent_size))
-    return (Job(pixels, (target,), (Cdam(),)) for pixels in noise)
+def _options(settings: Settings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a share
+        ("grpc.max_connection_age_ms", round(1000 * settings.max_connection_age_seconds)),
+        # Peers that vanished without a word hold no stream open.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]
 
 
 def _device(name: str) -> torch.device:

@@ -60,6 +60,10 @@ class Settings(BaseSettings):
     max_batch_size: int = Field(default=16, ge=1)
     max_queue_delay_microseconds: int = Field(default=0, ge=0)
     max_pending: int = Field(default=256, ge=1)
+    max_pending_passes: int = Field(default=4096, ge=1)
+    max_pending_mib: int = Field(default=256, ge=1)
+    max_stream_items: int = Field(default=32, ge=1)
+    max_connection_age_seconds: float = Field(default=300.0, ge=1)
     max_message_bytes: int = Field(default=64 * MIB, ge=1024)
     max_image_bytes: int = Field(default=32 * MIB, ge=1)
     max_image_pixels: int = Field(default=50_000_000, ge=1)
@@ -67,7 +71,10 @@ class Settings(BaseSettings):
     max_targets: int = Field(default=100, ge=1)
     max_samples: int = Field(default=500, ge=1)
     max_passes: int = Field(default=1000, ge=1)
+    drain_wait_seconds: float = Field(default=0.0, ge=0)
     drain_seconds: float = Field(default=30.0, ge=0)
+    watchdog_seconds: float = Field(default=120.0, ge=1)
+    tracing_endpoint: str = ""
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -29,17 +29,28 @@ from cdam_engine import (
 from cdam_engine.methods.prediction import Activation
 from cdam_engine.preprocess import Prepared, Resize, prepare
 from cdam_engine.targets import count
+from cdam_server import tracing
 from cdam_server.errors import (
     DeadlineError,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    OutOfMemoryError,
     OverloadedError,
     UnavailableError,
 )
 from cdam_server.loading import Task
 from cdam_server.models import Bucket, Catalog, Job, NonFiniteError, ServedModel
-from cdam_server.scheduling import Batcher, ClosedError, Done, ExpiredError, QueueFullError
+from cdam_server.scheduling import (
+    ClosedError,
+    DeviceLostError,
+    Done,
+    ExpiredError,
+    QueueFullError,
+    Scheduler,
+    Terms,
+    TooLargeError,
+)
 from cdam_server.telemetry import Telemetry
 
 # What turns a logit into what it means.
@@ -90,6 +101,8 @@ class Command:
         input_size: (height, width) in pixels, or None for the model's own.
         timeout: Seconds that the caller will still wait, or None.
         rank: Commands of lower rank go first.
+        caller: Who asks; callers take turns.
+        bytes: Memory that the request holds.
     """
 
     model: str
@@ -100,6 +113,8 @@ class Command:
     input_size: tuple[int, int] | None
     timeout: float | None
     rank: int
+    caller: str = ""
+    bytes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +137,11 @@ class Explained:
 
 
 class ExplainUseCase:
-    """Explains one image at a time; the batcher brings them together.
+    """Explains one image at a time; the scheduler brings them together.
 
     Args:
         catalog: The models.
-        batcher: Where jobs go.
+        scheduler: Where jobs go.
         decoders: Threads for decoding images.
         telemetry: Metrics.
         max_targets: Largest number of targets of a request, top-k counted as k.
@@ -137,7 +152,7 @@ class ExplainUseCase:
     def __init__(
         self,
         catalog: Catalog,
-        batcher: Batcher[Bucket, Job, Explanation],
+        scheduler: Scheduler[Bucket, Job, Explanation],
         decoders: ThreadPoolExecutor,
         telemetry: Telemetry,
         *,
@@ -146,16 +161,15 @@ class ExplainUseCase:
         max_passes: int,
     ) -> None:
         self.catalog = catalog
-        self._batcher = batcher
+        self._scheduler = scheduler
         self._decoders = decoders
         self._telemetry = telemetry
         self._max_targets = max_targets
         self._max_patches = max_patches
         self._max_passes = max_passes
-        self._preparing = 0
 
     async def __call__(self, command: Command) -> Explained:
-        """Check, prepare, queue, compute.
+        """Check, admit, prepare, queue, compute.
 
         Raises:
             ServiceError: The request is wrong, or can't be served now.
@@ -164,20 +178,17 @@ class ExplainUseCase:
         input_size = self._input_size(model, command)
         methods = _methods(model, command)
         targets = self._targets(model, command)
-        self._check_passes(model, input_size, targets, methods)
-        with _refusals():
-            self._batcher.check_room(self._preparing)
+        terms = self._terms(model, command, input_size, targets, methods)
+        with _refusals(), self._scheduler.admit(terms) as ticket:
             prepared, decode_seconds = await self._prepare(model, command, input_size)
-            timeout = None if command.timeout is None else command.timeout - decode_seconds
-            bucket = Bucket(model.loaded.name, input_size)
-            job = Job(prepared.pixels, targets, methods)
             try:
-                done = await self._batcher.submit(bucket, job, timeout=timeout, rank=command.rank)
+                done = await ticket.submit(Job(prepared.pixels, targets, methods))
             except NonFiniteError as error:
                 if all(isinstance(target, Output | TopK) for target in targets):
                     raise
                 message = "a map is not finite: is a concept's vector too large for one of the methods?"
                 raise InvalidArgumentError("targets", message) from error
+        _trace(done, decode_seconds, perf_counter())
         self._telemetry.compute.labels("decode", "", model.loaded.name).observe(decode_seconds)
         self._telemetry.queue.labels(model.loaded.name).observe(done.queue_seconds)
         return Explained(
@@ -209,35 +220,54 @@ class ExplainUseCase:
             raise InvalidArgumentError("targets", f"{wanted} targets; at most {self._max_targets} a request")
         return targets
 
-    def _check_passes(
+    def _terms(
         self,
         model: ServedModel,
+        command: Command,
         input_size: tuple[int, int],
         targets: tuple[Target, ...],
         methods: tuple[Method, ...],
-    ) -> None:
-        """Refuse what would keep the compute thread for minutes: the other methods cost a pass between them."""
+    ) -> Terms[Bucket]:
+        """What the scheduler is told of the work.
+
+        Raises:
+            InvalidArgumentError: It is more than a request may ask for.
+        """
         grid = model.explainer.vit.grid(input_size)
         own = model.explainer.vit.grid(model.loaded.data_config.input_size)
-        larger = max(1.0, grid.h * grid.w / (own.h * own.w))  # than the input that the operator chose the limit for
-        passes = math.ceil(larger * sum(method.passes(count(targets), grid.h * grid.w) for method in methods))
+        patches, number = grid.h * grid.w, count(targets)
+        larger = max(1.0, patches / (own.h * own.w))  # than the input that the operator chose the limits for
+        passes = math.ceil(larger * sum(method.passes(number, patches) for method in methods))
         if passes > self._max_passes:
             message = f"take {passes} passes through the whole model; at most {self._max_passes} are allowed a request"
             raise InvalidArgumentError("methods", message)
+        return Terms(
+            bucket=Bucket(model.loaded.name, input_size),
+            cost=larger * model.explainer.cost(methods, number, patches),
+            bytes=command.bytes + 3 * math.prod(input_size),
+            caller=command.caller,
+            timeout=command.timeout,
+            rank=command.rank,
+        )
 
     async def _prepare(
         self, model: ServedModel, command: Command, input_size: tuple[int, int]
     ) -> tuple[Prepared, float]:
         """The image as the model sees it, and the time from now until it was there."""
         started = perf_counter()
-        self._preparing += 1
-        try:
-            prepared = await asyncio.get_running_loop().run_in_executor(
-                self._decoders, _open_and_resize, model, command, input_size
-            )
-        finally:
-            self._preparing -= 1
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(self._decoders, _open_and_resize, model, command, input_size)
         return prepared, perf_counter() - started
+
+
+def _trace(done: Done[Explanation], decode_seconds: float, ended: float) -> None:
+    """The stages of a request that is done: one after the other, the last one ending now."""
+    trunk, tail = done.answer.trunk_seconds, done.answer.tail_seconds
+    stages = {"decode": decode_seconds, "queue": done.queue_seconds, "trunk": trunk, "tail": tail}
+    started = ended - sum(stages.values())
+    for name, seconds in stages.items():
+        tracing.stage(name, started, seconds, batch_size=done.batch_size)
+        started += seconds
 
 
 def _open_and_resize(model: ServedModel, command: Command, input_size: tuple[int, int]) -> Prepared:
@@ -246,14 +276,16 @@ def _open_and_resize(model: ServedModel, command: Command, input_size: tuple[int
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """The batcher's refusals, in the service's words."""
+    """The scheduler's refusals, in the service's words."""
     try:
         yield
     except QueueFullError as error:
         raise OverloadedError(str(error), error.retry_after) from error
     except ExpiredError as error:
         raise DeadlineError(str(error)) from error
-    except ClosedError as error:
+    except TooLargeError as error:
+        raise OutOfMemoryError("OUT_OF_MEMORY", "the image does not fit into the device's memory") from error
+    except (ClosedError, DeviceLostError) as error:
         raise UnavailableError("the server is going down", 1.0) from error
 
 

@@ -20,14 +20,15 @@ from cdam_engine import (
     TokenCache,
     UnsupportedArchitectureError,
     UnsupportedMethodError,
+    interruptible,
 )
 from cdam_server.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
-    OutOfMemoryError,
 )
 from cdam_server.loading import LoadedModel
+from cdam_server.scheduling import DeviceLostError, Rest, TooLargeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,24 +170,55 @@ class ServedModel:
             raise InvalidArgumentError(field, f"outputs {matches} are all named {name!r}; say which by index")
         return matches[0]
 
-    def compute(self, jobs: Sequence[Job]) -> list[Explanation | Exception]:
+    def compute(self, jobs: Sequence[Job], rest: Rest) -> list[Explanation | Exception]:
         """Explain a batch of images of one size; blocks until the device is done.
 
+        Args:
+            jobs: The images, and what is asked about them.
+            rest: Called wherever the work may rest.
+
         Raises:
-            OutOfMemoryError: The batch does not fit into the device's memory.
+            TooLargeError: The batch does not fit into the device's memory.
+            DeviceLostError: The device computes no more.
             FailedPreconditionError: A method is not defined for inputs of this size.
         """
         try:
             pixels = torch.from_numpy(np.stack([job.pixels for job in jobs]))
-            explanations = self.explainer.explain(pixels, [job.targets for job in jobs], [job.methods for job in jobs])
+            with interruptible(rest):
+                explanations = self.explainer.explain(
+                    pixels, [job.targets for job in jobs], [job.methods for job in jobs]
+                )
         except UnsupportedMethodError as error:
             raise FailedPreconditionError(error.reason, str(error), model=self.loaded.name) from error
         except RuntimeError as error:
             # On a CPU torch has no class of its own for it.
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            raise OutOfMemoryError("OUT_OF_MEMORY", "the image does not fit into the device's memory") from error
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                self._free()
+                raise TooLargeError(str(error)) from error
+            self._check_device(error)
+            raise
         return [_checked(explanation) for explanation in explanations]
+
+    def _free(self) -> None:
+        """Give back what memory can be had."""
+        if self.explainer.cache is not None:
+            self.explainer.cache.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _check_device(self, error: RuntimeError) -> None:
+        """An error of a kernel stays with a CUDA context for good; ask whether it computes at all.
+
+        Raises:
+            DeviceLostError: It does not.
+        """
+        device = next(self.loaded.module.parameters()).device
+        if device.type == "cpu":
+            return
+        try:
+            torch.ones(1, device=device).sum().item()
+        except RuntimeError as lost:
+            raise DeviceLostError(str(error)) from lost
 
     def _ask(self) -> Iterator[tuple[str, Refusal]]:
         """Every method that the engine refuses for this model."""
@@ -206,11 +238,13 @@ class Catalog:
 
     Args:
         models: At least one.
+        cache: The token cache that they share, or None.
     """
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
+    def __init__(self, models: Sequence[ServedModel], cache: TokenCache | None = None) -> None:
         self._models = {model.loaded.name: model for model in models}
         self.default = models[0]
+        self.cache = cache
 
     def __iter__(self) -> Iterator[ServedModel]:
         """The models, default first, then by name."""
@@ -229,9 +263,9 @@ class Catalog:
             raise NotFoundError("model", name, f"there is no model {name!r}; the server has {', '.join(self._models)}")
         return self._models[name]
 
-    def compute(self, bucket: Bucket, jobs: Sequence[Job]) -> list[Explanation | Exception]:
-        """Explain one batch; what the batcher calls in its thread."""
-        return self.get(bucket.model).compute(jobs)
+    def compute(self, bucket: Bucket, jobs: Sequence[Job], rest: Rest) -> list[Explanation | Exception]:
+        """Explain one batch; called in a worker's thread."""
+        return self.get(bucket.model).compute(jobs, rest)
 
 
 def _checked(explanation: Explanation) -> Explanation | Exception:

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+
+from cdam_server.scheduling import Observer
 
 # 1 ms to 30 s, each bucket 1.67 times the one before.
 _SECONDS = tuple(round(0.001 * (30_000 ** (step / 20)), 6) for step in range(21))
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_SHARES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
 
-class Telemetry:
+class Telemetry(Observer):
     """The metrics of one server.
 
     Attributes:
@@ -45,6 +48,13 @@ class Telemetry:
         self.batch_size = Histogram(
             "cdam_batch_size", "Images in a batch.", ["model"], buckets=_SIZES, registry=registry
         )
+        self.batch_fill = Histogram(
+            "cdam_batch_fill_ratio",
+            "Images in a batch, as a share of the most that it may have now.",
+            ["model"],
+            buckets=_SHARES,
+            registry=registry,
+        )
         self.cache_hits = Counter(
             "cdam_token_cache_hits", "Images whose trunk did not run: it was known.", ["model"], registry=registry
         )
@@ -55,11 +65,45 @@ class Telemetry:
         self.failures = Counter(
             "cdam_request_failures", "Requests that were not answered with a map.", ["reason"], registry=registry
         )
+        self.jobs_admitted = Counter("cdam_admitted", "Requests that were let into the queue.", registry=registry)
+        self.jobs_refused = Counter(
+            "cdam_refused",
+            "Requests that were not: a bound was hit (jobs, cost, bytes), or the deadline could not be kept.",
+            ["reason"],
+            registry=registry,
+        )
+        self.jobs_dropped = Counter(
+            "cdam_dropped",
+            "Requests that were let in and not answered: expired or cancelled.",
+            ["reason"],
+            registry=registry,
+        )
+        self.cache_bytes = Gauge("cdam_token_cache_bytes", "Memory that the token cache takes.", registry=registry)
+        self.device_memory = Gauge(
+            "cdam_device_memory_bytes", "Memory of the GPU that is in use; 0 without one.", registry=registry
+        )
         self.models = Info("cdam_model", "Models that are loaded.", ["model"], registry=registry)
+        self.build = Info("cdam_build", "What this server is made of.", registry=registry)
+        ProcessCollector(registry=registry)
 
-    def observe_batch(self, model: str, size: int, trunk_seconds: float, method_seconds: Mapping[str, float]) -> None:
+    def admitted(self) -> None:
+        """See `Observer`."""
+        self.jobs_admitted.inc()
+
+    def refused(self, reason: str) -> None:
+        """See `Observer`."""
+        self.jobs_refused.labels(reason).inc()
+
+    def dropped(self, reason: str) -> None:
+        """See `Observer`."""
+        self.jobs_dropped.labels(reason).inc()
+
+    def observe_batch(
+        self, model: str, size: int, fill: float, trunk_seconds: float, method_seconds: Mapping[str, float]
+    ) -> None:
         """Book a batch that has been computed: once, however many requests share it."""
         self.batch_size.labels(model).observe(size)
+        self.batch_fill.labels(model).observe(fill)
         if trunk_seconds:  # else no method asked for it
             self.compute.labels("trunk", "", model).observe(trunk_seconds)
         for method, seconds in method_seconds.items():

@@ -194,7 +194,6 @@ def test_what_this_version_does_not_serve_says_so(stub: Stub, scene: bytes) -> N
         lambda: stub.GetConcept(concept_pb2.GetConceptRequest()),
         lambda: stub.ListConcepts(concept_pb2.ListConceptsRequest()),
         lambda: stub.DeleteConcept(concept_pb2.DeleteConceptRequest()),
-        lambda: list(stub.ExplainStream(iter([]))),
         lambda: list(stub.Evaluate(iter([evaluation_pb2.EvaluateRequest()]))),
     ):
         code, _, (detail,) = refused(call, error_details_pb2.ErrorInfo)

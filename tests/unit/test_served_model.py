@@ -12,9 +12,10 @@ import torch
 from pydantic import JsonValue
 
 from cdam_engine import Attention, Cdam, Concept, Explanation, IntegratedCdam, Output, SmoothCdam
-from cdam_server.errors import FailedPreconditionError, OutOfMemoryError
+from cdam_server.errors import FailedPreconditionError
 from cdam_server.loading import ModelSpec, load_model
 from cdam_server.models import Job, NonFiniteError, ServedModel
+from cdam_server.scheduling import TooLargeError
 
 METHODS = (Cdam(parts=True), SmoothCdam(samples=2), IntegratedCdam(steps=2))
 
@@ -29,6 +30,10 @@ def _job(seed: int) -> Job:
     return Job(pixels, (Output(3), Concept(torch.ones(128), "l2")), METHODS)
 
 
+def _rest() -> None:
+    pass
+
+
 def _say(served: ServedModel, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
     """Let the explainer answer so, or raise it."""
 
@@ -41,9 +46,9 @@ def _say(served: ServedModel, monkeypatch: pytest.MonkeyPatch, answer: Any) -> N
 
 
 def test_a_batch_is_answered_in_order(served: ServedModel) -> None:
-    both = served.compute([_job(0), _job(1)])
+    both = served.compute([_job(0), _job(1)], _rest)
     for seed, answer in enumerate(both):
-        (alone,) = served.compute([_job(seed)])
+        (alone,) = served.compute([_job(seed)], _rest)
         assert isinstance(answer, Explanation)
         assert isinstance(alone, Explanation)
         assert [target.value for target in answer.targets] == pytest.approx(
@@ -52,7 +57,7 @@ def test_a_batch_is_answered_in_order(served: ServedModel) -> None:
 
 
 def test_what_is_not_finite_anywhere_is_no_answer(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    (fine,) = served.compute([_job(0)])
+    (fine,) = served.compute([_job(0)], _rest)
     assert isinstance(fine, Explanation)
     spoilt: list[Explanation] = [replace(fine, logits=fine.logits * np.nan)]
     for index, target in enumerate(fine.targets):
@@ -68,7 +73,7 @@ def test_what_is_not_finite_anywhere_is_no_answer(served: ServedModel, monkeypat
     assert len(fields) == 5
     for answer in spoilt:
         _say(served, monkeypatch, answer)
-        (found,) = served.compute([_job(0)])
+        (found,) = served.compute([_job(0)], _rest)
         assert isinstance(found, NonFiniteError)
 
 
@@ -77,11 +82,11 @@ def test_what_is_not_finite_anywhere_is_no_answer(served: ServedModel, monkeypat
 )
 def test_memory_that_runs_out_is_told(served: ServedModel, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     _say(served, monkeypatch, error)
-    with pytest.raises(OutOfMemoryError):
-        served.compute([_job(0)])
+    with pytest.raises(TooLargeError):
+        served.compute([_job(0)], _rest)
     _say(served, monkeypatch, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
-        served.compute([_job(0)])
+        served.compute([_job(0)], _rest)
 
 
 def test_methods_that_it_cannot_serve_are_refused(served: ServedModel) -> None:

@@ -75,7 +75,24 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     type=click.IntRange(min=0),
     help="Longest wait for a fuller batch while idle.  [0]",
 )
-@click.option("--max-pending", type=click.IntRange(min=1), help="Most requests waiting; more are refused.  [256]")
+@click.option("--max-pending", type=click.IntRange(min=1), help="Most requests being served; more are refused.  [256]")
+@click.option(
+    "--max-pending-passes",
+    type=click.IntRange(min=1),
+    help="Most work of all requests being served, in passes through the model.  [4096]",
+)
+@click.option(
+    "--max-pending-mib",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    help="Most memory of all requests being served, for their messages and pixels.  [256]",
+)
+@click.option("--max-stream-items", type=click.IntRange(min=1), help="Most items of a stream in work at once.  [32]")
+@click.option(
+    "--max-connection-age-seconds",
+    type=click.FloatRange(min=1),
+    help="A connection is closed after so long, its calls being finished, so that clients see new servers.  [300]",
+)
 @click.option("--max-message-bytes", type=click.IntRange(min=1024), help="Largest message.  [67108864]")
 @click.option("--max-image-bytes", type=click.IntRange(min=1), help="Largest encoded image.  [33554432]")
 @click.option("--max-image-pixels", type=click.IntRange(min=1), help="Most pixels of an image.  [50000000]")
@@ -87,7 +104,18 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     type=click.IntRange(min=1),
     help="Most passes through the whole model that a request's methods may take.  [1000]",
 )
-@click.option("--drain-seconds", type=click.FloatRange(min=0), help="Time for requests in flight after SIGTERM.  [30]")
+@click.option(
+    "--drain-wait-seconds",
+    type=click.FloatRange(min=0),
+    help="After SIGTERM new requests are still served for so long, while clients notice.  [0]",
+)
+@click.option("--drain-seconds", type=click.FloatRange(min=0), help="Then time for requests in flight.  [30]")
+@click.option(
+    "--watchdog-seconds",
+    type=click.FloatRange(min=1),
+    help="A computation that stands still for so long ends the server, with exit code 1.  [120]",
+)
+@click.option("--tracing-endpoint", metavar="URL", help="Where traces go (OTLP); needs the extra `tracing`.  [none]")
 @click.option(
     "--log-format", type=click.Choice(["auto", "console", "json"]), help="auto: JSON unless on a terminal.  [auto]"
 )
@@ -114,6 +142,10 @@ def serve(config: Path | None, **flags: Any) -> None:
         # Requests that outlived the drain may still be computed, and their threads would keep the process.
         sys.stderr.flush()
         os._exit(0)
+    except bootstrap.ServerFailedError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.stderr.flush()
+        os._exit(1)  # its threads may be stuck
     except ValidationError as error:
         lines = (
             f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg'].removeprefix('Value error, ')}"

@@ -83,8 +83,14 @@ class Limits:
     max_samples: int
 
 
-def explain_command(request: explain_pb2.ExplainRequest, limits: Limits, timeout: float | None) -> Command:
+def explain_command(request: explain_pb2.ExplainRequest, limits: Limits, timeout: float | None, caller: str) -> Command:
     """The command of an Explain request; its image is decoded only when the command is carried out.
+
+    Args:
+        request: The request.
+        limits: Limits of a request.
+        timeout: Seconds that the caller will still wait, or None.
+        caller: Who asks.
 
     Raises:
         InvalidArgumentError: A field is missing or wrong.
@@ -105,6 +111,8 @@ def explain_command(request: explain_pb2.ExplainRequest, limits: Limits, timeout
         input_size=_input_size(request.preprocessing),
         timeout=timeout,
         rank=_RANK[request.priority],
+        caller=caller,
+        bytes=request.ByteSize(),
     )
 
 

@@ -1,4 +1,4 @@
-"""What every RPC of the API goes through: one log line, metrics, and errors turned into statuses."""
+"""What every RPC of the API goes through: one log line, metrics, a span, and errors turned into statuses."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ from google.protobuf.message import DecodeError
 from cdam_server.errors import InvalidArgumentError, UnavailableError
 from cdam_server.rpc.status import status_of
 from cdam_server.telemetry import Telemetry
+from cdam_server.tracing import Tracing
 
 _PREFIX = "/cdam.v1."
 _log = structlog.get_logger("cdam.rpc")
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
-    """Logs, measures, and answers errors.
+    """Logs, measures, traces, and answers errors.
 
     Args:
         telemetry: Where to count.
         ready: Whether the server takes requests; while it doesn't, they are answered UNAVAILABLE.
+        tracing: Where spans go; nowhere by default.
     """
 
-    def __init__(self, telemetry: Telemetry, ready: Callable[[], bool]) -> None:
+    def __init__(self, telemetry: Telemetry, ready: Callable[[], bool], tracing: Tracing | None = None) -> None:
         self._telemetry = telemetry
         self._ready = ready
+        self._tracing = tracing or Tracing()
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -48,7 +51,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(_PREFIX):
             return handler  # type: ignore[no-any-return]
-        method = handler_call_details.method.rpartition("/")[2]
+        method = handler_call_details.method.removeprefix("/")
         make = getattr(grpc, f"{_shape(handler)}_rpc_method_handler")
         wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
         parse = _pass_on if handler.request_streaming else handler.request_deserializer
@@ -79,6 +82,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         started = perf_counter()
         code, failure = grpc.StatusCode.OK, None
         structlog.contextvars.clear_contextvars()
+        span = self._tracing.start(method, context.invocation_metadata())
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -103,12 +107,14 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             if not self._in_flight:
                 self._idle.set()
             seconds = perf_counter() - started
-            self._telemetry.handled.labels(method, code.name).inc()
-            self._telemetry.handling.labels(method).observe(seconds)
-            facts = {"method": method, "code": code.name, "seconds": round(seconds, 6), "peer": context.peer()}
+            name = method.rpartition("/")[2]
+            self._telemetry.handled.labels(name, code.name).inc()
+            self._telemetry.handling.labels(name).observe(seconds)
+            facts = {"method": name, "code": code.name, "seconds": round(seconds, 6), "peer": context.peer()}
             if failure:
                 facts["error"] = failure
             _log.info("rpc", **facts)
+            span.end(code, failure)
 
 
 def _pass_on(request: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from time import perf_counter
@@ -10,10 +11,13 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
-from cdam.v1 import concept_pb2, evaluation_pb2, explain_pb2, explainer_service_pb2_grpc, model_pb2
+from cdam.v1 import common_pb2, concept_pb2, evaluation_pb2, explain_pb2, explainer_service_pb2_grpc, model_pb2
 from cdam_server.errors import InvalidArgumentError, NotImplementedYetError
 from cdam_server.explain import ExplainUseCase
 from cdam_server.rpc import decode, encode
+from cdam_server.rpc.caller import identity
+from cdam_server.rpc.stream import Exchange, StreamServer
+from cdam_server.telemetry import Telemetry
 
 _PAGE_TOKEN = re.compile(r"[0-9]{0,9}")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -25,18 +29,37 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
     Args:
         explain: The Explain use case.
         limits: Limits of a request.
+        streams: What serves streams; None: one that knows of no draining.
     """
 
-    def __init__(self, explain: ExplainUseCase, limits: decode.Limits) -> None:
+    def __init__(self, explain: ExplainUseCase, limits: decode.Limits, streams: StreamServer | None = None) -> None:
         self._explain = explain
         self._limits = limits
+        self._streams = streams or StreamServer(Telemetry(), asyncio.Event())
 
     async def Explain(self, request: explain_pb2.ExplainRequest, context: _Context) -> explain_pb2.ExplainResponse:
         """Explain one image."""
+        return await self._answer(request, context)
+
+    async def ExplainStream(
+        self, request_iterator: AsyncIterator[explain_pb2.ExplainStreamRequest], context: _Context
+    ) -> AsyncIterator[explain_pb2.ExplainStreamResponse]:
+        """Explain many images; answers come in any order."""
+
+        async def answer(item: explain_pb2.ExplainStreamRequest) -> explain_pb2.ExplainStreamResponse:
+            response = await self._answer(item.request, context)
+            return explain_pb2.ExplainStreamResponse(request_id=item.request.request_id, response=response)
+
+        # Answers are written, not yielded: whatever happens meanwhile then happens in here, where the items are.
+        await self._streams.serve(request_iterator, context.write, Exchange(_item_id, answer, _item_failure))
+        return
+        yield  # type: ignore[unreachable]  # makes this a generator, as the shape of the RPC demands
+
+    async def _answer(self, request: explain_pb2.ExplainRequest, context: _Context) -> explain_pb2.ExplainResponse:
         started = perf_counter()
         request_id = decode.request_id(request)
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        command = decode.explain_command(request, self._limits, context.time_remaining())
+        command = decode.explain_command(request, self._limits, context.time_remaining(), identity(context))
         model = command.model or self._explain.catalog.default.loaded.name
         methods = [method.kind for method in command.methods]
         structlog.contextvars.bind_contextvars(model=model, targets=len(command.targets), methods=methods)
@@ -100,19 +123,20 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         """Not served yet."""
         raise _not_served("DeleteConcept")
 
-    async def ExplainStream(
-        self, request_iterator: AsyncIterator[explain_pb2.ExplainStreamRequest], context: _Context
-    ) -> AsyncIterator[explain_pb2.ExplainStreamResponse]:
-        """Not served yet."""
-        raise _not_served("ExplainStream")
-        yield  # type: ignore[unreachable]  # makes this a generator, as the shape of the RPC demands
-
     async def Evaluate(
         self, request_iterator: AsyncIterator[evaluation_pb2.EvaluateRequest], context: _Context
     ) -> AsyncIterator[evaluation_pb2.EvaluateResponse]:
         """Not served yet."""
         raise _not_served("Evaluate")
         yield  # type: ignore[unreachable]  # makes this a generator, as the shape of the RPC demands
+
+
+def _item_id(item: explain_pb2.ExplainStreamRequest) -> str:
+    return item.request.request_id
+
+
+def _item_failure(item_id: str, error: common_pb2.ItemError) -> explain_pb2.ExplainStreamResponse:
+    return explain_pb2.ExplainStreamResponse(request_id=item_id, error=error)
 
 
 def _not_served(rpc: str) -> NotImplementedYetError:

@@ -1,5 +1,34 @@
-"""From single jobs to full batches; knows neither torch nor grpc."""
+"""From single jobs to full batches, in turn and in time; knows neither torch nor grpc.
 
-from cdam_server.scheduling.batcher import Batcher, ClosedError, Done, ExpiredError, QueueFullError
+`Scheduler` is the face: it admits, and waits for answers. `Queue` decides who is next, `Estimator` how long it will take, `Worker`
+computes and deals with what goes wrong.
+"""
 
-__all__ = ["Batcher", "ClosedError", "Done", "ExpiredError", "QueueFullError"]
+from cdam_server.scheduling.entry import (
+    AbandonedError,
+    Bounds,
+    ClosedError,
+    DeviceLostError,
+    Done,
+    ExpiredError,
+    QueueFullError,
+    Terms,
+    TooLargeError,
+)
+from cdam_server.scheduling.scheduler import Observer, Rest, Scheduler, Ticket
+
+__all__ = [
+    "AbandonedError",
+    "Bounds",
+    "ClosedError",
+    "DeviceLostError",
+    "Done",
+    "ExpiredError",
+    "Observer",
+    "QueueFullError",
+    "Rest",
+    "Scheduler",
+    "Terms",
+    "Ticket",
+    "TooLargeError",
+]

@@ -1,0 +1,215 @@
+"""The items of a bidirectional stream: each answered as soon as it is done, failing alone, never too many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Generic, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from cdam.v1 import common_pb2
+from cdam_server.errors import InvalidArgumentError, OverloadedError, ServiceError, UnavailableError
+from cdam_server.rpc.status import Status, status_of
+from cdam_server.telemetry import Telemetry
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+_LONGEST_PAUSE_SECONDS = 2.0
+_RETRY_AFTER_SECONDS = 1.0
+_log = structlog.get_logger("cdam.rpc")
+
+
+class _GoneError(Exception):
+    """Nobody reads the answers any more."""
+
+
+@dataclass(frozen=True)
+class Exchange(Generic[Request, Response]):
+    """What one RPC does with the items of its streams.
+
+    Attributes:
+        item_id: The id that the client gave to an item; empty if it gave none.
+        answer: Answers an item, or raises; what it raises fails that item alone.
+        failure: The answer to an item that failed: of its id, and why.
+    """
+
+    item_id: Callable[[Request], str]
+    answer: Callable[[Request], Awaitable[Response]]
+    failure: Callable[[str, common_pb2.ItemError], Response]
+
+
+class StreamServer:
+    """Serves bidirectional streams of items.
+
+    Args:
+        telemetry: Where failures are counted.
+        draining: Set when the server goes down: streams then read no more, answer what they have read, and end.
+        max_items: Most items of one stream that are in work at once; while they are, it reads no more, and HTTP/2's
+            flow control holds the client back. An answer that the client has not taken counts as work.
+    """
+
+    def __init__(self, telemetry: Telemetry, draining: asyncio.Event, *, max_items: int = 32) -> None:
+        self._telemetry = telemetry
+        self._draining = draining
+        self._max_items = max_items
+
+    async def serve(
+        self,
+        requests: AsyncIterator[Request],
+        write: Callable[[Response], Awaitable[None]],
+        exchange: Exchange[Request, Response],
+    ) -> None:
+        """Answer every item; return when the client has sent its last one and has all answers.
+
+        Cancelling it cancels the items. Log lines of an item carry its request_id, the stream's the number of `items`
+        and `failures`.
+
+        Raises:
+            InvalidArgumentError: What came is no message; the items before it have been answered.
+            UnavailableError: The server goes down; all items that were read have been answered.
+        """
+        stream = _Stream(exchange, write, self._telemetry, self._draining, self._max_items)
+        end: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                end = await stream.read(requests, tasks)
+        except* _GoneError:
+            end = asyncio.CancelledError()  # as gRPC itself is about to say
+        finally:
+            structlog.contextvars.bind_contextvars(items=stream.items, failures=stream.failures)
+        if end is not None:
+            raise end
+
+
+class _Stream(Generic[Request, Response]):
+    """One stream."""
+
+    def __init__(
+        self,
+        exchange: Exchange[Request, Response],
+        write: Callable[[Response], Awaitable[None]],
+        telemetry: Telemetry,
+        draining: asyncio.Event,
+        max_items: int,
+    ) -> None:
+        self.items = 0
+        self.failures = 0
+        self._exchange = exchange
+        self._write = write
+        self._telemetry = telemetry
+        self._draining = draining
+        self._slots = asyncio.Semaphore(max_items)
+        self._writing = asyncio.Lock()
+        self._unanswered: set[str] = set()
+
+    async def read(self, requests: AsyncIterator[Request], tasks: asyncio.TaskGroup) -> ServiceError | None:
+        """Make a task of each item; return when there are no more, with what ended the stream early, if it did."""
+        draining = tasks.create_task(self._draining.wait())
+        try:
+            while True:
+                await self._slots.acquire()
+                reading = tasks.create_task(_next(requests))
+                await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+                if draining.done():
+                    reading.cancel()
+                    return _going_down()
+                request = reading.result()
+                if request is None or isinstance(request, ServiceError):
+                    return request
+                self.items += 1
+                tasks.create_task(self._serve(request, *self._named(request)))
+        finally:
+            draining.cancel()
+
+    def _named(self, request: Request) -> tuple[str, InvalidArgumentError | None]:
+        """The item's id, and what is wrong with it.
+
+        A second item of an id fails, and the first is still answered under it. The client can tell the two apart:
+        a violation of ``request.request_id`` always speaks of the later one, whatever becomes of the first.
+        """
+        item_id = self._exchange.item_id(request)
+        if not item_id:
+            return item_id, InvalidArgumentError("request.request_id", "is required for an item of a stream")
+        if item_id in self._unanswered:
+            message = "is that of an earlier item of this stream, which is not answered yet"
+            return item_id, InvalidArgumentError("request.request_id", message)
+        self._unanswered.add(item_id)
+        return item_id, None
+
+    async def _serve(self, request: Request, item_id: str, refusal: InvalidArgumentError | None) -> None:
+        """Answer one item, and only then make room for another."""
+        started = perf_counter()
+        code = grpc.StatusCode.OK
+        try:
+            if refusal is not None:
+                raise refusal  # noqa: TRY301 - answered like any other error
+            response = await self._answer(request)
+        except Exception as error:  # noqa: BLE001 - this is where every error of an item ends
+            status = status_of(error, item_id)
+            code = status.code
+            response = self._exchange.failure(item_id, item_error(status))
+            self.failures += 1
+            self._telemetry.failures.labels(code.name).inc()
+            if status.error_id:
+                _log.error("internal error", error_id=status.error_id, request_id=item_id, exc_info=error)
+        if refusal is None:
+            # Before it is written: once the client has the answer, the id is its own again.
+            self._unanswered.discard(item_id)
+        try:
+            async with self._writing:
+                await self._write(response)
+        except grpc.aio.BaseError as error:
+            raise _GoneError from error
+        _log.debug("item", request_id=item_id, code=code.name, seconds=round(perf_counter() - started, 6))
+        self._slots.release()
+
+    async def _answer(self, request: Request) -> Response:
+        """The answer, as soon as the queue has room: streams are bulk work, they can wait."""
+        while True:
+            try:
+                return await self._exchange.answer(request)
+            except UnavailableError:
+                raise
+            except OverloadedError as full:
+                await self._pause(full.retry_after)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, each item for a time of its own, so that they don't all come back at once.
+
+        Raises:
+            UnavailableError: The server goes down.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(seconds, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.5)):  # noqa: S311
+                await self._draining.wait()
+                raise _going_down()
+
+
+def item_error(status: Status) -> common_pb2.ItemError:
+    """The status, as a stream's item carries it."""
+    error = common_pb2.ItemError(code=status.code.value[0], message=status.message)
+    for detail in status.details:
+        error.details.add().Pack(detail)
+    return error
+
+
+def _going_down() -> UnavailableError:
+    return UnavailableError("the server is going down", _RETRY_AFTER_SECONDS)
+
+
+async def _next(requests: AsyncIterator[Request]) -> Request | ServiceError | None:
+    """The next item; None after the last, an error in place of one that can't be read."""
+    try:
+        return await anext(requests, None)
+    except DecodeError:
+        return InvalidArgumentError("request", "is not a message of this API")
+    except grpc.aio.BaseError as error:
+        raise _GoneError from error

@@ -1,0 +1,310 @@
+"""What the event loop and the workers share: the queue, the estimates, and what is being computed; guarded by one lock."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+from cdam_server.scheduling.entry import Bounds, ClosedError, QueueFullError, Terms
+from cdam_server.scheduling.estimate import Estimator
+from cdam_server.scheduling.queue import AnyEntry, Queue
+
+# A batch takes at most this share of the time that any of its callers gave: what waits behind it has deadlines, too.
+_BATCH_SHARE: Final = 0.25
+_MARGIN: Final = 1.2  # by which an estimate must be within a deadline
+# What is interrupted goes on at least so fast, in relation to what it would alone.
+_LEAST_SPEED: Final = 0.25
+# A job may interrupt another caller's, or its own, if it is so many times cheaper.
+_CHEAPER: Final = 8.0
+_PATIENCE: Final = 32  # full batches before a lowered ceiling is raised
+
+
+@dataclass(eq=False)
+class Run:
+    """A batch that is being computed.
+
+    Attributes:
+        entries: Its jobs.
+        started: When it began.
+        seconds: Estimate of how long it will compute; None if there is none.
+        nested: Whether it interrupts another one.
+        rested: How long others interrupted it.
+    """
+
+    entries: Sequence[AnyEntry]
+    started: float
+    seconds: float | None
+    nested: bool
+    rested: float = 0.0
+
+    @property
+    def bucket(self) -> Any:
+        """The jobs' bucket."""
+        return self.entries[0].terms.bucket
+
+    @property
+    def cost(self) -> float:
+        """The jobs' costs together."""
+        return _cost(self.entries)
+
+    @property
+    def light(self) -> bool:
+        """Whether its jobs share it."""
+        return self.entries[0].terms.light
+
+    def worked(self, now: float) -> float:
+        """Seconds that it has been computed."""
+        return now - self.started - self.rested
+
+    def remaining(self, now: float) -> float:
+        """Estimate of how long it will still compute; what lasts longer than it should will last on."""
+        worked = self.worked(now)
+        return 0.0 if self.seconds is None else max(worked / 4, self.seconds - worked)
+
+
+@dataclass
+class _Ceiling:
+    """The largest batch of a bucket that memory is known to hold; creeps up again, ever more slowly, after it was lowered."""
+
+    value: int
+    patience: int = _PATIENCE
+    filled: int = 0
+
+
+@dataclass
+class Dispatcher:
+    """Lets jobs in, and hands batches out.
+
+    Attributes:
+        bounds: How much may be let in and not yet answered.
+        max_batch_size: Largest number of jobs in a batch.
+        max_queue_delay: Longest time, in seconds, that a job waits for company while a worker is idle.
+        expired: Called with the jobs whose deadlines passed while they waited, the lock not being held.
+    """
+
+    bounds: Bounds
+    max_batch_size: int
+    max_queue_delay: float
+    expired: Callable[[Sequence[AnyEntry]], None]
+    _runs: list[Run] = field(default_factory=list)
+    _ceilings: dict[Hashable, _Ceiling] = field(default_factory=dict)
+    _closed: bool = False
+    _ended: bool = False
+
+    def __post_init__(self) -> None:
+        self._changed = threading.Condition()
+        self._estimator = Estimator()
+        self._queue = Queue(self.bounds, credit=2.0 * self.max_batch_size)
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait for their batch."""
+        return self._queue.waiting
+
+    @property
+    def held(self) -> int:
+        """Number of jobs that were let in and are not yet answered."""
+        return self._queue.held
+
+    def admit(self, make: Callable[[float], AnyEntry], terms: Terms[Any]) -> AnyEntry:
+        """Let a job in, or refuse it.
+
+        Args:
+            make: Makes its entry, given the estimate of the seconds that it adds to the work.
+            terms: Its terms.
+
+        Raises:
+            ClosedError: No more jobs are taken.
+            QueueFullError: There is no room, or it would not be done in time.
+        """
+        with self._changed:
+            if self._closed:
+                raise ClosedError
+            self._queue.check_room(terms)
+            self._check_deadline(terms)
+            entry = make(self._share(terms))
+            self._queue.hold(entry)
+            return entry
+
+    def submit(self, entries: Sequence[AnyEntry]) -> None:
+        """Their jobs may be computed from now on."""
+        with self._changed:
+            for entry in entries:
+                self._queue.push(entry)
+            self._changed.notify_all()
+
+    def release(self, entry: AnyEntry) -> None:
+        """Its caller has an answer, or has gone."""
+        with self._changed:
+            self._queue.release(entry)
+            self._changed.notify_all()
+
+    def next(self) -> Run | None:
+        """The next batch, as soon as there is one; None if there will be none."""
+        while True:
+            with self._changed:
+                expired, run = self._wait()
+            if expired:
+                self.expired(expired)
+            if run is not None or self._ended:
+                return run
+
+    def interrupt(self, run: Run) -> Run | None:
+        """A batch that goes before the rest of one that is being computed, if there is any."""
+        with self._changed:
+            now = time.monotonic()
+            if not self._queue.waiting or run.rested * _LEAST_SPEED > run.worked(now) * (1 - _LEAST_SPEED):
+                return None
+            half = run.remaining(now) / 2
+            may = self._may_interrupt(run)
+            batch = self._queue.take(
+                self.ceiling,
+                lambda entries: self._in_time(entries, half),
+                lambda entry: may(entry) and self._in_time([entry], half),
+            )
+            return self._begin(batch, now, nested=True) if batch else None
+
+    def finish(self, run: Run, *, computed: bool) -> None:
+        """A batch is done; learn from it if all of it was computed at once."""
+        with self._changed:
+            now = time.monotonic()
+            at_once = sum(not other.nested for other in self._runs)  # they share the device
+            self._runs.remove(run)
+            if computed:
+                self._estimator.observe(_kind(run.entries), run.cost, run.worked(now) / at_once)
+                self._creep_up(run)
+
+    def too_large(self, bucket: Hashable, size: int) -> None:
+        """A batch of this size did not fit into memory."""
+        with self._changed:
+            ceiling = self._ceilings.setdefault(bucket, _Ceiling(self.max_batch_size))
+            ceiling.value = min(ceiling.value, max(1, size // 2))
+            ceiling.patience, ceiling.filled = min(2 * ceiling.patience, 1 << 12), 0
+
+    def ceiling(self, bucket: Hashable) -> int:
+        """Most jobs in a batch of a bucket."""
+        known = self._ceilings.get(bucket)
+        return self.max_batch_size if known is None else known.value
+
+    def close(self) -> None:
+        """Take no more jobs."""
+        with self._changed:
+            self._closed = True
+
+    def end(self) -> None:
+        """Hand out no more batches."""
+        with self._changed:
+            self._closed = self._ended = True
+            self._changed.notify_all()
+
+    def _wait(self) -> tuple[list[AnyEntry], Run | None]:
+        """Wait for jobs, then take a batch, and those out of time; either may be empty."""
+        while not self._ended:
+            now = time.monotonic()
+            if expired := self._queue.drop(partial(self._is_late, now)):
+                return expired, None
+            delay = self._delay(now)
+            if delay is not None and delay <= 0:
+                batch = self._queue.take(self.ceiling, lambda entries: self._in_time(entries, math.inf))
+                return [], self._begin(batch, now, nested=False)
+            self._changed.wait(delay)
+        return [], None
+
+    def _delay(self, now: float) -> float | None:
+        """How long to wait for company: until the oldest job's batch is full, or it has waited long enough."""
+        if not self._queue.waiting:
+            return None
+        if not self.max_queue_delay:
+            return 0.0
+        entries = self._queue.entries()
+        oldest = min(entries, key=lambda entry: entry.submitted)
+        bucket = oldest.terms.bucket
+        full = sum(entry.terms.bucket == bucket for entry in entries) >= self.ceiling(bucket)
+        return 0.0 if full else oldest.submitted + self.max_queue_delay - now
+
+    def _begin(self, batch: Sequence[AnyEntry], now: float, *, nested: bool) -> Run:
+        run = Run(batch, now, self._seconds(_kind(batch), _cost(batch)), nested)
+        self._runs.append(run)
+        return run
+
+    def _is_late(self, now: float, entry: AnyEntry) -> bool:
+        """Whether there is no sense in beginning a job; the last one is always tried, since estimates may be wrong."""
+        if not entry.wanted(now):
+            return True
+        alone = self._seconds(_kind([entry]), entry.terms.cost)
+        return alone is not None and self._queue.waiting > 1 and entry.terms.light and now + alone > entry.deadline
+
+    def _may_interrupt(self, run: Run) -> Callable[[AnyEntry], bool]:
+        rank = min(entry.terms.rank for entry in run.entries)
+
+        def may(entry: AnyEntry) -> bool:
+            if entry.terms.rank != rank:
+                return entry.terms.rank < rank
+            if not run.light:
+                return entry.terms.cost * _CHEAPER <= run.cost
+            # Two callers who flood are never further apart than a batch: only one who asks for little gets through.
+            return entry.terms.light and self._queue.lag(entry, run.entries) > self.max_batch_size
+
+        return may
+
+    def _in_time(self, entries: Sequence[AnyEntry], most: float) -> bool:
+        """Whether so many jobs may be one batch."""
+        allowed = min(most, *(_BATCH_SHARE * (entry.deadline - entry.arrived) for entry in entries))
+        if len(entries) == 1:
+            allowed = most  # it must be computed, however long it takes
+        seconds = self._seconds(_kind(entries), _cost(entries))
+        return seconds is None or seconds <= allowed
+
+    def _check_deadline(self, terms: Terms[Any]) -> None:
+        own = self._seconds((terms.bucket, terms.light), terms.cost)
+        if terms.timeout is None or own is None or not self._queue.held:  # an idle server tries
+            return
+        now = time.monotonic()
+        before = self._queue.backlog(terms, self._share(terms))
+        before += sum(run.remaining(now) for run in self._runs if run.light or not terms.light)
+        if terms.light and any(not run.light for run in self._runs):
+            before /= 1 - _LEAST_SPEED
+        batch = max(own, min(_BATCH_SHARE * terms.timeout, self._full_batch(terms)))
+        late = _MARGIN * (before + batch) - terms.timeout
+        if late > 0:
+            message = f"too busy to answer within {terms.timeout:.3g} s: {self._queue.held} requests are being served"
+            raise QueueFullError("deadline", message, max(self._queue.retry_after(), late))
+
+    def _full_batch(self, terms: Terms[Any]) -> float:
+        jobs = self.ceiling(terms.bucket) if terms.light else 1
+        return self._seconds((terms.bucket, terms.light), jobs * terms.cost) or 0.0
+
+    def _share(self, terms: Terms[Any]) -> float:
+        """Estimate of the seconds that a job adds to the work, in batches as full as its deadline lets them be."""
+        full = self._full_batch(terms)
+        jobs = self.ceiling(terms.bucket) if terms.light else 1
+        if terms.timeout is not None and full > _BATCH_SHARE * terms.timeout:
+            jobs = max(1, int(jobs * _BATCH_SHARE * terms.timeout / full))
+        return (self._seconds((terms.bucket, terms.light), jobs * terms.cost) or 0.0) / jobs
+
+    def _seconds(self, kind: tuple[Hashable, bool], cost: float) -> float | None:
+        known = self._estimator.seconds(kind, cost)
+        if known is None and (one := self._estimator.seconds((kind[0], True), 1.0)) is not None:
+            return one * cost  # of this kind there was none yet
+        return known
+
+    def _creep_up(self, run: Run) -> None:
+        ceiling = self._ceilings.get(run.bucket)
+        if ceiling is None or len(run.entries) < ceiling.value:
+            return
+        ceiling.filled += 1
+        if ceiling.filled >= ceiling.patience:
+            ceiling.value, ceiling.filled = ceiling.value + max(1, ceiling.value // 4), 0
+        if ceiling.value >= self.max_batch_size:
+            del self._ceilings[run.bucket]
+
+
+def _kind(entries: Sequence[AnyEntry]) -> tuple[Hashable, bool]:
+    return entries[0].terms.bucket, entries[0].terms.light
+
+
+def _cost(entries: Sequence[AnyEntry]) -> float:
+    return sum(entry.terms.cost for entry in entries)

@@ -1,0 +1,151 @@
+"""A job in the scheduler: its terms, its answer, and what can come in between.
+
+Exception
+├── QueueFullError    refused on arrival: no room, or it could not be done in time
+├── ClosedError       refused on arrival: the scheduler is going down
+├── ExpiredError      let in, but its deadline passed before it was computed
+├── DeviceLostError   let in, but nothing can be computed any more
+├── TooLargeError     raised by the compute function: the batch does not fit into memory
+└── AbandonedError    raised into the compute function: nobody waits for this any more
+"""
+
+import asyncio
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Final, Generic, TypeVar
+
+Bucket = TypeVar("Bucket", bound=Hashable)
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
+
+# Jobs that cost more don't share a batch: their inner work fills the device, and each can end alone.
+_LIGHT_COST: Final = 4.0
+
+
+class QueueFullError(Exception):
+    """There is no room for a job, or it would not be done in time.
+
+    Attributes:
+        retry_after: Estimate, in seconds, of when it may go better.
+    """
+
+    def __init__(self, reason: str, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after = retry_after
+
+
+class ExpiredError(Exception):
+    """The job's deadline passed before it was computed."""
+
+
+class ClosedError(Exception):
+    """The scheduler takes no more jobs."""
+
+
+class DeviceLostError(Exception):
+    """The device computes no more; only a new process can help."""
+
+
+class TooLargeError(Exception):
+    """The batch does not fit into the device's memory."""
+
+
+class AbandonedError(Exception):
+    """All callers of a batch have gone, or their deadlines have passed."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much may be let in and not yet answered.
+
+    Attributes:
+        jobs: Number of jobs.
+        cost: Their costs together.
+        bytes: The memory that they hold.
+    """
+
+    jobs: int = 256
+    cost: float = 4096.0
+    bytes: int = 1 << 28
+
+
+@dataclass(frozen=True)
+class Terms(Generic[Bucket]):
+    """What is known of a job when it arrives.
+
+    Attributes:
+        bucket: Only jobs of one bucket share a batch.
+        cost: Its work, in units that are the same for all jobs of a bucket: runs of the trunk for one image.
+        bytes: Memory that it holds until it is answered.
+        caller: Who asks; callers take turns.
+        timeout: Seconds that the caller will wait, or None.
+        rank: Jobs of lower rank go first.
+    """
+
+    bucket: Bucket
+    cost: float = 1.0
+    bytes: int = 0
+    caller: str = ""
+    timeout: float | None = None
+    rank: int = 0
+
+    @property
+    def light(self) -> bool:
+        """Whether it shares batches."""
+        return self.cost <= _LIGHT_COST
+
+
+@dataclass(frozen=True)
+class Done(Generic[Answer]):
+    """An answer and how it came about.
+
+    Attributes:
+        answer: What the compute function returned for the job.
+        queue_seconds: Time from submission to the start of its batch.
+        batch_size: Number of jobs in its batch.
+    """
+
+    answer: Answer
+    queue_seconds: float
+    batch_size: int
+
+
+@dataclass(eq=False)
+class Entry(Generic[Bucket, Job, Answer]):
+    """A job that was let in. All times are of `time.monotonic`.
+
+    Attributes:
+        terms: Its terms.
+        arrived: When it was let in.
+        number: How many were let in before it.
+        seconds: Estimate of what it adds to the work.
+        job: The job itself, once it is submitted.
+        submitted: When that was.
+        answered: Where its answer goes; belongs to the event loop.
+        gone: Whether the caller has left.
+    """
+
+    terms: Terms[Bucket]
+    arrived: float
+    number: int
+    seconds: float
+    answered: "asyncio.Future[Done[Answer]]"
+    job: Job | None = None
+    submitted: float = math.inf
+    gone: bool = False
+    deadline: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        timeout = self.terms.timeout
+        self.deadline = math.inf if timeout is None else self.arrived + timeout
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """Its place among its caller's jobs: by rank, then by deadline, then by arrival."""
+        return self.terms.rank, self.deadline, self.number
+
+    def wanted(self, now: float) -> bool:
+        """Whether an answer would still be read."""
+        return not self.gone and self.deadline > now

@@ -1,0 +1,227 @@
+"""Who is next: by rank, then callers in turn, then the earliest deadline; and who may come in.
+
+No threads and no clock of its own: whoever owns a queue guards it and tells it the time.
+"""
+
+import heapq
+import math
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeAlias
+
+from cdam_server.scheduling.entry import Bounds, Entry, QueueFullError, Terms
+
+# A caller may hold at most so many times what would be left free, so that one who floods leaves room for the others.
+_SHARE: Final = 8
+_FORGET: Final = 1024  # idle callers that are remembered at most
+_LEAST_WAIT: Final = 0.05
+
+AnyEntry: TypeAlias = Entry[Any, Any, Any]
+
+
+class _Caller:
+    """What one caller holds, waits for, and has had.
+
+    Attributes:
+        waiting: Submitted jobs in the order in which they will be served.
+        held: How much was let in and is not yet answered, by the names of `Bounds`.
+        backlog: Estimated seconds of work that was let in and is not yet begun, by rank, of light jobs and of others.
+        served: The work that it has had, in units of cost: who has had least is next.
+    """
+
+    def __init__(self, served: float) -> None:
+        self.waiting: list[AnyEntry] = []
+        self.held: defaultdict[str, float] = defaultdict(float)
+        self.backlog: defaultdict[tuple[int, bool], float] = defaultdict(float)
+        self.served = served
+
+    @property
+    def idle(self) -> bool:
+        return not self.held["jobs"]
+
+
+class Queue:
+    """Jobs that were let in.
+
+    Args:
+        bounds: How much may be let in.
+        credit: How far, in units of cost, a caller who comes back after a pause may be behind those who never paused: it is served before
+            them until it has had as much.
+    """
+
+    def __init__(self, bounds: Bounds, credit: float) -> None:
+        self._bounds = bounds
+        self._credit = credit
+        self._callers: dict[str, _Caller] = {}
+        self._held: defaultdict[str, float] = defaultdict(float)
+        self._clock = 0.0  # the most that a caller had had when it was served
+        self.waiting = 0
+
+    @property
+    def held(self) -> int:
+        """Number of jobs that were let in and are not yet answered."""
+        return round(self._held["jobs"])
+
+    def check_room(self, terms: Terms[Any]) -> None:
+        """Refuse what does not fit into the bounds.
+
+        Raises:
+            QueueFullError: With the bound that was hit.
+        """
+        caller = self._callers.get(terms.caller)
+        for name, wanted, bound in self._amounts(terms):
+            free = bound - self._held[name]
+            own = caller.held[name] if caller is not None else 0
+            # Whatever its size, a job may come into an empty house: its own limits are checked elsewhere.
+            if self._held[name] and (wanted > free or own + wanted > _SHARE * free):
+                message = f"the queue is full: {self.held} requests are being served"
+                raise QueueFullError(name, message, self.retry_after())
+
+    def hold(self, entry: AnyEntry) -> None:
+        """Reserve room for a job that was let in."""
+        caller = self._callers.get(entry.terms.caller)
+        if caller is None:
+            caller = self._callers[entry.terms.caller] = _Caller(self._clock - self._credit)
+            self._forget()
+        elif caller.idle:
+            caller.served = max(caller.served, self._clock - self._credit)
+        for name, wanted, _ in self._amounts(entry.terms):
+            caller.held[name] += wanted
+            self._held[name] += wanted
+        caller.backlog[entry.terms.rank, entry.terms.light] += entry.seconds
+
+    def release(self, entry: AnyEntry) -> None:
+        """Give the room back, wherever the job is now."""
+        caller = self._callers[entry.terms.caller]
+        if entry in caller.waiting:
+            self._take_out(caller, entry)
+        elif entry.job is None:  # never submitted
+            caller.backlog[entry.terms.rank, entry.terms.light] -= entry.seconds
+        for name, wanted, _ in self._amounts(entry.terms):
+            caller.held[name] -= wanted
+            self._held[name] -= wanted
+        if caller.idle:
+            caller.held.clear()
+            caller.backlog.clear()  # no rounding errors for ever
+        if not self.held:
+            self._held.clear()
+
+    def push(self, entry: AnyEntry) -> None:
+        """A job that may be computed from now on."""
+        insort(self._callers[entry.terms.caller].waiting, entry, key=lambda its: its.order)
+        self.waiting += 1
+
+    def entries(self) -> list[AnyEntry]:
+        """All that wait."""
+        return [entry for caller in self._callers.values() for entry in caller.waiting]
+
+    def drop(self, unwanted: Callable[[AnyEntry], bool]) -> list[AnyEntry]:
+        """Take out all for which it is true."""
+        found = [entry for entry in self.entries() if unwanted(entry)]
+        for entry in found:
+            self._take_out(self._callers[entry.terms.caller], entry)
+        return found
+
+    def take(
+        self,
+        ceiling: Callable[[Any], int],
+        fits: Callable[[Sequence[AnyEntry]], bool],
+        may: Callable[[AnyEntry], bool] = lambda entry: True,  # noqa: ARG005
+    ) -> list[AnyEntry]:
+        """The next batch: the first job, and further light ones of its bucket in order, as long as they fit.
+
+        Args:
+            ceiling: Most jobs in a batch of a bucket.
+            fits: Whether so many jobs may be one batch.
+            may: Whether a job may be computed now.
+        """
+        batch: list[AnyEntry] = []
+        for entry in self._in_order():
+            if not may(entry):
+                continue
+            if not batch:
+                batch.append(entry)
+                if not entry.terms.light:
+                    break
+            elif entry.terms.light and entry.terms.bucket == batch[0].terms.bucket:
+                if not fits([*batch, entry]):
+                    break
+                batch.append(entry)
+            if len(batch) >= ceiling(batch[0].terms.bucket):
+                break
+        for entry in batch:
+            caller = self._callers[entry.terms.caller]
+            self._take_out(caller, entry)
+            self._clock = max(self._clock, caller.served)
+            # Debts end: whoever had a very expensive job is not kept waiting for as long as it took.
+            caller.served = min(caller.served + entry.terms.cost, self._clock + self._credit)
+        return batch
+
+    def lag(self, entry: AnyEntry, others: Sequence[AnyEntry]) -> float:
+        """How much less, in units of cost, a job's caller has had than each of the others; negative if it is one of them."""
+        own = self._callers[entry.terms.caller]
+        their = {other.terms.caller for other in others}
+        if entry.terms.caller in their:
+            return -math.inf
+        served = [caller.served for name in their if (caller := self._callers.get(name)) is not None]
+        return min(served, default=math.inf) - own.served
+
+    def backlog(self, terms: Terms[Any], own_seconds: float) -> float:
+        """Estimated seconds of work that will be done before a job that comes now, its own not counted.
+
+        All that is of better rank; of equal rank its caller's own, and as much of each other caller's, since they take turns. A light job
+        does not wait for those that are not, since it may interrupt them.
+        """
+        weights = (True,) if terms.light else (True, False)
+        caller = self._callers.get(terms.caller)
+        before = 0.0 if caller is None else sum(caller.backlog[terms.rank, light] for light in weights)
+        total = before
+        for name, other in self._callers.items():
+            total += sum(
+                seconds for (rank, light), seconds in other.backlog.items() if rank < terms.rank and light in weights
+            )
+            if name != terms.caller:
+                total += min(sum(other.backlog[terms.rank, light] for light in weights), before + own_seconds)
+        return total
+
+    def retry_after(self) -> float:
+        """Seconds until about half of what waits will have been done."""
+        return max(_LEAST_WAIT, 0.5 * sum(sum(caller.backlog.values()) for caller in self._callers.values()))
+
+    def _amounts(self, terms: Terms[Any]) -> tuple[tuple[str, float, float], ...]:
+        return (
+            ("jobs", 1, self._bounds.jobs),
+            ("cost", terms.cost, self._bounds.cost),
+            ("bytes", terms.bytes, self._bounds.bytes),
+        )
+
+    def _take_out(self, caller: _Caller, entry: AnyEntry) -> None:
+        caller.waiting.remove(entry)
+        caller.backlog[entry.terms.rank, entry.terms.light] -= entry.seconds
+        self.waiting -= 1
+
+    def _in_order(self) -> Iterator[AnyEntry]:
+        """All that wait, in the order in which they would be served if each took its turn."""
+        heads = [
+            (caller.waiting[0].terms.rank, caller.served, number, 0, caller)
+            for number, caller in enumerate(self._callers.values())
+            if caller.waiting
+        ]
+        heapq.heapify(heads)
+        while heads:
+            _, served, number, place, caller = heapq.heappop(heads)
+            entry = caller.waiting[place]
+            if place + 1 < len(caller.waiting):
+                following = caller.waiting[place + 1]
+                heapq.heappush(heads, (following.terms.rank, served + entry.terms.cost, number, place + 1, caller))
+            yield entry
+
+    def _forget(self) -> None:
+        """Drop idle callers that would not be treated otherwise if they were new, and the oldest if they are too many."""
+        if len(self._callers) <= _FORGET:
+            return
+        idle = [name for name, caller in self._callers.items() if caller.idle]
+        stale = [name for name in idle if self._callers[name].served <= self._clock - self._credit]
+        for name in stale or idle[: len(idle) // 2]:
+            del self._callers[name]

@@ -1,0 +1,568 @@
+"""The scheduler, with real threads and a compute function that the test can hold back."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from cdam_server.scheduling import (
+    Bounds,
+    ClosedError,
+    DeviceLostError,
+    ExpiredError,
+    Observer,
+    QueueFullError,
+    Rest,
+    Scheduler,
+    Terms,
+    TooLargeError,
+)
+
+
+class Gate:
+    """A compute function that doubles its jobs, once the gate is open."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.entered = threading.Event()
+        self.batches: list[tuple[str, list[int]]] = []
+
+    def __call__(self, bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        self.batches.append((bucket, list(jobs)))
+        self.entered.set()
+        assert self.open.wait(10)
+        return [2 * job for job in jobs]
+
+
+class Steps:
+    """A compute function that works in steps, and rests when the test says so."""
+
+    def __init__(self) -> None:
+        self.steps = threading.Semaphore(0)
+        self.log: list[str] = []
+        self.asked = threading.Event()
+
+    def __call__(self, bucket: str, jobs: Sequence[str], rest: Rest) -> list[str | Exception]:
+        name = "+".join(jobs)
+        if not name.startswith("long"):
+            self.log.append(name)
+            return list(jobs)
+        self.log.append(f"{name} begins")
+        for _ in range(100):
+            self.asked.set()
+            assert self.steps.acquire(timeout=10)
+            time.sleep(0.002)
+            rest()
+            if "over" in jobs[0]:
+                break
+        self.log.append(f"{name} ends")
+        return list(jobs)
+
+
+class Tally(Observer):
+    """Counts what becomes of jobs."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def admitted(self) -> None:
+        self._count("admitted")
+
+    def refused(self, reason: str) -> None:
+        self._count(f"refused {reason}")
+
+    def dropped(self, reason: str) -> None:
+        self._count(reason)
+
+    def _count(self, name: str) -> None:
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+
+async def _entered(gate: Gate) -> None:
+    assert await asyncio.to_thread(gate.entered.wait, 10)
+
+
+async def _busy(gate: Gate, scheduler: Scheduler) -> "asyncio.Task[object]":
+    task = asyncio.create_task(scheduler.submit(Terms("busy", caller="busy"), 0))
+    await _entered(gate)
+    return task
+
+
+async def _submitted(scheduler: Scheduler, *jobs: tuple[Terms, object]) -> list["asyncio.Task[object]"]:
+    tasks = [asyncio.create_task(scheduler.submit(terms, job)) for terms, job in jobs]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_jobs_that_wait_together_share_a_batch_in_order_of_arrival() -> None:
+    gate = Gate()
+    scheduler = Scheduler(gate, max_batch_size=4)
+    scheduler.start()
+    first = await _busy(gate, scheduler)
+    rest = await _submitted(scheduler, *((Terms("a"), job) for job in range(1, 7)))
+    gate.open.set()
+    await first
+    done = await asyncio.gather(*rest)
+    assert [item.answer for item in done] == [2, 4, 6, 8, 10, 12]
+    assert gate.batches[1:] == [("a", [1, 2, 3, 4]), ("a", [5, 6])]
+    assert [item.batch_size for item in done] == [4, 4, 4, 4, 2, 2]
+    await scheduler.close()
+
+
+async def test_buckets_do_not_mix_and_the_oldest_goes_first() -> None:
+    gate = Gate()
+    scheduler = Scheduler(gate, max_batch_size=8)
+    scheduler.start()
+    hold = await _busy(gate, scheduler)
+    tasks = await _submitted(
+        scheduler, *((Terms(bucket), job) for bucket, job in (("a", 0), ("b", 1), ("a", 2), ("b", 3)))
+    )
+    gate.open.set()
+    await asyncio.gather(hold, *tasks)
+    assert gate.batches[1:] == [("a", [0, 2]), ("b", [1, 3])]
+    await scheduler.close()
+
+
+async def test_an_idle_worker_waits_for_company_until_the_batch_is_full() -> None:
+    gate = Gate()
+    gate.open.set()
+    scheduler = Scheduler(gate, max_batch_size=3, max_queue_delay=30.0)
+    scheduler.start()
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(scheduler.submit(Terms("a"), job) for job in range(3)))
+    assert gate.batches == [("a", [0, 1, 2])]
+    await scheduler.close()
+
+
+async def test_jobs_handed_in_together_share_a_batch_at_once() -> None:
+    gate = Gate()
+    gate.open.set()
+    scheduler = Scheduler(gate, max_batch_size=4)
+    scheduler.start()
+    done = await scheduler.submit_all([(Terms("a"), job) for job in range(4)])
+    assert gate.batches == [("a", [0, 1, 2, 3])]
+    assert [item.answer for item in done] == [0, 2, 4, 6]
+    await scheduler.close()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "terms", "reason"),
+    [
+        (Bounds(jobs=3), Terms("a"), "jobs"),
+        (Bounds(cost=30), Terms("a", cost=10), "cost"),
+        (Bounds(bytes=3000), Terms("a", bytes=1000), "bytes"),
+    ],
+)
+async def test_a_full_house_refuses_at_once_and_says_when_to_come_back(
+    bounds: Bounds, terms: Terms, reason: str
+) -> None:
+    gate, tally = Gate(), Tally()
+    scheduler = Scheduler(gate, max_batch_size=1, bounds=bounds, observer=tally)
+    scheduler.start()
+    admitted = await _submitted(scheduler, *((terms, job) for job in range(3)))
+    with pytest.raises(QueueFullError) as refused:
+        await scheduler.submit(terms, 3)
+    assert refused.value.retry_after > 0
+    assert refused.value.reason == reason
+    gate.open.set()
+    assert [item.answer for item in await asyncio.gather(*admitted)] == [0, 2, 4]
+    assert tally.counts == {"admitted": 3, f"refused {reason}": 1}
+    await scheduler.submit(terms, 3)  # there is room again
+    await scheduler.close()
+
+
+async def test_whatever_its_size_a_job_may_come_into_an_empty_house() -> None:
+    gate = Gate()
+    gate.open.set()
+    scheduler = Scheduler(gate, bounds=Bounds(jobs=1, cost=1, bytes=1))
+    scheduler.start()
+    assert (await scheduler.submit(Terms("a", cost=100, bytes=100), 1)).answer == 2
+    await scheduler.close()
+
+
+async def test_a_caller_who_floods_leaves_room_for_others() -> None:
+    gate = Gate()
+    scheduler = Scheduler(gate, bounds=Bounds(jobs=36))
+    scheduler.start()
+    flood = await _submitted(scheduler, *((Terms("a", caller="flood"), job) for job in range(40)))
+    refused = [task for task in flood if task.done()]
+    assert len(refused) == 8  # it holds 32, and 4 are free
+    assert all(isinstance(task.exception(), QueueFullError) for task in refused)
+    others = await _submitted(scheduler, *((Terms("a", caller=name), 0) for name in "bcd"))
+    assert not any(task.done() for task in others)
+    gate.open.set()
+    await asyncio.gather(*others, *(task for task in flood if task not in refused))
+    await scheduler.close()
+
+
+async def test_callers_take_turns() -> None:
+    gate = Gate()
+    scheduler = Scheduler(gate, max_batch_size=4)
+    scheduler.start()
+    hold = await _busy(gate, scheduler)
+    flood = await _submitted(scheduler, *((Terms("a", caller="flood"), job) for job in range(10, 20)))
+    late = await _submitted(scheduler, *((Terms("a", caller="late"), job) for job in range(2)))
+    gate.open.set()
+    await asyncio.gather(hold, *flood, *late)
+    assert sorted(gate.batches[1][1]) == [0, 1, 10, 11]
+    await scheduler.close()
+
+
+async def test_what_a_job_costs_counts_for_turns() -> None:
+    gate = Gate()
+    scheduler = Scheduler(gate, max_batch_size=1)
+    scheduler.start()
+    hold = await _busy(gate, scheduler)
+    dear = await _submitted(scheduler, *((Terms("a", caller="dear", cost=3), job) for job in range(2)))
+    cheap = await _submitted(scheduler, *((Terms("a", caller="cheap"), job) for job in range(10, 15)))
+    gate.open.set()
+    await asyncio.gather(hold, *dear, *cheap)
+    order = [jobs[0] for _, jobs in gate.batches[1:]]
+    assert order.index(1) - order.index(0) == 4  # three of the cheap ones in between
+    await scheduler.close()
+
+
+async def test_the_earliest_deadline_of_a_caller_goes_first() -> None:
+    gate = Gate()
+    scheduler = Scheduler(gate, max_batch_size=1)
+    scheduler.start()
+    hold = await _busy(gate, scheduler)
+    tasks = await _submitted(
+        scheduler, *((Terms("a", timeout=timeout), job) for job, timeout in enumerate((90, 30, None, 60)))
+    )
+    gate.open.set()
+    await asyncio.gather(hold, *tasks)
+    assert [jobs for _, jobs in gate.batches[1:]] == [[1], [3], [0], [2]]
+    await scheduler.close()
+
+
+async def test_jobs_of_lower_rank_go_first() -> None:
+    gate = Gate()
+    scheduler = Scheduler(gate, max_batch_size=2)
+    scheduler.start()
+    hold = await _busy(gate, scheduler)
+    tasks = await _submitted(
+        scheduler, *((Terms("a", rank=rank), job) for job, rank in ((1, 1), (2, 0), (3, 0), (4, -1)))
+    )
+    gate.open.set()
+    await asyncio.gather(hold, *tasks)
+    assert gate.batches[1:] == [("a", [4, 2]), ("a", [3, 1])]
+    await scheduler.close()
+
+
+async def test_cancelled_and_expired_jobs_are_never_computed() -> None:
+    gate, tally = Gate(), Tally()
+    scheduler = Scheduler(gate, max_batch_size=4, observer=tally)
+    scheduler.start()
+    first = await _busy(gate, scheduler)
+    cancelled, expired, kept = await _submitted(
+        scheduler, (Terms("a"), 1), (Terms("a", timeout=0.01), 2), (Terms("a", timeout=60), 3)
+    )
+    await asyncio.sleep(0.05)
+    cancelled.cancel()
+    await asyncio.sleep(0)
+    assert scheduler.waiting == 2
+    gate.open.set()
+    assert (await kept).answer == 6
+    await first
+    with pytest.raises(ExpiredError):
+        await expired
+    assert gate.batches == [("busy", [0]), ("a", [3])]
+    assert tally.counts == {"admitted": 4, "cancelled": 1, "expired": 1}
+    await scheduler.close()
+
+
+async def test_a_job_cancelled_while_it_computes_leaves_the_others_alone() -> None:
+    gate = Gate()
+    scheduler = Scheduler(gate, max_batch_size=2, max_queue_delay=30.0)
+    scheduler.start()
+    leaves, stays = await _submitted(scheduler, (Terms("a"), 1), (Terms("a"), 2))
+    await _entered(gate)
+    leaves.cancel()
+    gate.open.set()
+    assert (await stays).answer == 4
+    await scheduler.close()
+
+
+async def test_only_the_culprit_of_a_failed_batch_fails() -> None:
+    sizes = []
+
+    def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        sizes.append(len(jobs))
+        if 2 in jobs:
+            raise ZeroDivisionError
+        return [ValueError("three") if job == 3 else 2 * job for job in jobs]
+
+    scheduler = Scheduler(compute, max_batch_size=8)
+    scheduler.start()
+    tasks = [asyncio.ensure_future(scheduler.submit(Terms("a"), job)) for job in range(8)]
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(answers[2], ZeroDivisionError)
+    assert isinstance(answers[3], ValueError)
+    assert [item.answer for job, item in enumerate(answers) if job not in {2, 3}] == [0, 2, 8, 10, 12, 14]
+    assert sum(sizes) <= 8 * 4  # halved, not one by one
+    assert scheduler.alive
+    await scheduler.close()
+
+
+async def test_a_compute_function_that_answers_too_little_is_an_error_for_everyone() -> None:
+    scheduler = Scheduler(lambda bucket, jobs, rest: [], max_batch_size=2)
+    scheduler.start()
+    answers = await asyncio.gather(*(scheduler.submit(Terms("a"), job) for job in range(2)), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [RuntimeError, RuntimeError]
+    await scheduler.close()
+
+
+async def test_a_batch_that_memory_cannot_hold_is_halved_and_the_ceiling_remembered_until_it_creeps_up() -> None:
+    limit, sizes = 5, []
+
+    def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        sizes.append(len(jobs))
+        if len(jobs) > limit:
+            raise TooLargeError("memory")
+        return list(jobs)
+
+    scheduler = Scheduler(compute, max_batch_size=16)
+    scheduler.start()
+    together = [(Terms("a", caller=str(job)), job) for job in range(16)]
+    assert [done.answer for done in await scheduler.submit_all(together)] == list(range(16))
+    assert scheduler.ceiling("a") == 4
+    assert scheduler.ceiling("b") == 16
+    assert sizes == [16, 8, 4, 4, 4, 4]
+    sizes.clear()
+    await scheduler.submit_all(together)
+    assert sizes == [4, 4, 4, 4]
+    limit = 16  # somebody else gave memory back
+    for _ in range(3000):
+        await scheduler.submit_all(together)
+        if scheduler.ceiling("a") == 16:
+            break
+    assert scheduler.ceiling("a") == 16
+    await scheduler.close()
+
+
+async def test_a_single_job_that_memory_cannot_hold_fails_alone() -> None:
+    def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        if 3 in jobs:
+            raise TooLargeError("memory")
+        return list(jobs)
+
+    scheduler = Scheduler(compute, max_batch_size=4)
+    scheduler.start()
+    tasks = [asyncio.ensure_future(scheduler.submit(Terms("a"), job)) for job in range(4)]
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(answers[3], TooLargeError)
+    assert [item.answer for item in answers[:3]] == [0, 1, 2]
+    await scheduler.close()
+
+
+@pytest.mark.parametrize("error", [DeviceLostError("gone"), SystemExit(3), KeyboardInterrupt()])
+async def test_when_nothing_can_be_computed_any_more_everyone_is_told_at_once(error: BaseException) -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        entered.set()
+        assert go.wait(10)
+        raise error
+
+    failures: list[BaseException] = []
+    scheduler = Scheduler(compute, max_batch_size=1, on_failure=failures.append)
+    scheduler.start()
+    tasks = await _submitted(scheduler, *((Terms("a"), job) for job in range(3)))
+    assert await asyncio.to_thread(entered.wait, 10)
+    assert scheduler.alive
+    go.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [DeviceLostError] * 3
+    assert failures == [error]
+    assert not scheduler.alive
+    with pytest.raises(DeviceLostError):
+        await scheduler.submit(Terms("a"), 0)
+    await scheduler.close()
+
+
+async def test_a_silent_worker_is_seen_from_outside() -> None:
+    gate = Gate()
+    scheduler = Scheduler(gate)
+    scheduler.start()
+    assert scheduler.silent_seconds == 0
+    task = await _busy(gate, scheduler)
+    await asyncio.sleep(0.05)
+    assert scheduler.silent_seconds > 0.04
+    scheduler.fail(RuntimeError("stuck"))
+    with pytest.raises(DeviceLostError):
+        await task
+    gate.open.set()
+    await scheduler.close()
+
+
+async def test_closing_answers_all_that_were_let_in_and_no_more() -> None:
+    threads = set(threading.enumerate())
+    gate = Gate()
+    scheduler = Scheduler(gate, max_batch_size=1)
+    scheduler.start()
+    tasks = await _submitted(scheduler, *((Terms("a"), job) for job in range(3)))
+    await _entered(gate)
+    closing = asyncio.create_task(scheduler.close())
+    await asyncio.sleep(0)
+    with pytest.raises(ClosedError):
+        await scheduler.submit(Terms("a"), 9)
+    gate.open.set()
+    assert [item.answer for item in await asyncio.gather(*tasks)] == [0, 2, 4]
+    await closing
+    left = set(threading.enumerate()) - threads
+    assert not [thread for thread in left if thread.name.startswith("compute")]
+
+
+async def test_two_slots_work_on_two_batches_at_once() -> None:
+    barrier = threading.Barrier(2)
+
+    def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        barrier.wait(10)
+        return list(jobs)
+
+    scheduler = Scheduler(compute, max_batch_size=1, slots=2)
+    scheduler.start()
+    done = await asyncio.gather(*(scheduler.submit(Terms("a"), job) for job in range(2)))
+    assert [item.answer for item in done] == [0, 1]
+    await scheduler.close()
+
+
+async def test_a_cheap_job_goes_before_the_rest_of_an_expensive_one() -> None:
+    steps = Steps()
+    scheduler = Scheduler(steps, bounds=Bounds(cost=1e6))
+    scheduler.start()
+    await scheduler.submit(Terms("a"), "first")  # from now on it is known how long jobs take
+    long = asyncio.create_task(scheduler.submit(Terms("a", cost=100_000), "long"))
+    assert await asyncio.to_thread(steps.asked.wait, 10)
+    for number in range(3):
+        cheap = asyncio.create_task(scheduler.submit(Terms("a"), f"cheap {number}"))
+        while not cheap.done():
+            steps.steps.release()
+            await asyncio.sleep(0.005)
+        assert not long.done()
+    dear = asyncio.create_task(scheduler.submit(Terms("a", cost=50_000), "dear"))
+    for _ in range(100):
+        steps.steps.release()
+    await asyncio.gather(long, dear)
+    assert steps.log == ["first", "long begins", "cheap 0", "cheap 1", "cheap 2", "long ends", "dear"]
+    await scheduler.close()
+
+
+async def test_a_flood_of_cheap_jobs_does_not_stop_an_expensive_one() -> None:
+    steps = Steps()
+    scheduler = Scheduler(steps, max_batch_size=1, bounds=Bounds(cost=1e6))
+    scheduler.start()
+    await scheduler.submit(Terms("a"), "first")
+    long = asyncio.create_task(scheduler.submit(Terms("a", cost=100_000), "long"))
+    for _ in range(100):
+        steps.steps.release()
+
+    async def flood() -> None:
+        while not long.done():
+            await scheduler.submit(Terms("a"), "cheap")
+
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(flood() for _ in range(8)))
+    await long
+    await scheduler.close()
+
+
+async def test_a_job_of_another_caller_who_asks_for_little_interrupts_a_flood_and_its_own_does_not() -> None:
+    steps = Steps()
+    scheduler = Scheduler(steps, max_batch_size=4)
+    scheduler.start()
+    for _ in range(30):
+        await scheduler.submit(Terms("a", caller="flood"), "fast")
+    for size in (1, 4):  # now it is known that batches take long
+        steps.steps.release()
+        jobs = [(Terms("b", caller=f"warm-up {number}"), "long over") for number in range(size)]
+        await scheduler.submit_all(jobs)
+    steps.log.clear()
+    tasks = [
+        asyncio.create_task(
+            scheduler.submit_all([(Terms("b", caller="flood"), f"long {number}") for number in range(4)])
+        )
+    ]
+    steps.asked.clear()
+    assert await asyncio.to_thread(steps.asked.wait, 10)
+    tasks += await _submitted(scheduler, (Terms("a", caller="flood"), "own"), (Terms("a", caller="little"), "other"))
+    for _ in range(100):
+        steps.steps.release()
+    await asyncio.gather(*tasks)
+    name = "long 0+long 1+long 2+long 3"
+    assert steps.log == [f"{name} begins", "other", f"{name} ends", "own"]
+    await scheduler.close()
+
+
+async def test_work_whose_callers_have_gone_ends_at_the_next_rest() -> None:
+    steps = Steps()
+    scheduler = Scheduler(steps)
+    scheduler.start()
+    task = asyncio.create_task(scheduler.submit(Terms("a"), "long"))
+    assert await asyncio.to_thread(steps.asked.wait, 10)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    steps.steps.release()
+    assert (await scheduler.submit(Terms("a"), "next")).answer == "next"
+    assert steps.log == ["long begins", "next"]
+    await scheduler.close()
+
+
+async def test_work_whose_deadline_has_passed_ends_at_the_next_rest() -> None:
+    steps = Steps()
+    scheduler = Scheduler(steps)
+    scheduler.start()
+    task = asyncio.create_task(scheduler.submit(Terms("a", timeout=0.05), "long"))
+    assert await asyncio.to_thread(steps.asked.wait, 10)
+    await asyncio.sleep(0.1)
+    steps.steps.release()
+    with pytest.raises(ExpiredError):
+        await task
+    assert steps.log == ["long begins"]
+    await scheduler.close()
+
+
+async def test_a_job_that_could_not_be_done_in_time_is_refused_on_arrival() -> None:
+    def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        time.sleep(0.1 * len(jobs))
+        return list(jobs)
+
+    tally = Tally()
+    scheduler = Scheduler(compute, max_batch_size=2, observer=tally)
+    scheduler.start()
+    for size in (1, 2):
+        await scheduler.submit_all([(Terms("a"), job) for job in range(size)])
+    patient = await _submitted(scheduler, *((Terms("a", caller="patient"), job) for job in range(20)))
+    with pytest.raises(QueueFullError) as refused:
+        await scheduler.submit(Terms("a", caller="patient", timeout=0.5), 0)
+    assert refused.value.reason == "deadline"
+    assert 0.5 < refused.value.retry_after < 5
+    assert (await scheduler.submit(Terms("a", caller="other", timeout=2), 1)).answer == 1  # its turn comes soon
+    await asyncio.gather(*patient)
+    assert (await scheduler.submit(Terms("a", timeout=0.15), 1)).answer == 1  # an idle server tries
+    assert tally.counts["refused deadline"] == 1
+    await scheduler.close()
+
+
+async def test_batches_are_no_longer_than_their_deadlines_bear() -> None:
+    sizes = []
+
+    def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        sizes.append(len(jobs))
+        time.sleep(0.02 * len(jobs))
+        return list(jobs)
+
+    scheduler = Scheduler(compute, max_batch_size=16)
+    scheduler.start()
+    for size in (1, 16):
+        await scheduler.submit_all([(Terms("a"), job) for job in range(size)])
+    sizes.clear()
+    await scheduler.submit_all([(Terms("a", timeout=0.8), job) for job in range(16)])
+    assert max(sizes) <= 10  # a quarter of 0.8 s
+    sizes.clear()
+    await scheduler.submit_all([(Terms("a", timeout=60), job) for job in range(16)])
+    assert sizes == [16]
+    await scheduler.close()
