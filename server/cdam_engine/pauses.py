@@ -38,11 +38,12 @@ def interruptible(rest: Callable[[], None]) -> Iterator[None]:
         _work.reset(token)
 
 
-def pause(device: torch.device) -> None:
+def pause(device: torch.device, *, brief: bool = False) -> None:
     """A place where the work may rest; does nothing unless somebody asked for it.
 
     Args:
         device: Where the work is done; what has been begun there is finished first, so that a rest can be short.
+        brief: It is one of many such places, a layer of the model apart; a GPU would only lose by them.
     """
     if torch.compiler.is_compiling():
         return
@@ -50,6 +51,8 @@ def pause(device: torch.device) -> None:
     if work is None:
         return
     if device.type == "cuda":
+        if brief:
+            return
         torch.cuda.current_stream(device).synchronize()
     started = perf_counter()
     token = _work.set(None)  # what is done meanwhile rests only if it is said to

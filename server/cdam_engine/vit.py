@@ -146,8 +146,7 @@ class SplitViT:
         x = embedded.tokens
         for block, arguments in zip(self.blocks[:-1], embedded.arguments[:-1], strict=True):
             x = block(x, **arguments)
-            if x.device.type == "cpu":  # a GPU is done with the whole trunk before it would have been worth while
-                pause(x.device)
+            pause(x.device, brief=True)
         return TrunkOutput(x, self.blocks[-1].norm1(x), embedded.grid, embedded.arguments[-1])
 
     def embed(self, pixels: Tensor) -> Embedded:

@@ -18,6 +18,7 @@ from cdam_engine.targets import Target, values
 from cdam_engine.vit import SplitViT, TailOutput
 
 _MAX_ELEMENTS: Final = 1 << 23  # of an MLP's hidden layer: 32 MiB in float32
+_MAX_ELEMENTS_ON_CPU: Final = 1 << 21  # what its cache about holds; more is not faster, and rests are rarer
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class TokenAblation(Method):
         patches = batch.grid.h * batch.grid.w
         if patches == 1 and not vit.num_readout_tokens:
             raise UnsupportedMethodError("NO_TOKENS_LEFT", "of a single patch nothing is left to read out without it")
-        at_once = _MAX_ELEMENTS // (4 * vit.width * batch.tokens)
+        most = _MAX_ELEMENTS_ON_CPU if batch.pixels.device.type == "cpu" else _MAX_ELEMENTS
+        at_once = most // (4 * vit.width * batch.tokens)
         maps = []
         for image, targets in zip(images, batch.resolve(images, wanted), strict=True):
             embedded = vit.embed(batch.pixels[[image]])
@@ -76,8 +78,7 @@ def _without(vit: SplitViT, tokens: Tensor, arguments: Sequence[Mapping[str, Any
             x = vit.blocks[index](x, **left)  # the model's own, with its fused attention
         else:
             x, _ = vit.attend(index, x, left, bias, rows)
-        if x.device.type == "cpu" or index == last:
-            pause(x.device)
+        pause(x.device, brief=index != last)
     return vit.read_out(vit.final_norm(x))
 
 

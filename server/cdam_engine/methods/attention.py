@@ -98,7 +98,7 @@ class AttentionRollout(Method):
             for index, arguments in enumerate(embedded.arguments):
                 x, a = vit.attend(index, x, arguments, vit.position_bias(index, arguments))
                 means.append(a.mean(dim=1))
-                pause(x.device)
+                pause(x.device, brief=True)
             batch.learn(chosen, *vit.read_out(vit.final_norm(x)))
             row = vit.readout_weights(x).expand(len(chosen), 1, -1)
             for mean in reversed(means):

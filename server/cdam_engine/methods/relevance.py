@@ -60,6 +60,7 @@ class RelevancePropagation(Method):
                 bias = vit.position_bias(index, arguments)
                 x, a = vit.attend(index, x, arguments, bias, vit.rows_read if index == last else None)
                 weights.append(a)
+                pause(x.device, brief=True)
             output = vit.read_out(vit.final_norm(x))
         batch.learn(images, *output)
         targets = batch.resolve(images, wanted)
