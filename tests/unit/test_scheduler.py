@@ -1,8 +1,10 @@
 """The scheduler, with real threads and a compute function that the test can hold back."""
 
 import asyncio
+import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -566,3 +568,58 @@ async def test_batches_are_no_longer_than_their_deadlines_bear() -> None:
     await scheduler.submit_all([(Terms("a", timeout=60), job) for job in range(16)])
     assert sizes == [16]
     await scheduler.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_whatever_happens_every_job_gets_exactly_one_answer(seed: int) -> None:
+    draw = random.Random(seed)
+    tally = Tally()
+
+    def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        for _ in range(draw.randrange(4)):
+            time.sleep(0.001)
+            rest()
+        if any(job % 17 == 0 for job in jobs):
+            raise ZeroDivisionError
+        if len(jobs) > 6:
+            raise TooLargeError("memory")
+        return [ValueError() if job % 13 == 0 else 2 * job for job in jobs]
+
+    scheduler = Scheduler(compute, max_batch_size=8, slots=1 + seed % 2, bounds=Bounds(jobs=64), observer=tally)
+    scheduler.start()
+
+    async def ask(job: int) -> str:
+        await asyncio.sleep(draw.random() * 0.2)
+        terms = Terms(
+            draw.choice("ab"),
+            cost=draw.choice((1.0, 1.0, 1.0, 20.0)),
+            caller=draw.choice("xyz"),
+            timeout=draw.choice((None, 0.01, 0.05, 5.0)),
+            rank=draw.choice((-1, 0, 1)),
+        )
+        try:
+            async with asyncio.timeout(draw.choice((None, None, None, 0.02))):
+                done = await scheduler.submit(terms, job)
+        except (QueueFullError, ExpiredError, TimeoutError) as error:
+            return type(error).__name__
+        except ZeroDivisionError:
+            assert job % 17 == 0
+            return "poison"
+        except ValueError:
+            assert job % 13 == 0
+            return "error"
+        assert done.answer == 2 * job
+        assert 1 <= done.batch_size <= 6
+        return "OK"
+
+    async with asyncio.timeout(60):
+        outcomes = Counter(await asyncio.gather(*(ask(job) for job in range(1, 600))))
+    assert outcomes["OK"] > 30, outcomes
+    assert outcomes["poison"], outcomes
+    counts = tally.counts
+    assert counts["admitted"] + outcomes["QueueFullError"] == 599
+    assert counts.get("expired", 0) == outcomes["ExpiredError"]
+    assert counts.get("cancelled", 0) == outcomes["TimeoutError"]
+    assert scheduler.waiting == 0
+    async with asyncio.timeout(10):
+        await scheduler.close()

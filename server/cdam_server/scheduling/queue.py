@@ -82,8 +82,8 @@ class Queue:
         """Reserve room for a job that was let in."""
         caller = self._callers.get(entry.terms.caller)
         if caller is None:
-            caller = self._callers[entry.terms.caller] = _Caller(self._clock - self._credit)
             self._forget()
+            caller = self._callers[entry.terms.caller] = _Caller(self._clock - self._credit)
         elif caller.idle:
             caller.served = max(caller.served, self._clock - self._credit)
         for name, wanted, _ in self._amounts(entry.terms):

@@ -1,0 +1,183 @@
+"""The queue's order and its book-keeping, and the estimates; without threads."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cdam_server.scheduling import Bounds, QueueFullError, Terms
+from cdam_server.scheduling.entry import Entry
+from cdam_server.scheduling.estimate import Estimator
+from cdam_server.scheduling.queue import Queue
+
+LOOP = asyncio.new_event_loop()
+LOOP.close()
+
+
+def entry(number: int, seconds: float = 1.0, **terms: Any) -> Entry[str, int, int]:
+    future: asyncio.Future[Any] = asyncio.Future(loop=LOOP)
+    return Entry(Terms(**{"bucket": "a", **terms}), float(number), number, seconds, future, job=number)
+
+
+def queue_of(entries: list[Entry[str, int, int]]) -> Queue:
+    queue = Queue(Bounds(10_000, 1e9, 1 << 40), credit=8.0)
+    for item in entries:
+        queue.hold(item)
+        queue.push(item)
+    return queue
+
+
+def take(queue: Queue, size: int = 1) -> list[int]:
+    return [item.number for item in queue.take(lambda bucket: size, lambda batch: True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_every_job_comes_out_once_and_the_books_balance(seed: int) -> None:
+    draw = random.Random(seed)
+    queue = Queue(Bounds(jobs=40, cost=200.0, bytes=4000), credit=8.0)
+    held: dict[int, Entry[str, int, int]] = {}
+    pushed: set[int] = set()
+    out: Counter[int] = Counter()
+    for number in range(150):
+        item = entry(
+            number,
+            seconds=draw.random(),
+            caller=draw.choice("abc"),
+            bucket=draw.choice("xy"),
+            cost=draw.choice((1.0, 2.0, 30.0)),
+            bytes=draw.randrange(300),
+            timeout=draw.choice((None, draw.random() * 100)),
+            rank=draw.choice((-1, 0, 1)),
+        )
+        try:
+            queue.check_room(item.terms)
+        except QueueFullError:
+            assert held
+        else:
+            item.job = None  # type: ignore[assignment]
+            queue.hold(item)
+            held[number] = item
+        match draw.randrange(4):
+            case 0 if waits := [its for its in held.values() if its.job is None]:
+                chosen = draw.choice(waits)
+                chosen.job = chosen.number
+                queue.push(chosen)
+                pushed.add(chosen.number)
+            case 1:
+                batch = queue.take(lambda bucket: 4, lambda batch: len(batch) <= 3)
+                assert len({its.terms.bucket for its in batch}) <= 1
+                assert len(batch) == 1 or all(its.terms.light for its in batch)
+                out.update(its.number for its in batch)
+            case 2 if held:
+                chosen = held.pop(draw.choice(list(held)))
+                queue.release(chosen)
+                out[chosen.number] += chosen.number in pushed and not out[chosen.number]
+            case _:
+                dropped = queue.drop(lambda its: draw.random() < 0.1)
+                out.update(its.number for its in dropped)
+        assert queue.held == len(held)
+        assert queue.held <= 40
+    while batch := queue.take(lambda bucket: 4, lambda batch: True):
+        out.update(its.number for its in batch)
+    assert set(out.elements()) == pushed
+    assert max(out.values(), default=1) == 1
+    for item in held.values():
+        queue.release(item)
+    assert queue.held == queue.waiting == 0
+    assert queue.retry_after() == pytest.approx(0.05)
+
+
+def test_callers_get_equal_shares_of_work_whatever_they_ask_for() -> None:
+    costs = {"small": 1.0, "medium": 2.0, "large": 4.0}
+    entries = [
+        entry(1000 * place + number, caller=name, cost=cost)
+        for place, (name, cost) in enumerate(costs.items())
+        for number in range(400)
+    ]
+    queue = queue_of(entries)
+    had: Counter[str] = Counter()
+    for _ in range(200):
+        (chosen,) = queue.take(lambda bucket: 1, lambda batch: True)
+        had[chosen.terms.caller] += int(chosen.terms.cost)
+    assert max(had.values()) - min(had.values()) <= 8
+
+
+def test_who_comes_back_is_ahead_for_as_much_as_its_credit_and_no_more() -> None:
+    queue = queue_of([entry(number, caller="always") for number in range(200)])
+    for _ in range(100):
+        take(queue)
+    for number in range(1000, 1050):
+        item = entry(number, caller="back")
+        queue.hold(item)
+        queue.push(item)
+    first = [take(queue)[0] >= 1000 for _ in range(40)]
+    assert sum(first[:8]) >= 7
+    assert 20 <= sum(first) <= 30  # its credit of 8, and then every second one
+
+
+def test_a_very_expensive_job_is_not_held_against_its_caller_for_long() -> None:
+    queue = queue_of([entry(0, caller="dear", cost=1000.0), entry(1, caller="dear")])
+    assert take(queue) == [0]
+    for number in range(100, 200):
+        item = entry(number, caller="other")
+        queue.hold(item)
+        queue.push(item)
+    order = [take(queue)[0] for _ in range(40)]
+    assert order.index(1) <= 20
+
+
+def test_callers_that_went_long_ago_are_forgotten() -> None:
+    queue = Queue(Bounds(), credit=8.0)
+    for number in range(5000):
+        item = entry(number, caller=f"caller {number}")
+        queue.hold(item)
+        queue.push(item)
+        assert take(queue) == [number]
+        queue.release(item)
+    assert len(queue._callers) <= 1025
+
+
+def test_what_will_be_done_before() -> None:
+    queue = queue_of(
+        [
+            entry(0, caller="own", seconds=1.0),
+            entry(1, caller="other", seconds=5.0),
+            entry(2, caller="urgent", seconds=2.0, rank=-1),
+            entry(3, caller="bulk", seconds=9.0, rank=1),
+            entry(4, caller="heavy", seconds=60.0, cost=500.0),
+        ]
+    )
+    # Its own 1, as much of the other's as it has itself (1 + 0.5), and all that is urgent.
+    assert queue.backlog(Terms("a", caller="own"), 0.5) == pytest.approx(1 + 1.5 + 2)
+    assert queue.backlog(Terms("a", caller="own", cost=500.0), 0.5) == pytest.approx(1 + 1.5 + 1.5 + 2)
+    assert queue.backlog(Terms("a", caller="own", rank=1), 0.5) == pytest.approx(1 + 5 + 2 + 0.5)
+
+
+def test_estimates_grow_with_the_cost_and_are_cautious_about_what_is_not_known() -> None:
+    estimator = Estimator()
+    assert estimator.seconds("a", 1.0) is None
+    for cost, seconds in ((1.0, 0.010), (16.0, 0.040)):
+        estimator.observe("a", cost, seconds)
+    assert estimator.seconds("a", 1.0) == pytest.approx(0.010)
+    assert estimator.seconds("a", 16.0) == pytest.approx(0.040)
+    assert estimator.seconds("a", 4.0) == pytest.approx(0.040)  # no better than single ones
+    assert estimator.seconds("a", 64.0) == pytest.approx(0.160)
+    assert estimator.seconds("b", 1.0) is None
+
+
+def test_estimates_follow_and_shrug_off_a_moment_of_standstill() -> None:
+    estimator = Estimator()
+    for _ in range(10):
+        estimator.observe("a", 1.0, 0.010)
+    estimator.observe("a", 1.0, 30.0)
+    assert estimator.seconds("a", 1.0) == pytest.approx(0.016)
+    for _ in range(60):
+        estimator.observe("a", 1.0, 0.100)
+    assert estimator.seconds("a", 1.0) == pytest.approx(0.100, rel=0.01)
