@@ -38,6 +38,7 @@ from cdam_server.watchdog import Watchdog
 
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _DECODERS = 4
+_CROWD = 8
 _HEARTBEAT_SECONDS = 1.0
 _STALL_SECONDS = 10.0
 _LAST_CALL_SECONDS = 1.0
@@ -134,7 +135,12 @@ class Application:
     async def _serve(self) -> None:
         settings = self._settings
         self._interceptor = RequestInterceptor(self._telemetry, lambda: self._accepting, self._tracing)
-        self._server = grpc.aio.server(interceptors=[self._interceptor], options=_options(settings))
+        self._server = grpc.aio.server(
+            interceptors=[self._interceptor],
+            options=_options(settings),
+            # A crowd that is refused takes memory, too: of more, gRPC itself refuses without reading a message.
+            maximum_concurrent_rpcs=_CROWD * settings.max_pending,
+        )
         explain = ExplainUseCase(
             self._catalog,
             self._scheduler,

@@ -31,14 +31,18 @@ class Run:
         started: When it began.
         seconds: Estimate of how long it will compute; None if there is none.
         nested: Whether it interrupts another one.
+        ceiling: Most jobs in a batch of its bucket when it began.
         rested: How long others interrupted it.
+        has_culprit: Whether one of its jobs does not fit into memory alone.
     """
 
     entries: Sequence[AnyEntry]
     started: float
     seconds: float | None
     nested: bool
+    ceiling: int
     rested: float = 0.0
+    has_culprit: bool = False
 
     @property
     def bucket(self) -> Any:
@@ -177,11 +181,15 @@ class Dispatcher:
                 self._estimator.observe(_kind(run.entries), run.cost, run.worked(now) / at_once)
                 self._creep_up(run)
 
-    def too_large(self, bucket: Hashable, size: int) -> None:
-        """A batch of this size did not fit into memory."""
+    def too_large(self, run: Run, size: int) -> None:
+        """So many jobs of a batch did not fit into memory together."""
         with self._changed:
-            ceiling = self._ceilings.setdefault(bucket, _Ceiling(self.max_batch_size))
-            ceiling.value = min(ceiling.value, max(1, size // 2))
+            ceiling = self._ceilings.setdefault(run.bucket, _Ceiling(self.max_batch_size))
+            if size == 1 or run.has_culprit:  # it was not the number
+                run.has_culprit = True
+                ceiling.value = run.ceiling
+                return
+            ceiling.value = min(ceiling.value, size // 2)
             ceiling.patience, ceiling.filled = min(2 * ceiling.patience, 1 << 12), 0
 
     def ceiling(self, bucket: Hashable) -> int:
@@ -226,7 +234,8 @@ class Dispatcher:
         return 0.0 if full else oldest.submitted + self.max_queue_delay - now
 
     def _begin(self, batch: Sequence[AnyEntry], now: float, *, nested: bool) -> Run:
-        run = Run(batch, now, self._seconds(_kind(batch), _cost(batch)), nested)
+        ceiling = self.ceiling(batch[0].terms.bucket)
+        run = Run(batch, now, self._seconds(_kind(batch), _cost(batch)), nested, ceiling)
         self._runs.append(run)
         return run
 

@@ -166,10 +166,10 @@ class Scheduler(Generic[Bucket, Job, Answer]):
             entry.gone = True
             if not answered.cancel() and not answered.cancelled():
                 answered.exception()  # if nobody came to read it, asyncio need not complain
-            self._dispatcher.release(entry)
             self._held.discard(entry)
             if not self._held:
                 self._empty.set()
+            self._dispatcher.release(entry)
 
     async def submit(self, terms: Terms[Bucket], job: Job) -> Done[Answer]:
         """Let a job in that is ready, and wait for its answer; raises what `admit` and `Ticket.submit` raise."""
@@ -188,8 +188,8 @@ class Scheduler(Generic[Bucket, Job, Answer]):
         self._dispatcher.close()
         await self._empty.wait()
         self.abandon()
-        while any(worker.is_alive() for worker in self._workers):
-            await asyncio.sleep(0.01)  # one that is stuck must not keep a thread that waits for it
+        while self._failure is None and any(worker.is_alive() for worker in self._workers):  # noqa: ASYNC110 - it is threads that end
+            await asyncio.sleep(0.01)
 
     def abandon(self) -> None:
         """End without waiting for what is being computed."""

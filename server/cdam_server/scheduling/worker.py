@@ -104,7 +104,7 @@ class Worker(threading.Thread, Generic[Bucket, Job, Answer]):
 
     def _attempt_halves(self, run: Run, entries: Sequence[AnyEntry], error: Exception) -> None:
         if isinstance(error, TooLargeError):
-            self._dispatcher.too_large(run.bucket, len(entries))
+            self._dispatcher.too_large(run, len(entries))
         if len(entries) == 1:
             self._answer(entries[0], error)
             return
