@@ -39,7 +39,7 @@ from cdam_server.watchdog import Watchdog
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _DECODERS = 4
 _CROWD = 8
-_HEARTBEAT_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 0.2
 _STALL_SECONDS = 10.0
 _LAST_CALL_SECONDS = 1.0
 _log = structlog.get_logger("cdam.server")
@@ -81,8 +81,6 @@ class Application:
         """
         settings, telemetry = self._settings, self._telemetry
         self._loop = asyncio.get_running_loop()
-        self._facts = Health(live=self._live, ready=lambda: self._ready, service=SERVICE)
-        self._admin = AdminServer(settings.admin_address, telemetry.registry, self._facts)
         self._scheduler: Scheduler[Bucket, Job, Explanation] = Scheduler(
             self._compute,
             bounds=Bounds(settings.max_pending, settings.max_pending_passes, settings.max_pending_mib * MIB),
@@ -94,6 +92,8 @@ class Application:
         )
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._scheduler.start()
+        self._facts = Health(live=self._live, ready=lambda: self._ready, service=SERVICE)
+        self._admin = AdminServer(settings.admin_address, telemetry.registry, self._facts)
         self._pulse = asyncio.create_task(self._beat(), name="heartbeat")
         self._describe()
         await self._serve()

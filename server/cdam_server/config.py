@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 from cdam_server.loading import ModelSpec, load_models_file
@@ -80,9 +80,11 @@ class Settings(BaseSettings):
 
     @field_validator("address", "admin_address")
     @classmethod
-    def _host_and_port(cls, address: str) -> str:
+    def _host_and_port(cls, address: str, info: ValidationInfo) -> str:
         host, _, port = address.rpartition(":")
-        if not address.startswith("unix:") and not (host and port.isdecimal() and int(port) < 65536):
+        if info.field_name == "address" and address.startswith("unix:"):
+            return address
+        if not (host and port.isdecimal() and int(port) < 65536):
             raise ValueError(f"must be HOST:PORT, not {address!r}")
         return address
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from time import perf_counter_ns, time_ns
 from typing import Any, Final
 
-import grpc
 import structlog
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -20,16 +19,7 @@ from cdam_server.tracing import RequestSpan
 
 _FLUSH_SECONDS: Final = 3.0
 # Of a server's spans, by the semantic conventions; other codes are the caller's fault, or its wish.
-_FAILURES: Final = frozenset(
-    {
-        grpc.StatusCode.UNKNOWN,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.UNIMPLEMENTED,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DATA_LOSS,
-    }
-)
+_FAILURES: Final = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 _log = structlog.get_logger("cdam.tracing")
 
 
@@ -89,10 +79,10 @@ class _RecordedSpan(RequestSpan):
         span = self._tracer.start_span(name, self._context, attributes=facts, start_time=begin)
         span.end(begin + round(1e9 * seconds))
 
-    def end(self, code: grpc.StatusCode, message: str | None) -> None:
-        self._span.set_attribute("rpc.response.status_code", code.name)
+    def end(self, code: str, message: str | None) -> None:
+        self._span.set_attribute("rpc.response.status_code", code)
         if code in _FAILURES:
-            self._span.set_attribute("error.type", code.name)
+            self._span.set_attribute("error.type", code)
             self._span.set_status(trace.StatusCode.ERROR, message)
         self._span.end(self._epoch + perf_counter_ns())
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
-import grpc
 import structlog
 
 
@@ -23,8 +22,8 @@ class RequestSpan:
     def stage(self, name: str, started: float, seconds: float, attributes: Mapping[str, Any]) -> None:
         """Add a stage that is over."""
 
-    def end(self, code: grpc.StatusCode, message: str | None) -> None:
-        """End it with what the caller is told."""
+    def end(self, code: str, message: str | None) -> None:
+        """End it with what the caller is told, the code by its name."""
 
 
 _UNTRACED: Final = RequestSpan()

@@ -500,6 +500,29 @@ async def test_a_job_of_another_caller_who_asks_for_little_interrupts_a_flood_an
     await scheduler.close()
 
 
+async def test_who_asks_for_little_is_not_kept_by_the_company_of_a_flood() -> None:
+    batches: list[list[int]] = []
+
+    def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        batches.append(list(jobs))
+        time.sleep(0.01 * len(jobs))  # without a rest
+        return list(jobs)
+
+    scheduler = Scheduler(compute, max_batch_size=4)
+    scheduler.start()
+    for size in (1, 4):
+        await scheduler.submit_all([(Terms("a", caller=f"warm-up {job}"), job) for job in range(size)])
+    flood = await _submitted(scheduler, *((Terms("a", caller="flood"), job) for job in range(60)))
+    await flood[40]
+    await scheduler.submit(Terms("a", caller="little"), 99)
+    assert [99] in batches
+    await asyncio.gather(*flood)
+    others = await _submitted(scheduler, *((Terms("a", caller=name), 7) for name in "bcdefghi"))
+    await asyncio.gather(*others)
+    assert [7, 7, 7, 7] in batches  # equals do share
+    await scheduler.close()
+
+
 async def test_work_whose_callers_have_gone_ends_at_the_next_rest() -> None:
     steps = Steps()
     scheduler = Scheduler(steps)

@@ -114,7 +114,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             if failure:
                 facts["error"] = failure
             _log.info("rpc", **facts)
-            span.end(code, failure)
+            span.end(code.name, failure)
 
 
 def _pass_on(request: Any) -> Any:

@@ -19,6 +19,7 @@ _MARGIN: Final = 1.2  # by which an estimate must be within a deadline
 _LEAST_SPEED: Final = 0.25
 # A job may interrupt another caller's, or its own, if it is so many times cheaper.
 _CHEAPER: Final = 8.0
+_LONGER_IN_COMPANY: Final = 1.5
 _PATIENCE: Final = 32  # full batches before a lowered ceiling is raised
 
 
@@ -162,12 +163,12 @@ class Dispatcher:
             now = time.monotonic()
             if not self._queue.waiting or run.rested * _LEAST_SPEED > run.worked(now) * (1 - _LEAST_SPEED):
                 return None
-            half = run.remaining(now) / 2
+            most = run.remaining(now)  # else it is soon its turn anyway
             may = self._may_interrupt(run)
             batch = self._queue.take(
                 self.ceiling,
-                lambda entries: self._in_time(entries, half),
-                lambda entry: may(entry) and self._in_time([entry], half),
+                lambda entries: self._fits(entries, most),
+                lambda entry: may(entry) and self._fits([entry], most),
             )
             return self._begin(batch, now, nested=True) if batch else None
 
@@ -216,7 +217,7 @@ class Dispatcher:
                 return expired, None
             delay = self._delay(now)
             if delay is not None and delay <= 0:
-                batch = self._queue.take(self.ceiling, lambda entries: self._in_time(entries, math.inf))
+                batch = self._queue.take(self.ceiling, lambda entries: self._fits(entries, math.inf))
                 return [], self._begin(batch, now, nested=False)
             self._changed.wait(delay)
         return [], None
@@ -254,18 +255,25 @@ class Dispatcher:
                 return entry.terms.rank < rank
             if not run.light:
                 return entry.terms.cost * _CHEAPER <= run.cost
-            # Two callers who flood are never further apart than a batch: only one who asks for little gets through.
-            return entry.terms.light and self._queue.lag(entry, run.entries) > self.max_batch_size
+            return entry.terms.light and self._asks_for_little(entry, run.entries)
 
         return may
 
-    def _in_time(self, entries: Sequence[AnyEntry], most: float) -> bool:
-        """Whether so many jobs may be one batch."""
-        allowed = min(most, *(_BATCH_SHARE * (entry.deadline - entry.arrived) for entry in entries))
-        if len(entries) == 1:
-            allowed = most  # it must be computed, however long it takes
+    def _asks_for_little(self, entry: AnyEntry, others: Sequence[AnyEntry]) -> bool:
+        """Whether its caller has had so much less than others: two who flood are never further apart than a batch."""
+        return self._queue.lag(entry, others) > self.max_batch_size
+
+    def _fits(self, entries: Sequence[AnyEntry], most: float) -> bool:
+        """Whether so many jobs may be one batch, of so many seconds at most."""
+        first, last = entries[0], entries[-1]
         seconds = self._seconds(_kind(entries), _cost(entries))
-        return seconds is None or seconds <= allowed
+        if seconds is None:
+            return True
+        if len(entries) == 1:  # it must be computed, however long it takes
+            return seconds <= most
+        if self._asks_for_little(first, [last]):  # nor should it be kept waiting by the company of a flood
+            most = min(most, _LONGER_IN_COMPANY * (self._seconds(_kind([first]), first.terms.cost) or math.inf))
+        return seconds <= min(most, *(_BATCH_SHARE * (entry.deadline - entry.arrived) for entry in entries))
 
     def _check_deadline(self, terms: Terms[Any]) -> None:
         own = self._seconds((terms.bucket, terms.light), terms.cost)
