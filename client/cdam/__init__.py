@@ -58,6 +58,7 @@ from cdam._methods import (
 )
 from cdam._models import Model
 from cdam._overlay import Background, Interpolation, Region
+from cdam._stream import Item, ItemResult
 from cdam._targets import Concept, Contrast, Output, Similarity, Target, TargetLike, TopK
 from cdam._version import __version__
 
@@ -88,6 +89,8 @@ __all__ = [
     "Internal",
     "Interpolation",
     "InvalidArgument",
+    "Item",
+    "ItemResult",
     "MalformedResponse",
     "Method",
     "MethodKind",

@@ -3,14 +3,14 @@
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
 
-from cdam import _flow
+from cdam import _flow, _lines
 from cdam._channel import TLS, MetadataLike, checked_timeout, connection
 from cdam._encode import Priority, Resize, encode_explain
 from cdam._errors import DeadlineExceeded, error_from_rpc
@@ -19,8 +19,10 @@ from cdam._flow import Call, Flow
 from cdam._images import ImageLike
 from cdam._methods import MethodLike, as_methods
 from cdam._models import Model
-from cdam._targets import TargetLike
+from cdam._stream import PATH, Common, Item, ItemResult, explain_stream, wrapped
+from cdam._targets import TargetLike, as_targets
 from cdam._version import __version__
+from cdam.v1 import explain_pb2
 
 T = TypeVar("T")
 
@@ -69,6 +71,7 @@ class _BaseClient:
             user_agent=f"cdam-python/{__version__}",
         )
         self._credentials = self._connection.tls.credentials() if self._connection.tls else None
+        self._max_message_bytes = max_message_bytes
         self._closed = False
         self._lock = threading.Lock()
 
@@ -88,6 +91,27 @@ class _BaseClient:
         if remaining <= 0:
             raise DeadlineExceeded("the timeout passed", code=grpc.StatusCode.DEADLINE_EXCEEDED)
         return {"timeout": remaining, "metadata": self._connection.metadata, "wait_for_ready": call.patient or None}
+
+    def _common(
+        self,
+        items: object,
+        targets: TargetLike | Sequence[TargetLike],
+        methods: MethodLike | Sequence[MethodLike],
+        **settings: Any,
+    ) -> Common:
+        """What is asked of a stream's items in common, checked before the first of them."""
+        if isinstance(items, str | bytes | bytearray | memoryview):
+            raise TypeError("a stream takes several images: put a single one in a list, or explain it alone")
+        common = {"max_message_bytes": self._max_message_bytes, **settings}
+        return Common(targets=as_targets(targets), methods=as_methods(methods), **common)
+
+    def _start_stream(self, channel: Any, requests: Any, deadline: float | None) -> Any:
+        """A call of ExplainStream on a channel of either kind."""
+        remaining = None if deadline is None else deadline - time.monotonic()
+        if remaining is not None and remaining <= 0:
+            raise DeadlineExceeded("the timeout passed", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+        call = channel.stream_stream(PATH, wrapped, explain_pb2.ExplainStreamResponse.FromString)
+        return call(requests, timeout=remaining, metadata=self._connection.metadata)
 
 
 class Client(_BaseClient):
@@ -145,6 +169,60 @@ class Client(_BaseClient):
             priority=priority,
         )
         return self._run(_flow.explain(request, as_methods(methods)), timeout)
+
+    def explain_stream(
+        self,
+        items: Iterable[Item | ImageLike],
+        targets: TargetLike | Sequence[TargetLike] = (),
+        *,
+        methods: MethodLike | Sequence[MethodLike] = (),
+        model: str = "",
+        resize: Resize | None = None,
+        input_size: tuple[int, int] | None = None,
+        priority: Priority | None = None,
+        window: int = 64,
+        retries: int = 10,
+        timeout: float | None = None,
+    ) -> Generator[ItemResult, None, None]:
+        """Explain many images, for as long as they come.
+
+        Results come as soon as they are there, in any order, one for each item. An item that fails, be it that its
+        file can't be read or that the server refuses it, fails alone. When the server goes down or the connection is
+        lost, the stream goes on by itself with what is not answered yet. Leaving the loop early cancels the rest.
+
+        Args:
+            items: Images, or `Item` for those with targets, methods or a key of their own. They are taken as they are
+                needed, in this thread.
+            targets: As for `explain`.
+            methods: As for `explain`.
+            model: As for `explain`.
+            resize: As for `explain`.
+            input_size: As for `explain`.
+            priority: As for `explain`; "low" lets other callers' requests go first.
+            window: Most items that are taken and not yet answered. It bounds memory; a server that works on more
+                items at once than this would wait for some.
+            retries: How often in a row, without a result in between, a broken stream is taken up again; 10 times take
+                about 25 seconds.
+            timeout: Seconds for the whole stream; None: as long as it takes.
+
+        Raises:
+            RpcError: one of its kinds, if the stream as a whole fails; from the iteration.
+            ValueError, TypeError: if an argument can't be encoded.
+        """
+        common = self._common(
+            items,
+            targets,
+            methods,
+            model=model,
+            resize=resize,
+            input_size=input_size,
+            priority=priority,
+            window=window,
+            retries=retries,
+        )
+        deadline = None if timeout is None else self._deadline(timeout)
+        line = _lines.Line(lambda requests: self._start_stream(self._open(), requests, deadline))
+        return _lines.run(explain_stream(common), iter(items), line)
 
     def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         """The models that the server has loaded, default first."""
@@ -245,6 +323,36 @@ class AsyncClient(_BaseClient):
             priority=priority,
         )
         return await self._run(_flow.explain(request, as_methods(methods)), timeout)
+
+    def explain_stream(
+        self,
+        items: Iterable[Item | ImageLike] | AsyncIterable[Item | ImageLike],
+        targets: TargetLike | Sequence[TargetLike] = (),
+        *,
+        methods: MethodLike | Sequence[MethodLike] = (),
+        model: str = "",
+        resize: Resize | None = None,
+        input_size: tuple[int, int] | None = None,
+        priority: Priority | None = None,
+        window: int = 64,
+        retries: int = 10,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[ItemResult, None]:
+        """As `Client.explain_stream`; to leave the loop early, close the generator: `contextlib.aclosing` does."""
+        common = self._common(
+            items,
+            targets,
+            methods,
+            model=model,
+            resize=resize,
+            input_size=input_size,
+            priority=priority,
+            window=window,
+            retries=retries,
+        )
+        deadline = None if timeout is None else self._deadline(timeout)
+        line = _lines.AsyncLine(lambda requests: self._start_stream(self._open(), requests, deadline))
+        return _lines.run_async(explain_stream(common), _lines.each(items), line)
 
     async def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:  # noqa: ASYNC109 - as above
         """As `Client.models`."""

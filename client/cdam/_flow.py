@@ -85,7 +85,8 @@ def model(name: str) -> Flow[Model]:
 def wait_until_ready() -> Flow[None]:
     """Ask for the server's health until it serves; a server that knows no health is ready when it answers."""
     # Both health messages are short enough to write by hand, which saves a dependency.
-    check = Call("/grpc.health.v1.Health/Check", request=b"", decode=lambda status: status == _SERVING, patient=True)
+    request = b"\x0a" + bytes([len(SERVICE)]) + SERVICE.encode()  # HealthCheckRequest(service=SERVICE)
+    check = Call("/grpc.health.v1.Health/Check", request, decode=lambda status: status == _SERVING, patient=True)
     while True:
         try:
             if (yield check):

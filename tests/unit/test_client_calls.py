@@ -183,7 +183,8 @@ def test_waiting_for_health(call: Call) -> None:
 
     status = health_pb2.HealthCheckResponse
     servicer = health.HealthServicer()
-    servicer.set("", status.NOT_SERVING)
+    servicer.set("", status.SERVING)  # it lives, but takes no requests
+    servicer.set("cdam.v1.ExplainerService", status.NOT_SERVING)
     server = grpc.server(ThreadPoolExecutor(2))
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -191,7 +192,7 @@ def test_waiting_for_health(call: Call) -> None:
     try:
         with pytest.raises(cdam.DeadlineExceeded):
             call(f"127.0.0.1:{port}", "wait_until_ready", 0.3)
-        timer = threading.Timer(0.3, servicer.set, ("", status.SERVING))
+        timer = threading.Timer(0.3, servicer.set, ("cdam.v1.ExplainerService", status.SERVING))
         timer.start()
         call(f"127.0.0.1:{port}", "wait_until_ready", 10)
         timer.join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator
 from time import perf_counter
@@ -17,7 +16,6 @@ from cdam_server.explain import ExplainUseCase
 from cdam_server.rpc import decode, encode
 from cdam_server.rpc.caller import identity
 from cdam_server.rpc.stream import Exchange, StreamServer
-from cdam_server.telemetry import Telemetry
 
 _PAGE_TOKEN = re.compile(r"[0-9]{0,9}")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -29,13 +27,13 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
     Args:
         explain: The Explain use case.
         limits: Limits of a request.
-        streams: What serves streams; None: one that knows of no draining.
+        streams: What serves streams.
     """
 
-    def __init__(self, explain: ExplainUseCase, limits: decode.Limits, streams: StreamServer | None = None) -> None:
+    def __init__(self, explain: ExplainUseCase, limits: decode.Limits, streams: StreamServer) -> None:
         self._explain = explain
         self._limits = limits
-        self._streams = streams or StreamServer(Telemetry(), asyncio.Event())
+        self._streams = streams
 
     async def Explain(self, request: explain_pb2.ExplainRequest, context: _Context) -> explain_pb2.ExplainResponse:
         """Explain one image."""
