@@ -5,7 +5,6 @@ import platform
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from time import monotonic
 
@@ -30,7 +29,7 @@ from cdam_server.rpc.images import ImageLimits
 from cdam_server.rpc.interceptors import RequestInterceptor
 from cdam_server.rpc.servicer import ExplainerServicer
 from cdam_server.rpc.stream import StreamServer
-from cdam_server.scheduling import Bounds, Rest, Scheduler
+from cdam_server.scheduling import Bounds, Pool, Rest, Scheduler
 from cdam_server.telemetry import Telemetry
 from cdam_server.tracing import Tracing
 from cdam_server.warmup import warm_up
@@ -90,7 +89,7 @@ class Application:
             observer=telemetry,
             on_failure=self._fail,
         )
-        self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        self._decoders = Pool(_DECODERS, "decode")
         self._scheduler.start()
         self._facts = Health(live=self._live, ready=lambda: self._ready, service=SERVICE)
         self._admin = AdminServer(settings.admin_address, telemetry.registry, self._facts)
@@ -125,7 +124,7 @@ class Application:
                 await self._scheduler.close()
         await self._server.stop(grace=_LAST_CALL_SECONDS)
         self._scheduler.abandon()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoders.close()
         self._pulse.cancel()
         await asyncio.to_thread(self._tracing.close)
         self._watchdog.close()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -46,6 +44,7 @@ from cdam_server.scheduling import (
     DeviceLostError,
     Done,
     ExpiredError,
+    Pool,
     QueueFullError,
     Scheduler,
     Terms,
@@ -153,7 +152,7 @@ class ExplainUseCase:
         self,
         catalog: Catalog,
         scheduler: Scheduler[Bucket, Job, Explanation],
-        decoders: ThreadPoolExecutor,
+        decoders: Pool,
         telemetry: Telemetry,
         *,
         max_targets: int,
@@ -255,8 +254,7 @@ class ExplainUseCase:
     ) -> tuple[Prepared, float]:
         """The image as the model sees it, and the time from now until it was there."""
         started = perf_counter()
-        loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._decoders, _open_and_resize, model, command, input_size)
+        prepared = await self._decoders.run(command.caller, _open_and_resize, model, command, input_size)
         return prepared, perf_counter() - started
 
 

@@ -16,6 +16,7 @@ from cdam_server.scheduling.entry import (
     TooLargeError,
 )
 from cdam_server.scheduling.scheduler import Observer, Rest, Scheduler, Ticket
+from cdam_server.scheduling.turns import Pool, Turns
 
 __all__ = [
     "AbandonedError",
@@ -25,10 +26,12 @@ __all__ = [
     "Done",
     "ExpiredError",
     "Observer",
+    "Pool",
     "QueueFullError",
     "Rest",
     "Scheduler",
     "Terms",
     "Ticket",
     "TooLargeError",
+    "Turns",
 ]

@@ -1,0 +1,82 @@
+"""What few can use at a time, callers in turn."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TypeVar, TypeVarTuple
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
+
+
+class Turns:
+    """Lets so many in at once; those who wait go by callers in turn, so that one who floods keeps nobody else waiting.
+
+    Belongs to one event loop.
+
+    Args:
+        places: How many.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the caller whose turn is next comes first
+
+    @asynccontextmanager
+    async def __call__(self, caller: str) -> AsyncIterator[None]:
+        """Wait for the caller's turn, and have a place as long as the block runs."""
+        if self._free:
+            self._free -= 1
+        else:
+            await self._wait(caller)
+        try:
+            yield
+        finally:
+            self._next()
+
+    async def _wait(self, caller: str) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(caller, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it had just come
+                self._next()
+            raise
+
+    def _next(self) -> None:
+        """Hand a place on, or keep it free."""
+        while self._waiting:
+            caller = next(iter(self._waiting))
+            queue = self._waiting.pop(caller)
+            turn = queue.popleft()
+            if queue:
+                self._waiting[caller] = queue
+            if not turn.done():  # else whoever waited has gone
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+class Pool:
+    """Threads for work of some milliseconds, which callers use in turn.
+
+    Args:
+        threads: How many.
+        name: What their names begin with.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._turns = Turns(threads)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+    async def run(self, caller: str, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """What the function returns, called in a thread when it is the caller's turn."""
+        async with self._turns(caller):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

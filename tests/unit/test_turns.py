@@ -1,0 +1,46 @@
+"""Callers in turn."""
+
+import asyncio
+import random
+
+from cdam_server.scheduling import Turns
+
+
+async def test_callers_take_turns() -> None:
+    turns, order = Turns(1), []
+
+    async def use(caller: str, number: int) -> None:
+        async with turns(caller):
+            order.append(f"{caller}{number}")
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(use("a", number) for number in range(4)), *(use("b", number) for number in range(2)))
+    assert order == ["a0", "a1", "b0", "a2", "b1", "a3"]
+
+
+async def test_never_more_than_there_are_places_and_none_is_lost_however_many_give_up() -> None:
+    draw = random.Random(0)
+    turns, inside, most, done = Turns(3), 0, 0, 0
+
+    async def use(caller: str) -> None:
+        nonlocal inside, most, done
+        await asyncio.sleep(0.05 * draw.random())
+        async with turns(caller):
+            inside += 1
+            most = max(most, inside)
+            try:
+                await asyncio.sleep(0.001)
+                done += 1
+            finally:
+                inside -= 1
+
+    tasks = [asyncio.create_task(use(draw.choice("abc"))) for _ in range(500)]
+    for task in tasks:
+        if draw.random() < 0.3:
+            await asyncio.sleep(0.0005)
+            task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert most == 3
+    assert 0 < done < 500
+    assert not turns._waiting
+    assert turns._free == 3
