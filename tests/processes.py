@@ -9,14 +9,23 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
+
+_CDAM = (sys.executable, "-m", "cdam_server.cli")
 
 
 class ServerProcess:
     """A running `cdam serve`.
+
+    Args:
+        log: File for its log.
+        flags: Of the command.
+        program: What is run in place of `cdam`.
+        environment: Variables besides this process's own.
 
     Attributes:
         address: Where it serves the API.
@@ -24,13 +33,16 @@ class ServerProcess:
         process: The process itself.
     """
 
-    def __init__(self, log: Path, *flags: str) -> None:
+    def __init__(
+        self, log: Path, *flags: str, program: Sequence[str] = _CDAM, environment: Mapping[str, str] | None = None
+    ) -> None:
         api, admin = free_ports(2)
         self.address, self.admin, self._log = f"127.0.0.1:{api}", f"http://127.0.0.1:{admin}", log
-        command = [sys.executable, "-m", "cdam_server.cli", "serve", "--log-format", "json"]
+        command = [*program, "serve", "--log-format", "json"]
         command += ["--address", self.address, "--admin-address", f"127.0.0.1:{admin}", *flags]
         with log.open("wb") as stderr:
-            self.process = subprocess.Popen(command, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+            self.process = subprocess.Popen(command, stderr=stderr, env=variables)
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of an admin page."""
@@ -54,15 +66,52 @@ class ServerProcess:
             time.sleep(0.1)
         raise TimeoutError(self._log.read_text())
 
+    def metrics(self) -> dict[str, float]:
+        """The value of each metric, by its name and labels as they stand on the page."""
+        lines = self.get("/metrics")[1].splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    def usage(self) -> Usage:
+        """What the process takes now (Linux)."""
+        proc = Path(f"/proc/{self.process.pid}")
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        times = (proc / "stat").read_text().rpartition(")")[2].split()
+        return Usage(
+            mib=int(status["VmRSS"].split()[0]) / 1024,
+            threads=int(status["Threads"]),
+            files=len(list((proc / "fd").iterdir())),
+            cpu_seconds=(int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK"),
+        )
+
     def log_lines(self) -> list[dict[str, object]]:
-        """The log so far."""
-        return [json.loads(line) for line in self._log.read_text().splitlines()]
+        """The log so far, what is no JSON left out."""
+        return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process takes.
+
+    Attributes:
+        mib: Resident memory.
+        threads: Threads.
+        files: Open file descriptors.
+        cpu_seconds: Processor time so far, of all threads.
+    """
+
+    mib: float
+    threads: int
+    files: int
+    cpu_seconds: float
 
 
 @contextmanager
-def serving(log: Path, *flags: str) -> Iterator[ServerProcess]:
+def serving(
+    log: Path, *flags: str, program: Sequence[str] = _CDAM, environment: Mapping[str, str] | None = None
+) -> Iterator[ServerProcess]:
     """A server that is ready; killed at the end if it still runs."""
-    server = ServerProcess(log, *flags)
+    server = ServerProcess(log, *flags, program=program, environment=environment)
     try:
         server.wait_until_ready()
         yield server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import threading
 import time
@@ -10,8 +11,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from calls import method
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
+from faults.callers import Innocents, noise, raw_request
 from processes import ServerProcess, serving
 
 SCENE = (files("cdam_server.demo") / "assets" / "samples" / "scene1.png").read_bytes()
@@ -79,3 +84,40 @@ def test_abandoned_work_does_not_outlast_the_drain(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=20) == 0
         assert call.exception() is not None
+
+
+def test_a_drain_that_waits_for_clients_to_notice(tmp_path: Path) -> None:
+    """Until the wait is over all is served but readiness; then what was begun is finished, and open streams end."""
+    flags = ("--drain-wait-seconds", "4", "--token-cache-mib", "0", "--max-passes", "100000")
+    plain, long = raw_request(noise(0)), raw_request(noise(0, 72), methods=[method("token_ablation")])
+    ask = health_pb2.HealthCheckRequest()
+    with serving(tmp_path / "log", *flags) as server, grpc.insecure_channel(server.address) as channel:
+        stub, health = explainer_service_pb2_grpc.ExplainerServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        sending: queue.Queue[explain_pb2.ExplainStreamRequest | None] = queue.Queue()
+        stream = stub.ExplainStream(iter(sending.get, None))
+        sending.put(explain_pb2.ExplainStreamRequest(request=raw_request(noise(0), request_id="one")))
+        assert next(stream).HasField("response")
+        heavy = stub.Explain.future(long, timeout=120)
+        with Innocents(server.address, count=4) as innocents:
+            server.process.send_signal(signal.SIGTERM)
+            while server.get("/readyz")[0] == 200:
+                time.sleep(0.01)
+            assert stub.Explain(plain, timeout=30).maps
+            sending.put(explain_pb2.ExplainStreamRequest(request=raw_request(noise(0), request_id="two")))
+            assert next(stream).HasField("response")
+            assert (server.get("/livez")[0], health.Check(ask, timeout=30).status) == (200, 1)
+            innocents.wait_for_more()
+            assert set(innocents.codes) == {"OK"}
+            with pytest.raises(grpc.RpcError) as ended:
+                next(stream)
+            assert heavy.result().maps
+            assert server.process.wait(timeout=60) == 0
+        sending.put(None)
+    assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert set(innocents.codes) <= {"OK", "UNAVAILABLE", "CANCELLED"}
+    lines = [line for line in server.log_lines() if line["event"] == "rpc"]
+    (line,) = (line for line in lines if line["method"] == "ExplainStream")
+    assert (line["code"], line["items"], line["failures"]) == ("UNAVAILABLE", 2, 0)
+    # All that was let in was answered, and received: the innocents' first calls are counted apart.
+    answered = sum(line["code"] == "OK" for line in lines if line["method"] == "Explain")
+    assert answered == innocents.codes["OK"] + innocents.count + len([plain, long])
