@@ -38,6 +38,8 @@ from cdam_server.watchdog import Watchdog
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _DECODERS = 4
 _CROWD = 8
+_CPU_SLOTS = 4
+_ARRIVALS_SECONDS = 0.2
 _HEARTBEAT_SECONDS = 0.2
 _STALL_SECONDS = 10.0
 _LAST_CALL_SECONDS = 1.0
@@ -85,7 +87,8 @@ class Application:
             bounds=Bounds(settings.max_pending, settings.max_pending_passes, settings.max_pending_mib * MIB),
             max_batch_size=settings.max_batch_size,
             max_queue_delay=settings.max_queue_delay_microseconds / 1e6,
-            slots=2 if self._on_gpu else 1,  # on a CPU, two batches would only share its cores
+            # A GPU has one batch staged while it computes another; a CPU's cores are better used by several than by one.
+            slots=2 if self._on_gpu else min(_CPU_SLOTS, torch.get_num_threads()),
             observer=telemetry,
             on_failure=self._fail,
         )
@@ -122,6 +125,7 @@ class Application:
             async with asyncio.timeout(settings.drain_seconds):
                 await self._interceptor.wait_until_idle()
                 await self._scheduler.close()
+        await asyncio.sleep(_ARRIVALS_SECONDS)  # in which what had just arrived is told, too
         await self._server.stop(grace=_LAST_CALL_SECONDS)
         self._scheduler.abandon()
         self._decoders.close()

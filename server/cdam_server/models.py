@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -170,7 +171,7 @@ class ServedModel:
             raise InvalidArgumentError(field, f"outputs {matches} are all named {name!r}; say which by index")
         return matches[0]
 
-    def compute(self, jobs: Sequence[Job], rest: Rest) -> list[Explanation | Exception]:
+    def compute(self, jobs: Sequence[Job], rest: Callable[[], None]) -> list[Explanation | Exception]:
         """Explain a batch of images of one size; blocks until the device is done.
 
         Args:
@@ -190,9 +191,9 @@ class ServedModel:
                 )
         except UnsupportedMethodError as error:
             raise FailedPreconditionError(error.reason, str(error), model=self.loaded.name) from error
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             # On a CPU torch has no class of its own for it.
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
                 self._free()
                 raise TooLargeError(str(error)) from error
             self._check_device(error)
@@ -245,6 +246,7 @@ class Catalog:
         self._models = {model.loaded.name: model for model in models}
         self.default = models[0]
         self.cache = cache
+        self._cores = _Cores(torch.get_num_threads())
 
     def __iter__(self) -> Iterator[ServedModel]:
         """The models, default first, then by name."""
@@ -265,7 +267,34 @@ class Catalog:
 
     def compute(self, bucket: Bucket, jobs: Sequence[Job], rest: Rest) -> list[Explanation | Exception]:
         """Explain one batch; called in a worker's thread."""
-        return self.get(bucket.model).compute(jobs, rest)
+
+        def rest_and_share() -> None:
+            self._cores.share(rest())
+
+        rest_and_share()
+        return self.get(bucket.model).compute(jobs, rest_and_share)
+
+
+class _Cores:
+    """The CPU's cores, divided among the batches in work: several batches with few threads each take less time than one after the
+    other with many.
+
+    Args:
+        threads: As many as all may have together.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._own = threading.local()
+        self._last = threads
+
+    def share(self, batches: int) -> None:
+        """Give the calling thread its share."""
+        threads = max(1, self._threads // batches)
+        # OpenMP keeps the number by thread, MKL for all of them.
+        if threads != self._last or threads != getattr(self._own, "threads", None):
+            torch.set_num_threads(threads)
+            self._last = self._own.threads = threads
 
 
 def _checked(explanation: Explanation) -> Explanation | Exception:

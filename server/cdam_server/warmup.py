@@ -12,7 +12,7 @@ import torch
 
 from cdam_engine import Cdam, Concept, Explanation, TopK
 from cdam_server.models import Bucket, Catalog, Job, NonFiniteError, ServedModel
-from cdam_server.scheduling import Scheduler, Terms
+from cdam_server.scheduling import DeviceLostError, Scheduler, Terms, TooLargeError
 
 _log = structlog.get_logger("cdam.server")
 
@@ -39,8 +39,10 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanatio
         try:
             for size in served.compiled_batch_sizes or batch_sizes:
                 await scheduler.submit_all(list(_jobs(served, size)))
-        except NonFiniteError as error:
+        except (NonFiniteError, DeviceLostError) as error:
             raise ValueError(f"model {name!r} can't be used: {error}") from error
+        except TooLargeError as error:
+            raise ValueError(f"model {name!r} can't be used: not even one image fits into memory") from error
         except RuntimeError as error:
             if not served.compiled_batch_sizes:
                 raise

@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
@@ -30,9 +30,9 @@ class Run:
     Attributes:
         entries: Its jobs.
         started: When it began.
-        seconds: Estimate of how long it will compute; None if there is none.
+        seconds: Estimate of how long it will compute, with the device to itself; None if there is none.
         nested: Whether it interrupts another one.
-        ceiling: Most jobs in a batch of its bucket when it began.
+        ceiling: What was known about the size of its bucket's batches when it began.
         rested: How long others interrupted it.
         has_culprit: Whether one of its jobs does not fit into memory alone.
     """
@@ -41,7 +41,7 @@ class Run:
     started: float
     seconds: float | None
     nested: bool
-    ceiling: int
+    ceiling: "_Ceiling | None"
     rested: float = 0.0
     has_culprit: bool = False
 
@@ -64,10 +64,10 @@ class Run:
         """Seconds that it has been computed."""
         return now - self.started - self.rested
 
-    def remaining(self, now: float) -> float:
-        """Estimate of how long it will still compute; what lasts longer than it should will last on."""
+    def remaining(self, now: float, sharing: int) -> float:
+        """Estimate of how long it will still compute, with so many batches on the device; what is late will be later."""
         worked = self.worked(now)
-        return 0.0 if self.seconds is None else max(worked / 4, self.seconds - worked)
+        return 0.0 if self.seconds is None else max(worked / 4, self.seconds * sharing - worked)
 
 
 @dataclass
@@ -87,12 +87,14 @@ class Dispatcher:
         bounds: How much may be let in and not yet answered.
         max_batch_size: Largest number of jobs in a batch.
         max_queue_delay: Longest time, in seconds, that a job waits for company while a worker is idle.
+        slots: Batches in work at once, on one device.
         expired: Called with the jobs whose deadlines passed while they waited, the lock not being held.
     """
 
     bounds: Bounds
     max_batch_size: int
     max_queue_delay: float
+    slots: int
     expired: Callable[[Sequence[AnyEntry]], None]
     _runs: list[Run] = field(default_factory=list)
     _ceilings: dict[Hashable, _Ceiling] = field(default_factory=dict)
@@ -113,6 +115,11 @@ class Dispatcher:
     def held(self) -> int:
         """Number of jobs that were let in and are not yet answered."""
         return self._queue.held
+
+    @property
+    def sharing(self) -> int:
+        """Number of batches that share the device now."""
+        return max(1, sum(not run.nested for run in self._runs))
 
     def admit(self, make: Callable[[float], AnyEntry], terms: Terms[Any]) -> AnyEntry:
         """Let a job in, or refuse it.
@@ -163,7 +170,7 @@ class Dispatcher:
             now = time.monotonic()
             if not self._queue.waiting or run.rested * _LEAST_SPEED > run.worked(now) * (1 - _LEAST_SPEED):
                 return None
-            most = run.remaining(now)  # else it is soon its turn anyway
+            most = run.remaining(now, self.sharing) / self.sharing  # else it is soon its turn anyway
             may = self._may_interrupt(run)
             batch = self._queue.take(
                 self.ceiling,
@@ -176,20 +183,23 @@ class Dispatcher:
         """A batch is done; learn from it if all of it was computed at once."""
         with self._changed:
             now = time.monotonic()
-            at_once = sum(not other.nested for other in self._runs)  # they share the device
-            self._runs.remove(run)
             if computed:
-                self._estimator.observe(_kind(run.entries), run.cost, run.worked(now) / at_once)
+                self._estimator.observe(_kind(run.entries), run.cost, run.worked(now) / self.sharing)
                 self._creep_up(run)
+            self._runs.remove(run)
 
     def too_large(self, run: Run, size: int) -> None:
         """So many jobs of a batch did not fit into memory together."""
         with self._changed:
-            ceiling = self._ceilings.setdefault(run.bucket, _Ceiling(self.max_batch_size))
-            if size == 1 or run.has_culprit:  # it was not the number
+            if size == 1 and not run.has_culprit:  # it was not the number
                 run.has_culprit = True
-                ceiling.value = run.ceiling
+                if run.ceiling is None:
+                    self._ceilings.pop(run.bucket, None)
+                else:
+                    self._ceilings[run.bucket] = run.ceiling
+            if run.has_culprit:
                 return
+            ceiling = self._ceilings.setdefault(run.bucket, _Ceiling(self.max_batch_size))
             ceiling.value = min(ceiling.value, size // 2)
             ceiling.patience, ceiling.filled = min(2 * ceiling.patience, 1 << 12), 0
 
@@ -235,7 +245,8 @@ class Dispatcher:
         return 0.0 if full else oldest.submitted + self.max_queue_delay - now
 
     def _begin(self, batch: Sequence[AnyEntry], now: float, *, nested: bool) -> Run:
-        ceiling = self.ceiling(batch[0].terms.bucket)
+        known = self._ceilings.get(batch[0].terms.bucket)
+        ceiling = None if known is None else replace(known)
         run = Run(batch, now, self._seconds(_kind(batch), _cost(batch)), nested, ceiling)
         self._runs.append(run)
         return run
@@ -273,7 +284,8 @@ class Dispatcher:
             return seconds <= most
         if self._asks_for_little(first, [last]):  # nor should it be kept waiting by the company of a flood
             most = min(most, _LONGER_IN_COMPANY * (self._seconds(_kind([first]), first.terms.cost) or math.inf))
-        return seconds <= min(most, *(_BATCH_SHARE * (entry.deadline - entry.arrived) for entry in entries))
+        allowed = min(entry.deadline - entry.arrived for entry in entries) * _BATCH_SHARE / self.slots
+        return seconds <= min(most, allowed)
 
     def _check_deadline(self, terms: Terms[Any]) -> None:
         own = self._seconds((terms.bucket, terms.light), terms.cost)
@@ -281,10 +293,11 @@ class Dispatcher:
             return
         now = time.monotonic()
         before = self._queue.backlog(terms, self._share(terms))
-        before += sum(run.remaining(now) for run in self._runs if run.light or not terms.light)
+        running = sum(run.remaining(now, self.sharing) for run in self._runs if run.light or not terms.light)
+        before += running / self.sharing
         if terms.light and any(not run.light for run in self._runs):
             before /= 1 - _LEAST_SPEED
-        batch = max(own, min(_BATCH_SHARE * terms.timeout, self._full_batch(terms)))
+        batch = max(own * self.slots, min(_BATCH_SHARE * terms.timeout, self._full_batch(terms) * self.slots))
         late = _MARGIN * (before + batch) - terms.timeout
         if late > 0:
             message = f"too busy to answer within {terms.timeout:.3g} s: {self._queue.held} requests are being served"
@@ -298,8 +311,8 @@ class Dispatcher:
         """Estimate of the seconds that a job adds to the work, in batches as full as its deadline lets them be."""
         full = self._full_batch(terms)
         jobs = self.ceiling(terms.bucket) if terms.light else 1
-        if terms.timeout is not None and full > _BATCH_SHARE * terms.timeout:
-            jobs = max(1, int(jobs * _BATCH_SHARE * terms.timeout / full))
+        if terms.timeout is not None and full > (allowed := _BATCH_SHARE * terms.timeout / self.slots):
+            jobs = max(1, int(jobs * allowed / full))
         return (self._seconds((terms.bucket, terms.light), jobs * terms.cost) or 0.0) / jobs
 
     def _seconds(self, kind: tuple[Hashable, bool], cost: float) -> float | None:

@@ -75,7 +75,7 @@ class Scheduler(Generic[Bucket, Job, Answer]):
         bounds: How much may be let in and not yet answered.
         max_batch_size: Largest number of jobs in a batch.
         max_queue_delay: Longest time, in seconds, that a job waits for company while a worker is idle.
-        slots: Batches in work at once: while one is computed the next is staged.
+        slots: Batches in work at once, on one device.
         observer: Told what becomes of jobs.
         on_failure: Called once in the event loop, with the reason, if nothing can be computed any more.
     """
@@ -98,7 +98,7 @@ class Scheduler(Generic[Bucket, Job, Answer]):
         self._held: set[AnyEntry] = set()
         self._empty = asyncio.Event()
         self._empty.set()
-        self._dispatcher = Dispatcher(bounds, max_batch_size, max_queue_delay, self._expire)
+        self._dispatcher = Dispatcher(bounds, max_batch_size, max_queue_delay, slots, self._expire)
         self._workers = [
             Worker(self._dispatcher, compute, self._answer, self._fail_soon, number) for number in range(slots)
         ]

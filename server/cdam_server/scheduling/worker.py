@@ -19,8 +19,11 @@ from cdam_server.scheduling.entry import (
 )
 from cdam_server.scheduling.queue import AnyEntry
 
-Rest: TypeAlias = Callable[[], None]
-"""To be called wherever the work may rest; ends it, by an exception, if nobody waits for it any more."""
+Rest: TypeAlias = Callable[[], int]
+"""To be called wherever the work may rest; ends it, by an exception, if nobody waits for it any more.
+
+Returns how many batches share the device now.
+"""
 
 _DEPTH: Final = 3  # interruptions within interruptions
 
@@ -122,7 +125,7 @@ class Worker(threading.Thread, Generic[Bucket, Job, Answer]):
                 self._answer(entry, ExpiredError("the deadline passed before the request was computed"))
         return [entry for entry in entries if entry.wanted(now)]
 
-    def _rest(self, run: Run, entries: Sequence[AnyEntry]) -> None:
+    def _rest(self, run: Run, entries: Sequence[AnyEntry]) -> int:
         self._beat = started = time.monotonic()
         if not any(entry.wanted(started) for entry in entries):
             raise AbandonedError
@@ -130,6 +133,7 @@ class Worker(threading.Thread, Generic[Bucket, Job, Answer]):
             self._work(other)
             run.rested += time.monotonic() - started
             self._beat = time.monotonic()
+        return self._dispatcher.sharing
 
 
 AnyWorker: TypeAlias = Worker[Any, Any, Any]
