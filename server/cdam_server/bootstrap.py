@@ -3,6 +3,7 @@
 import asyncio
 import platform
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,9 +38,11 @@ from cdam_server.watchdog import Watchdog
 
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _DECODERS = 4
-_CROWD = 8
+_CROWD = 64
 _CPU_SLOTS = 4
 _ARRIVALS_SECONDS = 0.2
+# The event loop and the workers want the interpreter in turns, hundreds of times a batch.
+_SWITCH_SECONDS = 0.0005
 _HEARTBEAT_SECONDS = 0.2
 _STALL_SECONDS = 10.0
 _LAST_CALL_SECONDS = 1.0
@@ -141,8 +144,8 @@ class Application:
         self._server = grpc.aio.server(
             interceptors=[self._interceptor],
             options=_options(settings),
-            # A crowd that is refused takes memory, too: of more, gRPC itself refuses without reading a message.
-            maximum_concurrent_rpcs=_CROWD * settings.max_pending,
+            # A crowd that is being refused takes time and memory, too: of more, gRPC itself refuses, unread.
+            maximum_concurrent_rpcs=settings.max_pending + _CROWD,
         )
         explain = ExplainUseCase(
             self._catalog,
@@ -276,6 +279,7 @@ async def serve(settings: Settings, catalog: Catalog) -> None:
     Raises:
         ServerFailedError: Nothing can be computed any more; those who waited have been told.
     """
+    sys.setswitchinterval(_SWITCH_SECONDS)
     application = Application(settings, catalog)
     stopping = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):

@@ -13,8 +13,8 @@ from cdam_server.scheduling.estimate import Estimator
 from cdam_server.scheduling.queue import AnyEntry, Queue
 
 # A batch takes at most this share of the time that any of its callers gave: what waits behind it has deadlines, too.
-_BATCH_SHARE: Final = 0.25
-_MARGIN: Final = 1.2  # by which an estimate must be within a deadline
+_BATCH_SHARE: Final = 0.5
+_MARGIN: Final = 1.25  # by which an estimate must be within a deadline
 # What is interrupted goes on at least so fast, in relation to what it would alone.
 _LEAST_SPEED: Final = 0.25
 # A job may interrupt another caller's, or its own, if it is so many times cheaper.
@@ -288,31 +288,47 @@ class Dispatcher:
         return seconds <= min(most, allowed)
 
     def _check_deadline(self, terms: Terms[Any]) -> None:
+        """Refuse a job that, as far as can be told, would not be done in time.
+
+        Raises:
+            QueueFullError: With how long it would be late at least.
+        """
         own = self._seconds((terms.bucket, terms.light), terms.cost)
         if terms.timeout is None or own is None or not self._queue.held:  # an idle server tries
             return
-        now = time.monotonic()
-        before = self._queue.backlog(terms, self._share(terms))
-        running = sum(run.remaining(now, self.sharing) for run in self._runs if run.light or not terms.light)
-        before += running / self.sharing
+        share = self._share(terms)
+        ahead = self._queue.backlog(terms, share)
+        # What is ahead goes with it as far as a batch may last, and the rest before it.
+        batch = min(ahead + own, max(own, self._longest_batch(terms)))
+        work = ahead + own - batch + batch * self.slots
         if terms.light and any(not run.light for run in self._runs):
-            before /= 1 - _LEAST_SPEED
-        batch = max(own * self.slots, min(_BATCH_SHARE * terms.timeout, self._full_batch(terms) * self.slots))
-        late = _MARGIN * (before + batch) - terms.timeout
+            work /= 1 - _LEAST_SPEED
+        late = _MARGIN * (self._first_free(terms) + work) - terms.timeout
         if late > 0:
             message = f"too busy to answer within {terms.timeout:.3g} s: {self._queue.held} requests are being served"
             raise QueueFullError("deadline", message, max(self._queue.retry_after(), late))
 
-    def _full_batch(self, terms: Terms[Any]) -> float:
+    def _first_free(self, terms: Terms[Any]) -> float:
+        """Estimated seconds until a slot is free; one where something long is computed is as good as free to a light job."""
+        now, sharing = time.monotonic(), self.sharing
+        busy = [run for run in self._runs if not run.nested]
+        if len(busy) < self.slots:
+            return 0.0
+        return min(0.0 if terms.light and not run.light else run.remaining(now, sharing) for run in busy)
+
+    def _longest_batch(self, terms: Terms[Any]) -> float:
+        """Seconds, with the device to itself, of the longest batch that a job may be in."""
         jobs = self.ceiling(terms.bucket) if terms.light else 1
-        return self._seconds((terms.bucket, terms.light), jobs * terms.cost) or 0.0
+        full = self._seconds((terms.bucket, terms.light), jobs * terms.cost) or 0.0
+        return full if terms.timeout is None else min(full, _BATCH_SHARE * terms.timeout / self.slots)
 
     def _share(self, terms: Terms[Any]) -> float:
         """Estimate of the seconds that a job adds to the work, in batches as full as its deadline lets them be."""
-        full = self._full_batch(terms)
         jobs = self.ceiling(terms.bucket) if terms.light else 1
-        if terms.timeout is not None and full > (allowed := _BATCH_SHARE * terms.timeout / self.slots):
-            jobs = max(1, int(jobs * allowed / full))
+        full = self._seconds((terms.bucket, terms.light), jobs * terms.cost)
+        if not full:
+            return 0.0
+        jobs = max(1, int(jobs * self._longest_batch(terms) / full))
         return (self._seconds((terms.bucket, terms.light), jobs * terms.cost) or 0.0) / jobs
 
     def _seconds(self, kind: tuple[Hashable, bool], cost: float) -> float | None:

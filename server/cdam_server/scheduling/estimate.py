@@ -30,13 +30,10 @@ class Estimator:
         if not rates:
             return None
         size = _size(cost)
-        if size in rates:
-            return rates[size] * cost
-        smaller = [known for known in rates if known < size]
-        if smaller:  # at worst no more efficient
-            return rates[max(smaller)] * cost
-        nearest = min(rates)
-        return rates[nearest] * 2.0**nearest  # at worst no faster
+        # At worst no more efficient than smaller batches, and no slower than larger ones.
+        known = [rate * 2.0**other for other, rate in rates.items() if other > size]
+        known += [rates[other] * cost for other in sorted(rates, reverse=True) if other <= size][:1]
+        return min(known)
 
 
 def _size(cost: float) -> int:

@@ -1,5 +1,7 @@
 """The threads that compute, and what they do when something goes wrong."""
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,7 @@ Returns how many batches share the device now.
 """
 
 _DEPTH: Final = 3  # interruptions within interruptions
+_NICE: Final = 5
 
 
 class Worker(threading.Thread, Generic[Bucket, Job, Answer]):
@@ -65,6 +68,7 @@ class Worker(threading.Thread, Generic[Bucket, Job, Answer]):
 
     def run(self) -> None:
         """Work until there is no more; to be called by `start` alone."""
+        _yield_to_others()
         try:
             while (run := self._dispatcher.next()) is not None:
                 self._work(run)
@@ -134,6 +138,12 @@ class Worker(threading.Thread, Generic[Bucket, Job, Answer]):
             run.rested += time.monotonic() - started
             self._beat = time.monotonic()
         return self._dispatcher.sharing
+
+
+def _yield_to_others() -> None:
+    """On a CPU that is all busy with computing, the event loop must still get its turn at once, to refuse for example."""
+    if sys.platform == "linux":  # elsewhere niceness is the whole process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 AnyWorker: TypeAlias = Worker[Any, Any, Any]
