@@ -225,7 +225,7 @@ class Explainer:
     @cached_property
     def _gradient_cost(self) -> float:
         """Of a gradient through the tail: that of a block is three times its forward pass, in closed form hardly anything."""
-        return 0.005 if ClsTail.fits(self.vit) else 3 / len(self.vit.blocks)
+        return 0.003 if ClsTail.fits(self.vit) else 3 / len(self.vit.blocks)
 
     @property
     def _device(self) -> torch.device:

@@ -69,7 +69,6 @@ def _internal_error(server: ServerProcess, error_id: str) -> dict[str, object]:
         (Fault.POISON, "RuntimeError: poison"),
         (Fault.LOGITS, "NonFiniteError"),
         (Fault.SCORES, "NonFiniteError"),
-        (Fault.HOST_MEMORY, "MemoryError: host memory"),
     ],
 )
 def test_an_image_that_fails_fails_alone(server: ServerProcess, stub: Stub, fault: Fault, reason: str) -> None:
@@ -105,8 +104,11 @@ def test_memory_that_a_batch_does_not_fit_into(server: ServerProcess, folder: Pa
     assert set(innocents.codes) == {"OK"}
 
 
-def test_an_image_that_does_not_fit_into_memory_is_refused_alone(server: ServerProcess, stub: Stub) -> None:
-    culprit = raw_request(marked(noise(1001), Fault.HUNGRY))
+@pytest.mark.parametrize("fault", [Fault.HUNGRY, Fault.HOST_MEMORY])
+def test_an_image_that_does_not_fit_into_memory_is_refused_alone(
+    server: ServerProcess, stub: Stub, fault: Fault
+) -> None:
+    culprit = raw_request(marked(noise(1001), fault))
     with Innocents(server.address) as innocents:
         for _ in range(3):
             code, message, (info,) = refused(lambda: stub.Explain(culprit, timeout=60), error_details_pb2.ErrorInfo)

@@ -127,7 +127,7 @@ class IntegratedCdam(Method):
 
     def gradients(self, targets: int) -> int:
         """See `Method`."""
-        return targets * self.steps  # or up to twice the most steps, if the tolerance wants it
+        return targets * (self.steps if self.tolerance is None else 2 * MAX_STEPS)  # at worst
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         """See `Method`."""

@@ -256,7 +256,9 @@ class Dispatcher:
         if not entry.wanted(now):
             return True
         alone = self._seconds(_kind([entry]), entry.terms.cost)
-        return alone is not None and self._queue.waiting > 1 and entry.terms.light and now + alone > entry.deadline
+        if alone is None or self._queue.waiting <= 1 or not entry.terms.light:
+            return False
+        return now + alone * self.slots > entry.deadline
 
     def _may_interrupt(self, run: Run) -> Callable[[AnyEntry], bool]:
         rank = min(entry.terms.rank for entry in run.entries)

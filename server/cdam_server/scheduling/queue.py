@@ -170,19 +170,22 @@ class Queue:
     def backlog(self, terms: Terms[Any], own_seconds: float) -> float:
         """Estimated seconds of work that will be done before a job that comes now, its own not counted.
 
-        All that is of better rank; of equal rank its caller's own, and as much of each other caller's, since they take turns. A light job
-        does not wait for those that are not, since it may interrupt them.
+        All that is of better rank; of equal rank its caller's own, and as much of each other caller's, since they take turns, and
+        what those have had less. A light job does not wait for those that are not, since it may interrupt them.
         """
         weights = (True,) if terms.light else (True, False)
         caller = self._callers.get(terms.caller)
         before = 0.0 if caller is None else sum(caller.backlog[terms.rank, light] for light in weights)
+        served = self._clock - self._credit if caller is None else caller.served
+        rate = own_seconds / terms.cost
         total = before
         for name, other in self._callers.items():
             total += sum(
                 seconds for (rank, light), seconds in other.backlog.items() if rank < terms.rank and light in weights
             )
             if name != terms.caller:
-                total += min(sum(other.backlog[terms.rank, light] for light in weights), before + own_seconds)
+                turns = before + own_seconds + max(0.0, served - other.served) * rate
+                total += min(sum(other.backlog[terms.rank, light] for light in weights), turns)
         return total
 
     def retry_after(self) -> float:
