@@ -14,7 +14,7 @@ from cdam_server.scheduling.queue import AnyEntry, Queue
 
 # A batch takes at most this share of the time that any of its callers gave: what waits behind it has deadlines, too.
 _BATCH_SHARE: Final = 0.5
-_MARGIN: Final = 1.25  # by which an estimate must be within a deadline
+_MARGIN: Final = 1.5  # by which an estimate must be within a deadline
 # What is interrupted goes on at least so fast, in relation to what it would alone.
 _LEAST_SPEED: Final = 0.25
 # A job may interrupt another caller's, or its own, if it is so many times cheaper.
