@@ -102,8 +102,8 @@ def cancel(arguments: argparse.Namespace) -> Iterator[Row]:
         seconds = time.monotonic() - started
         later, after = settle(server), server.usage()
     grown = {name: value - earlier.get(name, 0) for name, value in later.items()}
-    answered = grown['grpc_server_handled_total{code="OK",method="Explain"}']
-    dropped = grown['cdam_dropped_total{reason="cancelled"}']
+    answered = grown.get('grpc_server_handled_total{code="OK",method="Explain"}', 0.0)
+    dropped = grown.get('cdam_dropped_total{reason="cancelled"}', 0.0)
     unaccounted = grown["cdam_admitted_total"] - answered - dropped
     pending = later["cdam_pending_requests"]
     yield Row("cancel", "calls, in seconds", f"{arguments.calls}, {seconds:.0f}")

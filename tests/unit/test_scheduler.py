@@ -586,8 +586,10 @@ async def test_batches_are_no_longer_than_their_deadlines_bear() -> None:
     for size in (1, 16):
         await scheduler.submit_all([(Terms("a"), job) for job in range(size)])
     sizes.clear()
-    await scheduler.submit_all([(Terms("a", timeout=0.92), job) for job in range(16)])
-    assert max(sizes) < 16  # which take more than half of 0.92 s
+    full = scheduler._dispatcher._estimator.seconds(("a", True), 16.0)
+    assert full is not None
+    await scheduler.submit_all([(Terms("a", timeout=full / 0.53), job) for job in range(16)])
+    assert max(sizes) < 16  # which take more than half of that
     sizes.clear()
     await scheduler.submit_all([(Terms("a", timeout=60), job) for job in range(16)])
     assert sizes == [16]
