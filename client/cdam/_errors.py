@@ -141,7 +141,7 @@ class ResourceExhausted(RpcError):
 
 
 class Overloaded(ResourceExhausted):
-    """The server's queue is full; try again later.
+    """The server has no room for the request, or could not answer it in time; try again later.
 
     Attributes:
         retry_after: Seconds to wait, as the server advises.

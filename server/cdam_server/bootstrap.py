@@ -106,6 +106,7 @@ class Application:
         largest = min(settings.max_batch_size, settings.max_pending)
         await warm_up(self._catalog, self._scheduler, (1, largest) if largest > 1 else (1,))
         self._warm = True
+        self._telemetry.jobs_admitted.reset()  # those were our own
         # Compiling is silent for minutes, so nobody watched until now.
         self._watchdog = Watchdog(lambda: self._scheduler.silent_seconds, settings.watchdog_seconds, self._give_up)
         self._ready = self._accepting = True
@@ -117,7 +118,7 @@ class Application:
         settings = self._settings
         self._ready = False
         await self._facts.publish_to(self._health)
-        _log.info("draining", seconds=settings.drain_seconds)
+        _log.info("draining", wait_seconds=settings.drain_wait_seconds, seconds=settings.drain_seconds)
         if not self.failed.is_set():
             await asyncio.sleep(settings.drain_wait_seconds)
         self._accepting = False
@@ -161,7 +162,12 @@ class Application:
             max_targets=settings.max_targets,
             max_samples=settings.max_samples,
         )
-        streams = StreamServer(self._telemetry, self._draining, max_items=settings.max_stream_items)
+        streams = StreamServer(
+            self._telemetry,
+            self._draining,
+            max_items=settings.max_stream_items,
+            max_bytes=settings.max_pending_mib * MIB,
+        )
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
             ExplainerServicer(explain, limits, streams), self._server
         )

@@ -2,9 +2,19 @@
 
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 from cdam_server.scheduling import Observer
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # as many lines again that nobody reads
 
 # 1 ms to 30 s, each bucket 1.67 times the one before.
 _SECONDS = tuple(round(0.001 * (30_000 ** (step / 20)), 6) for step in range(21))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 
 import grpc
 import pytest
@@ -400,3 +401,33 @@ async def test_a_lost_client_is_as_good_as_a_cancelled_one(fails: str) -> None:
     with pytest.raises(asyncio.CancelledError):
         await server.serve(items(), write, Exchange(str, pair, lambda *failure: failure))
     assert asyncio.all_tasks() == before
+
+
+async def test_items_of_all_streams_share_their_memory() -> None:
+    """However many streams there are: what is read and not answered is bounded, and an item too large for it goes alone."""
+    server = StreamServer(Telemetry(), asyncio.Event(), max_bytes=100)
+    held = most = 0
+
+    async def answer(item: int) -> int:
+        nonlocal held, most
+        held += item
+        most = max(most, held)
+        await asyncio.sleep(0.001)
+        held -= item
+        return item
+
+    async def items() -> AsyncIterator[int]:
+        for size in (60, 30, 10, 250, 40, 40, 40):
+            yield size
+
+    answers: list[int] = []
+
+    async def write(response: int) -> None:
+        answers.append(response)
+
+    numbers = count()
+    exchange = Exchange(lambda _: str(next(numbers)), answer, lambda item_id, error: -1, lambda item: item)
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(server.serve(items(), write, exchange) for _ in range(5)))
+    assert sorted(answers) == sorted([60, 30, 10, 250, 40, 40, 40] * 5)
+    assert most == 250

@@ -49,7 +49,9 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
             return explain_pb2.ExplainStreamResponse(request_id=item.request.request_id, response=response)
 
         # Answers are written, not yielded: whatever happens meanwhile then happens in here, where the items are.
-        await self._streams.serve(request_iterator, context.write, Exchange(_item_id, answer, _item_failure))
+        await self._streams.serve(
+            request_iterator, context.write, Exchange(_item_id, answer, _item_failure, _item_size)
+        )
         return
         yield  # type: ignore[unreachable]  # makes this a generator, as the shape of the RPC demands
 
@@ -131,6 +133,10 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
 
 def _item_id(item: explain_pb2.ExplainStreamRequest) -> str:
     return item.request.request_id
+
+
+def _item_size(item: explain_pb2.ExplainStreamRequest) -> int:
+    return item.ByteSize()
 
 
 def _item_failure(item_id: str, error: common_pb2.ItemError) -> explain_pb2.ExplainStreamResponse:

@@ -39,11 +39,13 @@ class Exchange(Generic[Request, Response]):
         item_id: The id that the client gave to an item; empty if it gave none.
         answer: Answers an item, or raises; what it raises fails that item alone.
         failure: The answer to an item that failed: of its id, and why.
+        size: The memory that an item takes, in bytes.
     """
 
     item_id: Callable[[Request], str]
     answer: Callable[[Request], Awaitable[Response]]
     failure: Callable[[str, common_pb2.ItemError], Response]
+    size: Callable[[Request], int] = lambda _: 0
 
 
 class StreamServer:
@@ -54,12 +56,16 @@ class StreamServer:
         draining: Set when the server goes down: streams then read no more, answer what they have read, and end.
         max_items: Most items of one stream that are in work at once; while they are, it reads no more, and HTTP/2's
             flow control holds the client back. An answer that the client has not taken counts as work.
+        max_bytes: Most bytes of the items of all streams; while they are reached, none reads more than one item.
     """
 
-    def __init__(self, telemetry: Telemetry, draining: asyncio.Event, *, max_items: int = 32) -> None:
+    def __init__(
+        self, telemetry: Telemetry, draining: asyncio.Event, *, max_items: int = 32, max_bytes: int = 1 << 28
+    ) -> None:
         self._telemetry = telemetry
         self._draining = draining
         self._max_items = max_items
+        self._room = _Room(max_bytes)
 
     async def serve(
         self,
@@ -76,7 +82,7 @@ class StreamServer:
             InvalidArgumentError: What came is no message; the items before it have been answered.
             UnavailableError: The server goes down; all items that were read have been answered.
         """
-        stream = _Stream(exchange, write, self._telemetry, self._draining, self._max_items)
+        stream = _Stream(exchange, write, self._telemetry, self._draining, self._max_items, self._room)
         end: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -89,6 +95,27 @@ class StreamServer:
             raise end
 
 
+class _Room:
+    """Memory that items of streams may take, whoever sends them; an empty room takes anything."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+        self._freed = asyncio.Event()
+
+    async def take(self, size: int) -> None:
+        """Wait until there is room, and have it."""
+        while self._taken and self._taken + size > self._most:
+            self._freed.clear()
+            await self._freed.wait()
+        self._taken += size
+
+    def give_back(self, size: int) -> None:
+        """Have it no more."""
+        self._taken -= size
+        self._freed.set()
+
+
 class _Stream(Generic[Request, Response]):
     """One stream."""
 
@@ -99,6 +126,7 @@ class _Stream(Generic[Request, Response]):
         telemetry: Telemetry,
         draining: asyncio.Event,
         max_items: int,
+        room: _Room,
     ) -> None:
         self.items = 0
         self.failures = 0
@@ -107,6 +135,7 @@ class _Stream(Generic[Request, Response]):
         self._telemetry = telemetry
         self._draining = draining
         self._slots = asyncio.Semaphore(max_items)
+        self._room = room
         self._writing = asyncio.Lock()
         self._unanswered: set[str] = set()
 
@@ -125,7 +154,10 @@ class _Stream(Generic[Request, Response]):
                 if request is None or isinstance(request, ServiceError):
                     return request
                 self.items += 1
-                tasks.create_task(self._serve(request, *self._named(request)))
+                size = self._exchange.size(request)
+                await self._room.take(size)
+                task = tasks.create_task(self._serve(request, *self._named(request)))
+                task.add_done_callback(lambda _, size=size: self._room.give_back(size))  # type: ignore[misc]
         finally:
             draining.cancel()
 

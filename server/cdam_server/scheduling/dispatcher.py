@@ -20,6 +20,9 @@ _LEAST_SPEED: Final = 0.25
 # A job may interrupt another caller's, or its own, if it is so many times cheaper.
 _CHEAPER: Final = 8.0
 _LONGER_IN_COMPANY: Final = 1.5
+_LEAST_WAIT: Final = 0.05
+# What was refused for its estimate is tried so often all the same: an estimate that nobody tests never gets better.
+_PROBE_SECONDS: Final = 2.0
 _PATIENCE: Final = 32  # full batches before a lowered ceiling is raised
 
 
@@ -104,6 +107,7 @@ class Dispatcher:
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self._estimator = Estimator()
+        self._tested: dict[Hashable, float] = {}  # when each kind's estimate was
         self._queue = Queue(self.bounds, credit=2.0 * self.max_batch_size)
 
     @property
@@ -135,7 +139,7 @@ class Dispatcher:
         with self._changed:
             if self._closed:
                 raise ClosedError
-            self._queue.check_room(terms)
+            self._queue.check_room(terms, self._retry_after())
             self._check_deadline(terms)
             entry = make(self._share(terms))
             self._queue.hold(entry)
@@ -185,6 +189,7 @@ class Dispatcher:
             now = time.monotonic()
             if computed:
                 self._estimator.observe(_kind(run.entries), run.cost, run.worked(now) / self.sharing)
+                self._tested[_kind(run.entries)] = now
                 self._creep_up(run)
             self._runs.remove(run)
 
@@ -212,6 +217,7 @@ class Dispatcher:
         """Take no more jobs."""
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
 
     def end(self) -> None:
         """Hand out no more batches."""
@@ -240,9 +246,14 @@ class Dispatcher:
             return 0.0
         entries = self._queue.entries()
         oldest = min(entries, key=lambda entry: entry.submitted)
+        if self._closed or not oldest.terms.light:
+            return 0.0
         bucket = oldest.terms.bucket
         full = sum(entry.terms.bucket == bucket for entry in entries) >= self.ceiling(bucket)
-        return 0.0 if full else oldest.submitted + self.max_queue_delay - now
+        if full:
+            return 0.0
+        patience = min(self.max_queue_delay, *(_BATCH_SHARE * (entry.deadline - entry.arrived) for entry in entries))
+        return oldest.submitted + patience - now
 
     def _begin(self, batch: Sequence[AnyEntry], now: float, *, nested: bool) -> Run:
         known = self._ceilings.get(batch[0].terms.bucket)
@@ -306,9 +317,20 @@ class Dispatcher:
         if terms.light and any(not run.light for run in self._runs):
             work /= 1 - _LEAST_SPEED
         late = _MARGIN * (self._first_free(terms) + work) - terms.timeout
-        if late > 0:
-            message = f"too busy to answer within {terms.timeout:.3g} s: {self._queue.held} requests are being served"
-            raise QueueFullError("deadline", message, max(self._queue.retry_after(), late))
+        if late <= 0:
+            return
+        kind, now = (terms.bucket, terms.light), time.monotonic()
+        if now - self._tested.get(kind, -math.inf) > _PROBE_SECONDS:
+            self._tested[kind] = now
+            return
+        message = f"too busy to answer within {terms.timeout:.3g} s; requests being served: {self._queue.held}"
+        raise QueueFullError("deadline", message, max(self._retry_after(), late))
+
+    def _retry_after(self) -> float:
+        """Seconds until about half of what is to be done will be."""
+        now, sharing = time.monotonic(), self.sharing
+        running = sum(run.remaining(now, sharing) / sharing for run in self._runs)
+        return max(_LEAST_WAIT, (running + self._queue.work) / 2)
 
     def _first_free(self, terms: Terms[Any]) -> float:
         """Estimated seconds until a slot is free; one where something long is computed is as good as free to a light job."""

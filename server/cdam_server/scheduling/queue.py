@@ -15,7 +15,7 @@ from cdam_server.scheduling.entry import Bounds, Entry, QueueFullError, Terms
 # A caller may hold at most so many times what would be left free, so that one who floods leaves room for the others.
 _SHARE: Final = 8
 _FORGET: Final = 1024  # idle callers that are remembered at most
-_LEAST_WAIT: Final = 0.05
+_BOUNDS: Final = {"jobs": "max_pending", "cost": "max_pending_passes", "bytes": "max_pending_mib"}
 
 AnyEntry: TypeAlias = Entry[Any, Any, Any]
 
@@ -63,8 +63,12 @@ class Queue:
         """Number of jobs that were let in and are not yet answered."""
         return round(self._held["jobs"])
 
-    def check_room(self, terms: Terms[Any]) -> None:
+    def check_room(self, terms: Terms[Any], retry_after: float) -> None:
         """Refuse what does not fit into the bounds.
+
+        Args:
+            terms: What comes.
+            retry_after: Seconds after which there may be room.
 
         Raises:
             QueueFullError: With the bound that was hit.
@@ -75,8 +79,8 @@ class Queue:
             own = caller.held[name] if caller is not None else 0
             # Whatever its size, a job may come into an empty house: its own limits are checked elsewhere.
             if self._held[name] and (wanted > free or own + wanted > _SHARE * free):
-                message = f"the queue is full: {self.held} requests are being served"
-                raise QueueFullError(name, message, self.retry_after())
+                message = f"the queue is full ({_BOUNDS[name]}); requests being served: {self.held}"
+                raise QueueFullError(name, message, retry_after)
 
     def hold(self, entry: AnyEntry) -> None:
         """Reserve room for a job that was let in."""
@@ -188,9 +192,10 @@ class Queue:
                 total += min(sum(other.backlog[terms.rank, light] for light in weights), turns)
         return total
 
-    def retry_after(self) -> float:
-        """Seconds until about half of what waits will have been done."""
-        return max(_LEAST_WAIT, 0.5 * sum(sum(caller.backlog.values()) for caller in self._callers.values()))
+    @property
+    def work(self) -> float:
+        """Estimated seconds of work that was let in and is not yet begun."""
+        return sum(sum(caller.backlog.values()) for caller in self._callers.values())
 
     def _amounts(self, terms: Terms[Any]) -> tuple[tuple[str, float, float], ...]:
         return (
