@@ -38,7 +38,7 @@ from cdam_server.watchdog import Watchdog
 
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _DECODERS = 4
-_CROWD = 64
+_CROWD = 4
 _CPU_SLOTS = 4
 _ARRIVALS_SECONDS = 0.2
 # The event loop and the workers want the interpreter in turns, hundreds of times a batch.
@@ -146,7 +146,7 @@ class Application:
             interceptors=[self._interceptor],
             options=_options(settings),
             # A crowd that is being refused takes time and memory, too: of more, gRPC itself refuses, unread.
-            maximum_concurrent_rpcs=settings.max_pending + _CROWD,
+            maximum_concurrent_rpcs=_CROWD * settings.max_pending,
         )
         explain = ExplainUseCase(
             self._catalog,

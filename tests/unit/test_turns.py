@@ -2,8 +2,11 @@
 
 import asyncio
 import random
+import threading
 
-from cdam_server.scheduling import Turns
+import pytest
+
+from cdam_server.scheduling.turns import Pool, Turns
 
 
 async def test_callers_take_turns() -> None:
@@ -44,3 +47,23 @@ async def test_never_more_than_there_are_places_and_none_is_lost_however_many_gi
     assert 0 < done < 500
     assert not turns._waiting
     assert turns._free == 3
+
+
+async def test_a_thread_keeps_its_place_until_it_is_done() -> None:
+    pool, go, begun = Pool(1, "test"), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        assert go.wait(10)
+
+    first = asyncio.create_task(pool.run("a", slow))
+    assert await asyncio.to_thread(begun.wait, 10)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    second = asyncio.create_task(pool.run("b", lambda: 2))
+    await asyncio.sleep(0.02)
+    assert not second.done()
+    go.set()
+    assert await second == 2
+    pool.close()

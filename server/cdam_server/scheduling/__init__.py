@@ -16,7 +16,7 @@ from cdam_server.scheduling.entry import (
     TooLargeError,
 )
 from cdam_server.scheduling.scheduler import Observer, Rest, Scheduler, Ticket
-from cdam_server.scheduling.turns import Pool, Turns
+from cdam_server.scheduling.turns import Pool
 
 __all__ = [
     "AbandonedError",
@@ -33,5 +33,4 @@ __all__ = [
     "Terms",
     "Ticket",
     "TooLargeError",
-    "Turns",
 ]

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -27,14 +27,18 @@ class Turns:
     @asynccontextmanager
     async def __call__(self, caller: str) -> AsyncIterator[None]:
         """Wait for the caller's turn, and have a place as long as the block runs."""
+        await self.enter(caller)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    async def enter(self, caller: str) -> None:
+        """Wait for the caller's turn, and have a place until `leave`."""
         if self._free:
             self._free -= 1
         else:
             await self._wait(caller)
-        try:
-            yield
-        finally:
-            self._next()
 
     async def _wait(self, caller: str) -> None:
         turn = asyncio.get_running_loop().create_future()
@@ -43,11 +47,11 @@ class Turns:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # it had just come
-                self._next()
+                self.leave()
             raise
 
-    def _next(self) -> None:
-        """Hand a place on, or keep it free."""
+    def leave(self) -> None:
+        """Hand the place on, or keep it free."""
         while self._waiting:
             caller = next(iter(self._waiting))
             queue = self._waiting.pop(caller)
@@ -73,9 +77,19 @@ class Pool:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
     async def run(self, caller: str, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """What the function returns, called in a thread when it is the caller's turn."""
-        async with self._turns(caller):
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        """What the function returns, called in a thread when it is the caller's turn.
+
+        Cancelling it does not stop the thread, whose place is handed on only when it is done.
+        """
+        await self._turns.enter(caller)
+        work = asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        work.add_done_callback(self._done)
+        return await asyncio.shield(work)
+
+    def _done(self, work: "asyncio.Future[Any]") -> None:
+        if not work.cancelled():
+            work.exception()  # whoever waited may have gone
+        self._turns.leave()
 
     def close(self) -> None:
         """Begin nothing more."""
