@@ -186,7 +186,9 @@ class Explainer:
                 any(count(wanted) or not method.needs_target for method in its)
                 for wanted, its in zip(targets, asked, strict=True)
             ]
-            if any(method.reads_tokens for its in asked for method in its) or not all(runs):
+            # In bf16 always: else an image's outputs would depend on what is asked about the others.
+            reads = any(method.reads_tokens for its in asked for method in its)
+            if reads or not all(runs) or self.precision == "bf16":
                 hits = self._start(batch, distinct, list(places), clock)
             units = [
                 [_Unit(places[key], method, tuple(wanted) if method.needs_target else ()) for method in its]

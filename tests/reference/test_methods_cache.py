@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cdam_engine import Attention, Cdam, Concept, Contrast, Explainer, Explanation, Output, TokenCache, TopK
+from cdam_engine import (
+    Attention,
+    Cdam,
+    Concept,
+    Contrast,
+    Explainer,
+    Explanation,
+    InputXGradient,
+    Output,
+    TokenCache,
+    TopK,
+)
 from reference.method_expectations import concept, supported
 from reference.models import BY_ID, Case, available, build, images
 from reference.test_cdam_hygiene import BreaksForward, BrokenError
@@ -248,3 +259,11 @@ def test_two_threads_share_a_cache_that_is_too_small() -> None:
                 assert_equal(found, alone[job])
     assert cached.cache is not None
     assert cached.cache.bytes == sum(kept.bytes for kept in cached.cache._kept.values()) <= 3 * entry()
+
+
+def test_in_bfloat16_the_outputs_do_not_depend_on_the_company() -> None:
+    ours = Explainer(build(CASE, torch.float32), precision="bf16")
+    pixels = images(CASE, 2, torch.float32)
+    (alone,) = ours.explain(pixels[:1], [[Output(1)]], [[InputXGradient()]])
+    beside, _ = ours.explain(pixels, [[Output(1)], [Output(1)]], [[InputXGradient()], [Cdam()]])
+    np.testing.assert_allclose(alone.logits, beside.logits, rtol=1e-5, atol=1e-5)
