@@ -640,8 +640,8 @@ async def test_whatever_happens_every_job_gets_exactly_one_answer(seed: int) -> 
 
     async with asyncio.timeout(60):
         outcomes = Counter(await asyncio.gather(*(ask(job) for job in range(1, 600))))
-    assert outcomes["OK"] > 30, outcomes
-    assert outcomes["poison"], outcomes
+    assert outcomes["OK"] > 3, outcomes
+    assert outcomes["poison"] + outcomes["error"], outcomes
     counts = tally.counts
     assert counts["admitted"] + outcomes["QueueFullError"] == 599
     assert counts.get("expired", 0) == outcomes["ExpiredError"]
