@@ -26,7 +26,7 @@ from cdam._encode import Priority
 from cdam_server.cli.explain import Failure, Server, connection_options, describe, server_from
 from cdam_server.cli.load import OK, ClosedLoop, Load, OpenLoop, generate, summary
 from cdam_server.cli.report import columns
-from cdam_server.cli.spelling import parse_method, parse_target
+from cdam_server.cli.spelling import method_option, model_option, target_option, targets_or_default
 from cdam_server.cli.traffic import Kind, Requests, pictures
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -77,25 +77,9 @@ def _finite(_context: click.Context, _parameter: click.Parameter, value: float |
 def request_options(command: Command) -> Command:
     """The options that say what is asked for; together they make a `Kind`."""
     options = [
-        click.option(
-            "-t",
-            "--target",
-            "targets",
-            multiple=True,
-            callback=lambda _ctx, _param, texts: tuple(map(parse_target, texts)),
-            metavar="TARGET",
-            help="What to explain; repeatable.  [top:1]",
-        ),
-        click.option(
-            "-m",
-            "--method",
-            "methods",
-            multiple=True,
-            callback=lambda _ctx, _param, texts: tuple(map(parse_method, texts)),
-            metavar="METHOD",
-            help=f"How; repeatable: {', '.join(cdam.METHODS)}.  [cdam]",
-        ),
-        click.option("--model", default="", metavar="NAME", help="The model; without it, the server's default."),
+        target_option,
+        method_option,
+        model_option,
         click.option("--priority", type=click.Choice(get_args(Priority)), help="How urgent it is.  [normal]"),
     ]
     for option in reversed(options):
@@ -105,9 +89,7 @@ def request_options(command: Command) -> Command:
 
 def _kind(**given: Any) -> Kind:
     """The kind of request that the options mean."""
-    if not given["targets"] and (not given["methods"] or any(method.needs_target for method in given["methods"])):
-        given["targets"] = (cdam.TopK(1),)
-    return Kind(**given)
+    return Kind(**{**given, "targets": targets_or_default(given["targets"], given["methods"])})
 
 
 @click.command("--request", add_help_option=False)

@@ -13,7 +13,15 @@ import click
 
 import cdam
 from cdam_server.cli.report import Report
-from cdam_server.cli.spelling import parse_method, parse_minus, parse_size, parse_target, spelled
+from cdam_server.cli.spelling import (
+    method_option,
+    model_option,
+    parse_minus,
+    parse_size,
+    spelled,
+    target_option,
+    targets_or_default,
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -177,34 +185,18 @@ def _plain(error: Exception) -> str:
 
 @click.command(help=_HELP)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
-@click.option(
-    "-t",
-    "--target",
-    "targets",
-    multiple=True,
-    callback=lambda _ctx, _param, texts: tuple(map(parse_target, texts)),
-    metavar="TARGET",
-    help="What to explain; repeatable.  [top:1]",
-)
+@target_option
 @click.option(
     "--minus",
     metavar="TARGET",
     callback=lambda _ctx, _param, text: parse_minus(text) if text is not None else None,
     help="Explain each target minus this one.",
 )
-@click.option(
-    "-m",
-    "--method",
-    "methods",
-    multiple=True,
-    metavar="METHOD",
-    callback=lambda _ctx, _param, texts: tuple(map(parse_method, texts)),
-    help=f"How; repeatable: {', '.join(cdam.METHODS)}.  [cdam]",
-)
+@method_option
 @click.option(
     "-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.  [.; with --json: none]"
 )
-@click.option("--model", default="", metavar="NAME", help="The model; without it, the server's default.")
+@model_option
 @click.option(
     "--resize",
     type=click.Choice(get_args(cdam.Resize)),
@@ -260,9 +252,7 @@ def _targets(
         if not targets or any(isinstance(target, cdam.TopK) for target in targets):
             raise click.UsageError("--minus needs a --target to be subtracted from, an output each")
         return tuple(cdam.Contrast(target, minus) for target in targets if isinstance(target, cdam.Output))
-    if targets or (methods and not any(method.needs_target for method in methods)):
-        return tuple(targets)
-    return (cdam.TopK(1),)
+    return targets_or_default(targets, methods)
 
 
 def _explain_all(images: Sequence[Path], server: Server, request: dict[str, Any], report: Report) -> int:

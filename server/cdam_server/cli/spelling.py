@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, get_args, get_type_hints
 
 import click
@@ -169,3 +169,33 @@ _READERS: Final[dict[Any, Callable[[str], Any]]] = {
     cdam.Quadrature: _quadrature,
     cdam.Noise | float | None: _noise,
 }
+
+
+def targets_or_default(
+    targets: Sequence[cdam.Output | cdam.TopK], methods: Sequence[cdam.Method]
+) -> tuple[cdam.Output | cdam.TopK, ...]:
+    """The targets; if there are none and a method needs one, what the model sees first."""
+    if targets or (methods and not any(method.needs_target for method in methods)):
+        return tuple(targets)
+    return (cdam.TopK(1),)
+
+
+target_option = click.option(
+    "-t",
+    "--target",
+    "targets",
+    multiple=True,
+    callback=lambda _ctx, _param, texts: tuple(map(parse_target, texts)),
+    metavar="TARGET",
+    help="What to explain; repeatable.  [top:1]",
+)
+method_option = click.option(
+    "-m",
+    "--method",
+    "methods",
+    multiple=True,
+    callback=lambda _ctx, _param, texts: tuple(map(parse_method, texts)),
+    metavar="METHOD",
+    help=f"How; repeatable: {', '.join(cdam.METHODS)}.  [cdam]",
+)
+model_option = click.option("--model", default="", metavar="NAME", help="The model; without it, the server's default.")

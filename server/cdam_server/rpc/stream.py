@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Generic, TypeVar
 
@@ -110,8 +111,8 @@ class _Room:
             await self._freed.wait()
         self._taken += size
 
-    def give_back(self, size: int) -> None:
-        """Have it no more."""
+    def give_back(self, size: int, _: object = None) -> None:
+        """Have it no more; what comes second is a task that is done."""
         self._taken -= size
         self._freed.set()
 
@@ -157,7 +158,7 @@ class _Stream(Generic[Request, Response]):
                 size = self._exchange.size(request)
                 await self._room.take(size)
                 task = tasks.create_task(self._serve(request, *self._named(request)))
-                task.add_done_callback(lambda _, size=size: self._room.give_back(size))  # type: ignore[misc]
+                task.add_done_callback(partial(self._room.give_back, size))
         finally:
             draining.cancel()
 
