@@ -290,9 +290,14 @@ async def serve(settings: Settings, catalog: Catalog) -> None:
     stopping = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stopping.set)
-    await application.start()
-    ends = [asyncio.create_task(event.wait()) for event in (stopping, application.failed)]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    starting, told = asyncio.create_task(application.start()), asyncio.create_task(stopping.wait())
+    await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        _log.info("stopped before it was ready")
+        return
+    await starting
+    failed = asyncio.create_task(application.failed.wait())
+    await asyncio.wait((told, failed), return_when=asyncio.FIRST_COMPLETED)
     await application.stop()
     if application.failed.is_set():
         raise ServerFailedError("the device is lost, or the computing stands still; the log says more")

@@ -58,6 +58,22 @@ def test_sigterm_under_load(tmp_path: Path) -> None:
     assert calls.count("OK") == codes["OK"]
 
 
+def test_sigterm_during_the_warm_up(tmp_path: Path) -> None:
+    flags = ("--model", "vit_base_patch16_224", "--random-weights", "--max-batch-size", "256")
+    server = ServerProcess(tmp_path / "log", *flags)
+    try:
+        until = time.monotonic() + 120
+        while not any(line["event"] == "listening" for line in server.log_lines()):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=60) == 0
+        assert "ready" not in [line["event"] for line in server.log_lines()]
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
 def test_sigterm_while_loading(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path / "log", "--model", "vit_large_patch16_224", "--random-weights")
     try:
