@@ -87,6 +87,12 @@ class Innocents:
         self.wait_for_more()
         return self._largest_batch
 
+    def wait_for_batch(self, larger_than: int) -> None:
+        """Wait until so many of their images share a batch; it is an error if they never do."""
+        until = time.monotonic() + 120
+        while self.largest_batch() <= larger_than:
+            assert time.monotonic() < until, f"no batch is larger than {larger_than}"
+
     def _ask(self, number: int) -> None:
         """Ask again and again; not after a failure."""
         code = "OK"

@@ -88,8 +88,8 @@ def test_an_image_that_fails_fails_alone(server: ServerProcess, stub: Stub, faul
 def test_memory_that_a_batch_does_not_fit_into(server: ServerProcess, folder: Path) -> None:
     """Batches become smaller, and larger again when there is memory; nobody but the operator notices."""
     memory, fits = folder / "memory", 3
-    with Innocents(server.address, count=2 * fits, size=OTHER_SIZE) as innocents:
-        assert innocents.largest_batch() > fits
+    with Innocents(server.address, count=4 * fits, size=OTHER_SIZE) as innocents:
+        innocents.wait_for_batch(larger_than=fits)
         (folder / "new").write_text(str(fits))
         (folder / "new").rename(memory)
         try:
@@ -98,9 +98,7 @@ def test_memory_that_a_batch_does_not_fit_into(server: ServerProcess, folder: Pa
             assert innocents.largest_batch() <= fits
         finally:
             memory.unlink()
-        until = time.monotonic() + 120
-        while innocents.largest_batch() <= fits:
-            assert time.monotonic() < until
+        innocents.wait_for_batch(larger_than=fits)
     assert set(innocents.codes) == {"OK"}
 
 
@@ -117,7 +115,7 @@ def test_an_image_that_does_not_fit_into_memory_is_refused_alone(
             assert info.reason == "OUT_OF_MEMORY"
             assert "image" in message
         # What others ask for is not made to go one by one for it.
-        assert innocents.largest_batch() > 1
+        innocents.wait_for_batch(larger_than=1)
     assert set(innocents.codes) == {"OK"}
 
 
