@@ -26,7 +26,7 @@ from cdam.v1 import common_pb2 as cdam_dot_v1_dot_common__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63\x64\x61m/v1/concept.proto\x12\x07\x63\x64\x61m.v1\x1a\x14\x63\x64\x61m/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbd\x03\n\x07\x43oncept\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\r\n\x05model\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\x12,\n\x06labels\x18\x07 \x03(\x0b\x32\x1c.cdam.v1.Concept.LabelsEntry\x12\x15\n\rexample_count\x18\x08 \x01(\r\x12\x16\n\x0enegative_count\x18\t \x01(\r\x12\x13\n\x06spread\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0e\x63ontent_digest\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06vector\x18\r \x01(\x0b\x32\x14.cdam.v1.FloatTensor\x12-\n\rpreprocessing\x18\x0e \x01(\x0b\x32\x16.cdam.v1.Preprocessing\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_spread\"\xba\x02\n\x0b\x43onceptSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x30\n\x06labels\x18\x04 \x03(\x0b\x32 .cdam.v1.ConceptSpec.LabelsEntry\x12-\n\rpreprocessing\x18\x05 \x01(\x0b\x32\x16.cdam.v1.Preprocessing\x12\x0f\n\x07replace\x18\x06 \x01(\x08\x12\x1d\n\x10\x65xpected_version\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12$\n\x06vector\x18\x08 \x01(\x0b\x32\x14.cdam.v1.FloatTensor\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x13\n\x11_expected_version\"\x81\x01\n\x16\x43onceptRegisterRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.cdam.v1.ConceptSpec\x12 \n\x08\x65xamples\x18\x02 \x03(\x0b\x32\x0e.cdam.v1.Image\x12!\n\tnegatives\x18\x03 \x03(\x0b\x32\x0e.cdam.v1.Image\"M\n\x17\x43onceptRegisterResponse\x12!\n\x07\x63oncept\x18\x01 \x01(\x0b\x32\x10.cdam.v1.Concept\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\x96\x01\n\x1c\x43onceptRegisterStreamRequest\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x14.cdam.v1.ConceptSpecH\x00\x12!\n\x07\x65xample\x18\x02 \x01(\x0b\x32\x0e.cdam.v1.ImageH\x00\x12\"\n\x08negative\x18\x03 \x01(\x0b\x32\x0e.cdam.v1.ImageH\x00\x42\t\n\x07payload\"S\n\x1d\x43onceptRegisterStreamResponse\x12!\n\x07\x63oncept\x18\x01 \x01(\x0b\x32\x10.cdam.v1.Concept\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"L\n\x11GetConceptRequest\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x0c\n\x02id\x18\x02 \x01(\tH\x00\x12\r\n\x05model\x18\x03 \x01(\tB\n\n\x08selector\"7\n\x12GetConceptResponse\x12!\n\x07\x63oncept\x18\x01 \x01(\x0b\x32\x10.cdam.v1.Concept\"\xb4\x01\n\x13ListConceptsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x38\n\x06labels\x18\x04 \x03(\x0b\x32(.cdam.v1.ListConceptsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"S\n\x14ListConceptsResponse\x12\"\n\x08\x63oncepts\x18\x01 \x03(\x0b\x32\x10.cdam.v1.Concept\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"g\n\x14\x44\x65leteConceptRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x13\n\x11_expected_version\":\n\x15\x44\x65leteConceptResponse\x12!\n\x07\x63oncept\x18\x01 \x01(\x0b\x32\x10.cdam.v1.ConceptBN\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63\x64\x61m/v1/concept.proto\x12\x07\x63\x64\x61m.v1\x1a\x14\x63\x64\x61m/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa6\x04\n\x07\x43oncept\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\r\n\x05model\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\x12,\n\x06labels\x18\x07 \x03(\x0b\x32\x1c.cdam.v1.Concept.LabelsEntry\x12\x15\n\rexample_count\x18\x08 \x01(\r\x12\x16\n\x0enegative_count\x18\t \x01(\r\x12\x13\n\x06spread\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0e\x63ontent_digest\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06vector\x18\r \x01(\x0b\x32\x14.cdam.v1.FloatTensor\x12-\n\rpreprocessing\x18\x0e \x01(\x0b\x32\x16.cdam.v1.Preprocessing\x12)\n\x08\x65xamples\x18\x0f \x03(\x0b\x32\x17.cdam.v1.ConceptExample\x12*\n\tnegatives\x18\x10 \x03(\x0b\x32\x17.cdam.v1.ConceptExample\x12\x10\n\x08imported\x18\x11 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_spread\"0\n\x0e\x43onceptExample\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06\x63osine\x18\x02 \x01(\x01\"\xfd\x02\n\x0b\x43onceptSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x30\n\x06labels\x18\x04 \x03(\x0b\x32 .cdam.v1.ConceptSpec.LabelsEntry\x12-\n\rpreprocessing\x18\x05 \x01(\x0b\x32\x16.cdam.v1.Preprocessing\x12\x0f\n\x07replace\x18\x06 \x01(\x08\x12\x1d\n\x10\x65xpected_version\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12$\n\x06vector\x18\x08 \x01(\x0b\x32\x14.cdam.v1.FloatTensor\x12\x19\n\x11model_fingerprint\x18\t \x01(\t\x12&\n\x06origin\x18\n \x01(\x0b\x32\x16.cdam.v1.ConceptOrigin\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x13\n\x11_expected_version\"f\n\rConceptOrigin\x12)\n\x08\x65xamples\x18\x01 \x03(\x0b\x32\x17.cdam.v1.ConceptExample\x12*\n\tnegatives\x18\x02 \x03(\x0b\x32\x17.cdam.v1.ConceptExample\"\x81\x01\n\x16\x43onceptRegisterRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.cdam.v1.ConceptSpec\x12 \n\x08\x65xamples\x18\x02 \x03(\x0b\x32\x0e.cdam.v1.Image\x12!\n\tnegatives\x18\x03 \x03(\x0b\x32\x0e.cdam.v1.Image\"M\n\x17\x43onceptRegisterResponse\x12!\n\x07\x63oncept\x18\x01 \x01(\x0b\x32\x10.cdam.v1.Concept\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\x96\x01\n\x1c\x43onceptRegisterStreamRequest\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x14.cdam.v1.ConceptSpecH\x00\x12!\n\x07\x65xample\x18\x02 \x01(\x0b\x32\x0e.cdam.v1.ImageH\x00\x12\"\n\x08negative\x18\x03 \x01(\x0b\x32\x0e.cdam.v1.ImageH\x00\x42\t\n\x07payload\"S\n\x1d\x43onceptRegisterStreamResponse\x12!\n\x07\x63oncept\x18\x01 \x01(\x0b\x32\x10.cdam.v1.Concept\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"L\n\x11GetConceptRequest\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x0c\n\x02id\x18\x02 \x01(\tH\x00\x12\r\n\x05model\x18\x03 \x01(\tB\n\n\x08selector\"7\n\x12GetConceptResponse\x12!\n\x07\x63oncept\x18\x01 \x01(\x0b\x32\x10.cdam.v1.Concept\"\xb4\x01\n\x13ListConceptsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x38\n\x06labels\x18\x04 \x03(\x0b\x32(.cdam.v1.ListConceptsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"S\n\x14ListConceptsResponse\x12\"\n\x08\x63oncepts\x18\x01 \x03(\x0b\x32\x10.cdam.v1.Concept\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"g\n\x14\x44\x65leteConceptRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x13\n\x11_expected_version\":\n\x15\x44\x65leteConceptResponse\x12!\n\x07\x63oncept\x18\x01 \x01(\x0b\x32\x10.cdam.v1.ConceptBN\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,33 +41,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTCONCEPTSREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_LISTCONCEPTSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_CONCEPT']._serialized_start=90
-  _globals['_CONCEPT']._serialized_end=535
-  _globals['_CONCEPT_LABELSENTRY']._serialized_start=479
-  _globals['_CONCEPT_LABELSENTRY']._serialized_end=524
-  _globals['_CONCEPTSPEC']._serialized_start=538
-  _globals['_CONCEPTSPEC']._serialized_end=852
-  _globals['_CONCEPTSPEC_LABELSENTRY']._serialized_start=479
-  _globals['_CONCEPTSPEC_LABELSENTRY']._serialized_end=524
-  _globals['_CONCEPTREGISTERREQUEST']._serialized_start=855
-  _globals['_CONCEPTREGISTERREQUEST']._serialized_end=984
-  _globals['_CONCEPTREGISTERRESPONSE']._serialized_start=986
-  _globals['_CONCEPTREGISTERRESPONSE']._serialized_end=1063
-  _globals['_CONCEPTREGISTERSTREAMREQUEST']._serialized_start=1066
-  _globals['_CONCEPTREGISTERSTREAMREQUEST']._serialized_end=1216
-  _globals['_CONCEPTREGISTERSTREAMRESPONSE']._serialized_start=1218
-  _globals['_CONCEPTREGISTERSTREAMRESPONSE']._serialized_end=1301
-  _globals['_GETCONCEPTREQUEST']._serialized_start=1303
-  _globals['_GETCONCEPTREQUEST']._serialized_end=1379
-  _globals['_GETCONCEPTRESPONSE']._serialized_start=1381
-  _globals['_GETCONCEPTRESPONSE']._serialized_end=1436
-  _globals['_LISTCONCEPTSREQUEST']._serialized_start=1439
-  _globals['_LISTCONCEPTSREQUEST']._serialized_end=1619
-  _globals['_LISTCONCEPTSREQUEST_LABELSENTRY']._serialized_start=479
-  _globals['_LISTCONCEPTSREQUEST_LABELSENTRY']._serialized_end=524
-  _globals['_LISTCONCEPTSRESPONSE']._serialized_start=1621
-  _globals['_LISTCONCEPTSRESPONSE']._serialized_end=1704
-  _globals['_DELETECONCEPTREQUEST']._serialized_start=1706
-  _globals['_DELETECONCEPTREQUEST']._serialized_end=1809
-  _globals['_DELETECONCEPTRESPONSE']._serialized_start=1811
-  _globals['_DELETECONCEPTRESPONSE']._serialized_end=1869
+  _globals['_CONCEPT']._serialized_end=640
+  _globals['_CONCEPT_LABELSENTRY']._serialized_start=584
+  _globals['_CONCEPT_LABELSENTRY']._serialized_end=629
+  _globals['_CONCEPTEXAMPLE']._serialized_start=642
+  _globals['_CONCEPTEXAMPLE']._serialized_end=690
+  _globals['_CONCEPTSPEC']._serialized_start=693
+  _globals['_CONCEPTSPEC']._serialized_end=1074
+  _globals['_CONCEPTSPEC_LABELSENTRY']._serialized_start=584
+  _globals['_CONCEPTSPEC_LABELSENTRY']._serialized_end=629
+  _globals['_CONCEPTORIGIN']._serialized_start=1076
+  _globals['_CONCEPTORIGIN']._serialized_end=1178
+  _globals['_CONCEPTREGISTERREQUEST']._serialized_start=1181
+  _globals['_CONCEPTREGISTERREQUEST']._serialized_end=1310
+  _globals['_CONCEPTREGISTERRESPONSE']._serialized_start=1312
+  _globals['_CONCEPTREGISTERRESPONSE']._serialized_end=1389
+  _globals['_CONCEPTREGISTERSTREAMREQUEST']._serialized_start=1392
+  _globals['_CONCEPTREGISTERSTREAMREQUEST']._serialized_end=1542
+  _globals['_CONCEPTREGISTERSTREAMRESPONSE']._serialized_start=1544
+  _globals['_CONCEPTREGISTERSTREAMRESPONSE']._serialized_end=1627
+  _globals['_GETCONCEPTREQUEST']._serialized_start=1629
+  _globals['_GETCONCEPTREQUEST']._serialized_end=1705
+  _globals['_GETCONCEPTRESPONSE']._serialized_start=1707
+  _globals['_GETCONCEPTRESPONSE']._serialized_end=1762
+  _globals['_LISTCONCEPTSREQUEST']._serialized_start=1765
+  _globals['_LISTCONCEPTSREQUEST']._serialized_end=1945
+  _globals['_LISTCONCEPTSREQUEST_LABELSENTRY']._serialized_start=584
+  _globals['_LISTCONCEPTSREQUEST_LABELSENTRY']._serialized_end=629
+  _globals['_LISTCONCEPTSRESPONSE']._serialized_start=1947
+  _globals['_LISTCONCEPTSRESPONSE']._serialized_end=2030
+  _globals['_DELETECONCEPTREQUEST']._serialized_start=2032
+  _globals['_DELETECONCEPTREQUEST']._serialized_end=2135
+  _globals['_DELETECONCEPTRESPONSE']._serialized_start=2137
+  _globals['_DELETECONCEPTRESPONSE']._serialized_end=2195
 # @@protoc_insertion_point(module_scope)

@@ -22,7 +22,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Concept(_message.Message):
-    """A named vector in the latent space of one model. Versions are immutable."""
+    """A named vector in the latent space of one model: of its examples' latents the mean, less the mean of the negatives'
+    if there are any. Versions are immutable.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -60,8 +62,13 @@ class Concept(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
     PREPROCESSING_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    NEGATIVES_FIELD_NUMBER: _builtins.int
+    IMPORTED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Digest of model fingerprint, preprocessing and content; the same content has the same id everywhere."""
+    """SHA-256 in hexadecimal of model fingerprint, preprocessing and content: the same content has the same id
+    everywhere, whatever its name and in whatever order the images came.
+    """
     name: _builtins.str
     """Name, unique within a model: 1 to 128 of letters, digits, '.', '_' and '-'."""
     version: _builtins.int
@@ -81,7 +88,9 @@ class Concept(_message.Message):
     Unset if it was given as a vector.
     """
     content_digest: _builtins.str
-    """Digest of the examples or the vector."""
+    """SHA-256 in hexadecimal of the examples' and negatives' digests, or of the vector."""
+    imported: _builtins.bool
+    """True if vector and examples are what somebody's export said, and no image was seen here."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """For finding it again."""
@@ -96,7 +105,15 @@ class Concept(_message.Message):
 
     @_builtins.property
     def preprocessing(self) -> _common_pb2.Preprocessing:
-        """How the examples were brought to the model's input."""
+        """How the examples were brought to the model's input. Unset if it was given as a vector."""
+
+    @_builtins.property
+    def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConceptExample]:
+        """The examples, by digest. Left out by ListConcepts."""
+
+    @_builtins.property
+    def negatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConceptExample]:
+        """The negatives, likewise."""
 
     def __init__(
         self,
@@ -115,16 +132,49 @@ class Concept(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         vector: _common_pb2.FloatTensor | None = ...,
         preprocessing: _common_pb2.Preprocessing | None = ...,
+        examples: _abc.Iterable[Global___ConceptExample] | None = ...,
+        negatives: _abc.Iterable[Global___ConceptExample] | None = ...,
+        imported: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_spread", b"_spread", "create_time", b"create_time", "preprocessing", b"preprocessing", "spread", b"spread", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spread", b"_spread", "content_digest", b"content_digest", "create_time", b"create_time", "description", b"description", "example_count", b"example_count", "id", b"id", "labels", b"labels", "model", b"model", "model_fingerprint", b"model_fingerprint", "name", b"name", "negative_count", b"negative_count", "preprocessing", b"preprocessing", "spread", b"spread", "vector", b"vector", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spread", b"_spread", "content_digest", b"content_digest", "create_time", b"create_time", "description", b"description", "example_count", b"example_count", "examples", b"examples", "id", b"id", "imported", b"imported", "labels", b"labels", "model", b"model", "model_fingerprint", b"model_fingerprint", "name", b"name", "negative_count", b"negative_count", "negatives", b"negatives", "preprocessing", b"preprocessing", "spread", b"spread", "vector", b"vector", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__spread: _TypeAlias = _typing.Literal["spread"]  # noqa: Y015
     _WhichOneofArgType__spread: _TypeAlias = _typing.Literal["_spread", b"_spread"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__spread) -> _WhichOneofReturnType__spread | None: ...
 
 Global___Concept: _TypeAlias = Concept  # noqa: Y015
+
+@_typing.final
+class ConceptExample(_message.Message):
+    """An image that a concept was made of. The image itself is not kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    COSINE_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """SHA-256 in hexadecimal: of Image.encoded as it was sent; of raw pixels, of "height width channels" in decimal, a
+    line feed, and the data.
+    """
+    cosine: _builtins.float
+    """Cosine of its latent to the mean of all examples', or of all negatives' if it is one; low for an image that does
+    not belong.
+    """
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        cosine: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cosine", b"cosine", "digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConceptExample: _TypeAlias = ConceptExample  # noqa: Y015
 
 @_typing.final
 class ConceptSpec(_message.Message):
@@ -160,6 +210,8 @@ class ConceptSpec(_message.Message):
     REPLACE_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, unique within a model: 1 to 128 of letters, digits, '.', '_' and '-'. Required."""
     model: _builtins.str
@@ -167,9 +219,13 @@ class ConceptSpec(_message.Message):
     description: _builtins.str
     """For people to read."""
     replace: _builtins.bool
-    """If the name is taken with other content: true makes a new version, false answers ALREADY_EXISTS."""
+    """If the name is taken with other content: true makes a new version, false answers ALREADY_EXISTS. The same content
+    with another description or other labels is a new version if true, and the concept as it is if false.
+    """
     expected_version: _builtins.int
     """Only if the name's newest version is this one (0: the name is free); else ABORTED."""
+    model_fingerprint: _builtins.str
+    """Only if the model's fingerprint is this one; else FAILED_PRECONDITION. Empty: whatever it is."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """For finding it again."""
@@ -180,7 +236,13 @@ class ConceptSpec(_message.Message):
 
     @_builtins.property
     def vector(self) -> _common_pb2.FloatTensor:
-        """A ready vector, shape (latent size), instead of example images."""
+        """A ready vector, shape (latent size), instead of example images; finite and not all zero."""
+
+    @_builtins.property
+    def origin(self) -> Global___ConceptOrigin:
+        """With vector: the images that it was made of elsewhere, as an export says. The concept then has the id that it has
+        there; `preprocessing` is part of it. Needs model_fingerprint.
+        """
 
     def __init__(
         self,
@@ -193,16 +255,48 @@ class ConceptSpec(_message.Message):
         replace: _builtins.bool = ...,
         expected_version: _builtins.int | None = ...,
         vector: _common_pb2.FloatTensor | None = ...,
+        model_fingerprint: _builtins.str = ...,
+        origin: Global___ConceptOrigin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version", "preprocessing", b"preprocessing", "vector", b"vector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version", "origin", b"origin", "preprocessing", b"preprocessing", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "description", b"description", "expected_version", b"expected_version", "labels", b"labels", "model", b"model", "name", b"name", "preprocessing", b"preprocessing", "replace", b"replace", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "description", b"description", "expected_version", b"expected_version", "labels", b"labels", "model", b"model", "model_fingerprint", b"model_fingerprint", "name", b"name", "origin", b"origin", "preprocessing", b"preprocessing", "replace", b"replace", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_version: _TypeAlias = _typing.Literal["expected_version"]  # noqa: Y015
     _WhichOneofArgType__expected_version: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_version) -> _WhichOneofReturnType__expected_version | None: ...
 
 Global___ConceptSpec: _TypeAlias = ConceptSpec  # noqa: Y015
+
+@_typing.final
+class ConceptOrigin(_message.Message):
+    """What a ready vector was made of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    NEGATIVES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConceptExample]:
+        """The examples, at least one."""
+
+    @_builtins.property
+    def negatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConceptExample]:
+        """The negatives."""
+
+    def __init__(
+        self,
+        *,
+        examples: _abc.Iterable[Global___ConceptExample] | None = ...,
+        negatives: _abc.Iterable[Global___ConceptExample] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "negatives", b"negatives"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConceptOrigin: _TypeAlias = ConceptOrigin  # noqa: Y015
 
 @_typing.final
 class ConceptRegisterRequest(_message.Message):
@@ -346,7 +440,7 @@ class GetConceptRequest(_message.Message):
     name: _builtins.str
     """Name; the newest version."""
     id: _builtins.str
-    """Id of one version."""
+    """Id; of several names or versions with this content, the one registered last."""
     model: _builtins.str
     """For a name: the model; empty: the server's default model."""
     def __init__(
@@ -476,7 +570,7 @@ Global___ListConceptsResponse: _TypeAlias = ListConceptsResponse  # noqa: Y015
 
 @_typing.final
 class DeleteConceptRequest(_message.Message):
-    """Request of DeleteConcept."""
+    """Request of DeleteConcept. NOT_FOUND if there is no such name."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -226,15 +226,17 @@ class ExplainedTarget(_message.Message):
     output_index: _builtins.int
     """For an output: its index."""
     label: _builtins.str
-    """For people: the output's name or index, the concept's name or "concept (dot)" for a vector, "a - b" for a contrast."""
+    """For people: the output's name or index, the concept's name, "name (cosine)", or "concept (dot)" for a vector, "a - b" for a
+    contrast.
+    """
     value: _builtins.float
     """f: the logit, regression value, similarity, or difference of two of them."""
     probability: _builtins.float
     """For an output of a classifier: its probability."""
     @_builtins.property
     def target(self) -> _target_pb2.Target:
-        """The target: never top-k, outputs by their index, and a vector that the request brought along left out, as it is
-        long and the caller has it.
+        """The target: never top-k, outputs by their index, concepts by their id, and a vector that the request brought along
+        left out, as it is long and the caller has it.
         """
 
     def __init__(

@@ -1,0 +1,33 @@
+"""Where registered concepts are kept."""
+
+from cdam_server.store.protocol import (
+    ConceptStore,
+    Content,
+    Example,
+    Facts,
+    NameTakenError,
+    Registration,
+    StoredConcept,
+    StoreError,
+    StoreFullError,
+    StoreUnavailableError,
+    StoreUnusableError,
+    Version,
+    VersionMismatchError,
+)
+
+__all__ = [
+    "ConceptStore",
+    "Content",
+    "Example",
+    "Facts",
+    "NameTakenError",
+    "Registration",
+    "StoreError",
+    "StoreFullError",
+    "StoreUnavailableError",
+    "StoreUnusableError",
+    "StoredConcept",
+    "Version",
+    "VersionMismatchError",
+]
