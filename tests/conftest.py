@@ -1,8 +1,18 @@
-"""A real server for the tests that talk to one."""
+"""Real servers for the tests that talk to one."""
 
 from collections.abc import Iterator
 
 import pytest
+
+from postgres import PostgresServer, postgres_server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_concepts_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers that are told nothing keep concepts in a folder of this run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +26,13 @@ def server_address() -> Iterator[str]:
     logs.configure("console", "error")
     with serve_in_background(settings) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server of our own; a test that stops it starts it again."""
+    try:
+        with postgres_server() as server:
+            yield server
+    except LookupError as error:
+        pytest.skip(str(error))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,9 @@ import grpc
 import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
-from google.rpc import status_pb2
+from google.rpc import error_details_pb2, status_pb2
 
-from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, model_pb2, target_pb2
+from cdam.v1 import common_pb2, concept_pb2, explain_pb2, explainer_service_pb2_grpc, model_pb2, target_pb2
 
 GRID = 2, 3
 
@@ -41,6 +42,9 @@ class Script(explainer_service_pb2_grpc.ExplainerServiceServicer):
     seconds_left: list[float] = field(default_factory=list)
     delay: float = 0.0
     address: str = ""
+    created: bool = True  # what registrations are told
+    concepts: dict[str, concept_pb2.Concept] = field(default_factory=dict)  # by name
+    uploads: list[list[Any]] = field(default_factory=list)  # the messages of each ConceptRegisterStream
 
     def Explain(self, request: Any, context: Any) -> Any:
         self._heed(request, context)
@@ -57,6 +61,59 @@ class Script(explainer_service_pb2_grpc.ExplainerServiceServicer):
     def GetModel(self, request: Any, context: Any) -> Any:
         self._heed(request, context)
         return model_pb2.GetModelResponse(model=model(request.name or "first"))
+
+    def ConceptRegister(self, request: Any, context: Any) -> Any:
+        self._heed(request, context)
+        stored = self._store(request.spec, request.examples, request.negatives)
+        return concept_pb2.ConceptRegisterResponse(concept=stored, created=self.created)
+
+    def ConceptRegisterStream(self, request_iterator: Any, context: Any) -> Any:
+        self.metadata.append(dict(context.invocation_metadata()))
+        self.seconds_left.append(context.time_remaining())
+        self.uploads.append([])
+        for request in self.take(request_iterator, context):
+            self.uploads[-1].append(request)
+        kinds = [(request.WhichOneof("payload"), request) for request in self.uploads[-1]]
+        stored = self._store(
+            kinds[0][1].spec,
+            [request.example for kind, request in kinds if kind == "example"],
+            [request.negative for kind, request in kinds if kind == "negative"],
+        )
+        return concept_pb2.ConceptRegisterStreamResponse(concept=stored, created=self.created)
+
+    def take(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        """The messages of an upload that are heard; a test may fail it here."""
+        return requests
+
+    def GetConcept(self, request: Any, context: Any) -> Any:
+        self._heed(request, context)
+        for concept in self.concepts.values():
+            if request.name == concept.name or request.id == concept.id:
+                return concept_pb2.GetConceptResponse(concept=concept)
+        return fail(context, not_found(request.name or request.id))
+
+    def ListConcepts(self, request: Any, context: Any) -> Any:
+        self._heed(request, context)
+        names = sorted(self.concepts)
+        begin = int(request.page_token or 0)
+        end = begin + (request.page_size or 2)
+        response = concept_pb2.ListConceptsResponse(next_page_token=str(end) if end < len(names) else "")
+        for name in names[begin:end]:
+            response.concepts.add().CopyFrom(self.concepts[name])
+            for long in ("vector", "examples", "negatives"):
+                response.concepts[-1].ClearField(long)
+        return response
+
+    def DeleteConcept(self, request: Any, context: Any) -> Any:
+        self._heed(request, context)
+        if request.name not in self.concepts:
+            fail(context, not_found(request.name))
+        return concept_pb2.DeleteConceptResponse(concept=self.concepts.pop(request.name))
+
+    def _store(self, spec: Any, examples: Sequence[Any], negatives: Sequence[Any]) -> concept_pb2.Concept:
+        version = self.concepts[spec.name].version + self.created if spec.name in self.concepts else 1
+        self.concepts[spec.name] = concept(spec, examples, negatives, version)
+        return self.concepts[spec.name]
 
     def _heed(self, request: Any, context: Any) -> None:
         self.requests.append(request)
@@ -118,10 +175,15 @@ def answer(request: explain_pb2.ExplainRequest) -> explain_pb2.ExplainResponse:
 
 def _add(response: explain_pb2.ExplainResponse, target: target_pb2.Target, index: int) -> None:
     output = target.output
-    label = output.name or str(output.index) if target.WhichOneof("kind") == "output" else "concept"
+    label = output.name or str(output.index) if target.WhichOneof("kind") == "output" else _label(target.concept)
     explained = response.targets.add(target=target, request_index=index, label=label, value=1.5 + len(response.targets))
     if target.WhichOneof("kind") == "output":
         explained.output_index, explained.probability = output.index, 0.25
+
+
+def _label(concept: target_pb2.ConceptTarget) -> str:
+    name = concept.name or concept.id[:12] or "concept"
+    return f"{name} (cosine)" if concept.similarity == target_pb2.SIMILARITY_COSINE else name
 
 
 def model(name: str, *, is_default: bool = False) -> model_pb2.Model:
@@ -145,6 +207,45 @@ def model(name: str, *, is_default: bool = False) -> model_pb2.Model:
             model_pb2.MethodSupport(method="METHOD_KIND_SMOOTH_CDAM", reason="not yet"),
         ],
     )
+
+
+def not_found(name: str) -> Failure:
+    """No such concept."""
+    info = error_details_pb2.ResourceInfo(resource_type="cdam.v1.concept", resource_name=name)
+    return Failure(grpc.StatusCode.NOT_FOUND, f"no concept {name!r}", [info])
+
+
+def concept(spec: Any, examples: Sequence[Any], negatives: Sequence[Any], version: int = 1) -> concept_pb2.Concept:
+    """A concept as a server stores it, of a made-up vector; each example fits a little worse than the one before."""
+    made = concept_pb2.Concept(
+        id=hashlib.sha256(spec.name.encode()).hexdigest(),
+        name=spec.name,
+        version=version,
+        model=spec.model or "first",
+        model_fingerprint="f00d",
+        description=spec.description,
+        labels=spec.labels,
+        content_digest="d1",
+        vector=spec.vector if spec.HasField("vector") else tensor(np.arange(1, 9, dtype=np.float32)),
+        imported=spec.HasField("origin"),
+    )
+    made.create_time.FromJsonString("2024-05-06T07:08:09.5Z")
+    for images, described in ((examples, made.examples), (negatives, made.negatives)):
+        for position, image in enumerate(images):
+            raw = image.raw
+            pixels = f"{raw.height} {raw.width} {raw.channels}\n".encode() + raw.data
+            digest = hashlib.sha256(image.encoded or pixels).hexdigest()
+            described.add(digest=digest, cosine=1 - position / 100)
+    made.examples.extend(spec.origin.examples)
+    made.negatives.extend(spec.origin.negatives)
+    made.example_count, made.negative_count = len(made.examples), len(made.negatives)
+    if made.examples:
+        made.spread = sum(example.cosine for example in made.examples) / len(made.examples)
+        made.preprocessing.resize_mode = spec.preprocessing.resize_mode or common_pb2.RESIZE_MODE_MODEL
+        its_own = common_pb2.Size(height=32, width=48)
+        its = spec.preprocessing.input_size if spec.preprocessing.HasField("input_size") else its_own
+        made.preprocessing.input_size.CopyFrom(its)
+    return made
 
 
 @contextmanager

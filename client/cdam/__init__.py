@@ -8,16 +8,24 @@
             print(relevance.label, relevance.method.kind, relevance.scores.sum())
         explanation["7"].overlay().save("seven.png")
 
+        loops = client.register_concept("loops", Path("loops").glob("*.png"))
+        client.explain("scene.png", [loops, cdam.Contrast(cdam.Concept("loops"), "7")])
+
 `AsyncClient` is the same for asyncio. Errors are drawn as a tree in `CdamError`'s module and all derive from it.
 """
 
 from cdam import render
+from cdam._async_client import AsyncClient
 from cdam._channel import TLS
-from cdam._client import AsyncClient, Client
+from cdam._client import Client
+from cdam._concept_file import load_concept, save_concept
+from cdam._concepts import ConceptExample, RegisteredConcept
 from cdam._encode import Priority, Resize
 from cdam._errors import (
+    Aborted,
     AlreadyExists,
     CdamError,
+    ConceptFileError,
     DeadlineExceeded,
     FailedPrecondition,
     FieldViolation,
@@ -33,6 +41,7 @@ from cdam._errors import (
     Unauthenticated,
     Unavailable,
     Unimplemented,
+    VersionMismatch,
 )
 from cdam._explanation import ExplainedTarget, Explanation, Geometry, Parts, RelevanceMap, Timing
 from cdam._images import ImageLike
@@ -65,6 +74,7 @@ from cdam._version import __version__
 __all__ = [
     "METHODS",
     "TLS",
+    "Aborted",
     "AlreadyExists",
     "AsyncClient",
     "Attention",
@@ -74,6 +84,8 @@ __all__ = [
     "CdamError",
     "Client",
     "Concept",
+    "ConceptExample",
+    "ConceptFileError",
     "Contrast",
     "DeadlineExceeded",
     "ExplainedTarget",
@@ -107,6 +119,7 @@ __all__ = [
     "Priority",
     "Quadrature",
     "Region",
+    "RegisteredConcept",
     "RelevanceMap",
     "RelevancePropagation",
     "Resize",
@@ -123,6 +136,9 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
+    "VersionMismatch",
     "__version__",
+    "load_concept",
     "render",
+    "save_concept",
 ]

@@ -1,120 +1,36 @@
-"""The clients: one that blocks, one for asyncio. They differ in how they wait, and in nothing else."""
+"""The client that blocks."""
 
-import asyncio
-import threading
+import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
-import grpc.aio
+from numpy.typing import NDArray
 
-from cdam import _flow, _lines
-from cdam._channel import TLS, MetadataLike, checked_timeout, connection
+from cdam import _flow, _lines, _uploads
+from cdam._base import BaseClient, concept_request, import_spec
+from cdam._concept_file import load_concept, save_concept
+from cdam._concepts import RegisteredConcept
 from cdam._encode import Priority, Resize, encode_explain
-from cdam._errors import DeadlineExceeded, error_from_rpc
+from cdam._errors import RpcError, error_from_rpc
 from cdam._explanation import Explanation
 from cdam._flow import Call, Flow
 from cdam._images import ImageLike
 from cdam._methods import MethodLike, as_methods
 from cdam._models import Model
-from cdam._stream import PATH, Common, Item, ItemResult, explain_stream, wrapped
-from cdam._targets import TargetLike, as_targets
-from cdam._version import __version__
-from cdam.v1 import explain_pb2
+from cdam._register import PATH as UPLOAD_PATH
+from cdam._register import register
+from cdam._stream import Item, ItemResult, explain_stream
+from cdam._targets import Concept, TargetLike
+from cdam.v1 import concept_pb2
 
 T = TypeVar("T")
 
 
-class _BaseClient:
-    """What both clients know; each of them runs flows."""
-
-    def __init__(
-        self,
-        address: str = "localhost:8001",
-        *,
-        timeout: float = 30.0,
-        token: str | None = None,
-        tls: TLS | bool | None = None,
-        metadata: MetadataLike = (),
-        max_message_bytes: int = 64 * 1024 * 1024,
-        retries: int = 4,
-        allow_plaintext_token: bool = False,
-    ) -> None:
-        """Prepare to talk to a server; the connection is made by the first call.
-
-        Args:
-            address: host:port; dns:///host:port to spread calls over all addresses of a name; unix:/path; or whatever
-                else grpc takes.
-            timeout: Seconds that a call may take, retries included, unless the call says otherwise.
-            token: Sent as ``authorization: Bearer``; never in plaintext to another machine.
-            tls: True, or `TLS` with certificates of one's own; None: plaintext.
-            metadata: Further headers of every call.
-            max_message_bytes: Largest request and answer.
-            retries: How often a call is repeated when the server is unavailable, 0 to 4.
-            allow_plaintext_token: Send the token in plaintext all the same, where something else encrypts.
-
-        Raises:
-            ValueError: if something of it can't be, or a token would travel in plaintext to another machine.
-            OSError: if a certificate can't be read.
-        """
-        self._connection = connection(
-            address,
-            timeout=timeout,
-            token=token,
-            tls=tls,
-            metadata=metadata,
-            max_message_bytes=max_message_bytes,
-            retries=retries,
-            allow_plaintext_token=allow_plaintext_token,
-            user_agent=f"cdam-python/{__version__}",
-        )
-        self._credentials = self._connection.tls.credentials() if self._connection.tls else None
-        self._max_message_bytes = max_message_bytes
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._connection.address!r})"
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this client is closed")
-
-    def _deadline(self, timeout: float | None) -> float:
-        return time.monotonic() + (self._connection.timeout if timeout is None else checked_timeout(timeout))
-
-    def _arguments(self, call: Call, deadline: float) -> dict[str, Any]:
-        """What grpc is told about a call that must be answered by the deadline."""
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise DeadlineExceeded("the timeout passed", code=grpc.StatusCode.DEADLINE_EXCEEDED)
-        return {"timeout": remaining, "metadata": self._connection.metadata, "wait_for_ready": call.patient or None}
-
-    def _common(
-        self,
-        items: object,
-        targets: TargetLike | Sequence[TargetLike],
-        methods: MethodLike | Sequence[MethodLike],
-        **settings: Any,
-    ) -> Common:
-        """What is asked of a stream's items in common, checked before the first of them."""
-        if isinstance(items, str | bytes | bytearray | memoryview):
-            raise TypeError("a stream takes several images: put a single one in a list, or explain it alone")
-        common = {"max_message_bytes": self._max_message_bytes, **settings}
-        return Common(targets=as_targets(targets), methods=as_methods(methods), **common)
-
-    def _start_stream(self, channel: Any, requests: Any, deadline: float | None) -> Any:
-        """A call of ExplainStream on a channel of either kind."""
-        remaining = None if deadline is None else deadline - time.monotonic()
-        if remaining is not None and remaining <= 0:
-            raise DeadlineExceeded("the timeout passed", code=grpc.StatusCode.DEADLINE_EXCEEDED)
-        call = channel.stream_stream(PATH, wrapped, explain_pb2.ExplainStreamResponse.FromString)
-        return call(requests, timeout=remaining, metadata=self._connection.metadata)
-
-
-class Client(_BaseClient):
+class Client(BaseClient):
     """A client that blocks. Threads may share it.
 
     with cdam.Client("localhost:8001") as client:
@@ -141,8 +57,8 @@ class Client(_BaseClient):
 
         Args:
             image: A path, an encoded file's bytes, a PIL image, or uint8 pixels of shape (H, W), (H, W, 1), (H, W, 3).
-            targets: One or several of: an output's index (int) or name (str), `Output`, `TopK`, `Concept`, `Contrast`;
-                may be left out if no method needs one.
+            targets: One or several of: an output's index (int) or name (str), `Output`, `TopK`, `Concept`,
+                `RegisteredConcept`, `Contrast`; may be left out if no method needs one.
             methods: One or several of this package's method classes, or their names ("smooth_cdam"); empty: CDAM.
             model: Name of the model; empty: the server's default.
             resize: "model": as the model was evaluated, mostly the centre; "squash": all of the image, stretched;
@@ -232,6 +148,207 @@ class Client(_BaseClient):
         """One model; without a name, the default one."""
         return self._run(_flow.model(name), timeout)
 
+    def register_concept(
+        self,
+        name: str,
+        examples: Iterable[ImageLike] = (),
+        *,
+        negatives: Iterable[ImageLike] = (),
+        vector: Sequence[float] | NDArray[Any] | None = None,
+        model: str = "",
+        description: str = "",
+        labels: Mapping[str, str] | None = None,
+        resize: Resize | None = None,
+        input_size: tuple[int, int] | None = None,
+        replace: bool = False,
+        expected_version: int | None = None,
+        model_fingerprint: str = "",
+        timeout: float | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> RegisteredConcept:
+        """Register a concept: of example images the mean latent, or a vector as it is.
+
+        The result may be given as a target, and `Concept(name)` finds its newest version. To register the same content
+        again is harmless. Any number of images travels with flow control and a few at a time in memory. If the server
+        goes down or the connection is lost, they are sent again, unless they came from an iterator, which can't begin
+        again, of anything but paths.
+
+        Args:
+            name: 1 to 128 of letters, digits, '.', '_' and '-'; unique within a model.
+            examples: Images that show the concept, as for `explain`; taken one at a time, in this thread. Files travel
+                as they are: the digest of their bytes is part of the concept's id.
+            negatives: Images that don't; if given, the vector is the difference of the means.
+            vector: The vector itself, length `Model.latent_size`, in place of images.
+            model: Name of the model; empty: the server's default.
+            description: For people.
+            labels: For finding it again.
+            resize: How the images are brought to the model's input; as for `explain`.
+            input_size: As for `explain`.
+            replace: If the name has other content: True makes a new version, False raises `AlreadyExists`.
+            expected_version: Only if the name's newest version is this one, 0 for a free name; else `VersionMismatch`.
+            model_fingerprint: Only if the model has this fingerprint; else `FailedPrecondition`.
+            timeout: Seconds, retries and the taking of images included; None: the client's for what fits into one
+                message, and as long as it takes for more.
+            progress: Called with the number of images sent so far; it begins again if a broken stream does.
+
+        Returns:
+            The concept; `created` says whether it is new.
+
+        Raises:
+            RpcError: one of its kinds, if the server refuses or can't be reached.
+            ImageError: if an image is none.
+            OSError: if a path can't be read.
+            ValueError, TypeError: if an argument can't be encoded.
+        """
+        registration = self._registration(
+            name,
+            examples,
+            negatives,
+            progress,
+            vector=vector,
+            model=model,
+            description=description,
+            labels=labels,
+            resize=resize,
+            input_size=input_size,
+            replace=replace,
+            expected_version=expected_version,
+            model_fingerprint=model_fingerprint,
+        )
+        deadline = None if timeout is None else self._deadline(timeout)
+        upload = _uploads.Upload(lambda messages: self._start_upload(messages, deadline))
+        return _uploads.run(register(registration), lambda step: self._call(step, deadline), upload)
+
+    def concept(
+        self,
+        name: str | None = None,
+        *,
+        id: str | None = None,  # noqa: A002 - the API's name for it
+        model: str = "",
+        timeout: float | None = None,
+    ) -> RegisteredConcept:
+        """One concept with its vector: the newest version of a name, or the version of an id.
+
+        Args:
+            name: Its name.
+            id: Or its id; of several names or versions with this content, the one registered last.
+            model: For a name: its model; empty: the server's default.
+            timeout: Seconds, retries included; None: the client's.
+
+        Raises:
+            NotFound: if there is none.
+            RpcError: one of its kinds, if the server can't be reached.
+            ValueError: if neither name nor id is given, or both are.
+        """
+        return self._run(_flow.concept_of(concept_request(name, id, model)), timeout)
+
+    def concepts(
+        self,
+        *,
+        model: str = "",
+        labels: Mapping[str, str] | None = None,
+        page_size: int = 0,
+        timeout: float | None = None,
+    ) -> Generator[RegisteredConcept, None, None]:
+        """The newest version of every concept, by model and name, without vectors; asked for a page at a time.
+
+        Args:
+            model: Only concepts of this model; empty: of all.
+            labels: Only concepts that have all these labels.
+            page_size: Most concepts a page; 0: the server's choice.
+            timeout: Seconds for each page, retries included; None: the client's.
+
+        Raises:
+            RpcError: one of its kinds, if the server can't be reached; from the iteration.
+        """
+        request = concept_pb2.ListConceptsRequest(model=model, labels=labels, page_size=page_size)
+        while True:
+            page, request.page_token = self._run(_flow.concept_page(request), timeout)
+            yield from page
+            if not request.page_token:
+                return
+
+    def delete_concept(
+        self, name: str, *, model: str = "", expected_version: int | None = None, timeout: float | None = None
+    ) -> RegisteredConcept:
+        """Free a concept's name; its versions stay readable by id.
+
+        Args:
+            name: Its name.
+            model: Its model; empty: the server's default.
+            expected_version: Only if the newest version is this one; else `VersionMismatch`.
+            timeout: Seconds, retries included; None: the client's.
+
+        Returns:
+            The version that was the newest.
+
+        Raises:
+            NotFound: if there is none.
+            RpcError: one of its kinds, if the server refuses or can't be reached.
+        """
+        return self._run(_flow.delete_concept(name, model, expected_version), timeout)
+
+    def export_concept(
+        self,
+        concept: str | Concept | RegisteredConcept,
+        path: str | os.PathLike[str],
+        *,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Path:
+        """Write a concept to a ``.safetensors`` file, for `import_concept` on another server.
+
+        Args:
+            concept: Its name, or a concept by name or id, or one that this client gave.
+            path: The file; one that is there already is replaced.
+            model: For a name: its model; empty: the server's default.
+            timeout: Seconds, retries included; None: the client's.
+
+        Returns:
+            The file.
+
+        Raises:
+            NotFound: if there is none.
+            RpcError: one of its kinds, if the server can't be reached.
+            OSError: if the file can't be written.
+        """
+        return save_concept(self._run(_flow.whole_concept(concept, model), timeout), path)
+
+    def import_concept(
+        self,
+        source: str | os.PathLike[str] | RegisteredConcept,
+        *,
+        name: str | None = None,
+        model: str = "",
+        description: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        replace: bool = False,
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> RegisteredConcept:
+        """Register a concept from another server, with the id that it has there. The model must be the same one.
+
+        Args:
+            source: A file that `export_concept` wrote, or a concept that `load_concept` or a client gave.
+            name: Its name here; None: the same.
+            model: The model's name here; empty: whichever has the concept's fingerprint.
+            description: None: the same.
+            labels: None: the same.
+            replace: As for `register_concept`.
+            expected_version: As for `register_concept`.
+            timeout: Seconds, retries included; None: the client's.
+
+        Raises:
+            ConceptFileError: if the file is none, or damaged.
+            FailedPrecondition: if it is of another model.
+            RpcError: one of its kinds, if the server refuses or can't be reached.
+            OSError: if the file can't be read.
+        """
+        found = source if isinstance(source, RegisteredConcept) else load_concept(source)
+        changes = {"replace": replace, "expected_version": expected_version}
+        spec = import_spec(found, name, model, description=description, labels=labels, **changes)
+        return self._run(_flow.import_concept(spec, found.model), timeout)
+
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Return when the server answers that it serves.
 
@@ -266,18 +383,22 @@ class Client(_BaseClient):
                     self._channel = grpc.secure_channel(its.address, self._credentials, its.options)
             return self._channel
 
+    def _start_upload(self, messages: Iterator[bytes], deadline: float | None) -> Any:
+        call: grpc.StreamUnaryMultiCallable[bytes, Any] = self._open().stream_unary(
+            UPLOAD_PATH, None, concept_pb2.ConceptRegisterStreamResponse.FromString
+        )
+        return call.future(messages, **self._upload_arguments(deadline))
+
     def _run(self, flow: Flow[T], timeout: float | None) -> T:
         deadline = self._deadline(timeout)
-        channel = self._open()
         try:
             step = next(flow)
             while True:
                 if isinstance(step, Call):
-                    call: grpc.UnaryUnaryMultiCallable[bytes, Any] = channel.unary_unary(step.path, None, step.decode)
                     try:
-                        answer = call(step.request, **self._arguments(step, deadline))
-                    except grpc.RpcError as error:
-                        step = flow.throw(error_from_rpc(error))
+                        answer = self._call(step, deadline)
+                    except RpcError as error:
+                        step = flow.throw(error)
                     else:
                         step = flow.send(answer)
                 else:
@@ -287,128 +408,10 @@ class Client(_BaseClient):
             result: T = end.value
             return result
 
-
-class AsyncClient(_BaseClient):
-    """A client for asyncio: the methods of `Client`, to be awaited. It belongs to the event loop of its first call.
-
-    async with cdam.AsyncClient("localhost:8001") as client:
-        explanation = await client.explain("scene.png", "7")
-    """
-
-    _channel: grpc.aio.Channel | None = None
-
-    async def explain(
-        self,
-        image: ImageLike,
-        targets: TargetLike | Sequence[TargetLike] = (),
-        *,
-        methods: MethodLike | Sequence[MethodLike] = (),
-        model: str = "",
-        resize: Resize | None = None,
-        input_size: tuple[int, int] | None = None,
-        request_id: str = "",
-        priority: Priority | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - it travels to the server as the call's deadline
-    ) -> Explanation:
-        """As `Client.explain`."""
-        request = await asyncio.to_thread(  # it may read a file
-            encode_explain,
-            image,
-            targets,
-            methods=methods,
-            model=model,
-            resize=resize,
-            input_size=input_size,
-            request_id=request_id,
-            priority=priority,
-        )
-        return await self._run(_flow.explain(request, as_methods(methods)), timeout)
-
-    def explain_stream(
-        self,
-        items: Iterable[Item | ImageLike] | AsyncIterable[Item | ImageLike],
-        targets: TargetLike | Sequence[TargetLike] = (),
-        *,
-        methods: MethodLike | Sequence[MethodLike] = (),
-        model: str = "",
-        resize: Resize | None = None,
-        input_size: tuple[int, int] | None = None,
-        priority: Priority | None = None,
-        window: int = 64,
-        retries: int = 10,
-        timeout: float | None = None,
-    ) -> AsyncGenerator[ItemResult, None]:
-        """As `Client.explain_stream`; to leave the loop early, close the generator: `contextlib.aclosing` does."""
-        common = self._common(
-            items,
-            targets,
-            methods,
-            model=model,
-            resize=resize,
-            input_size=input_size,
-            priority=priority,
-            window=window,
-            retries=retries,
-        )
-        deadline = None if timeout is None else self._deadline(timeout)
-        line = _lines.AsyncLine(lambda requests: self._start_stream(self._open(), requests, deadline))
-        return _lines.run_async(explain_stream(common), _lines.each(items), line)
-
-    async def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:  # noqa: ASYNC109 - as above
-        """As `Client.models`."""
-        return await self._run(_flow.models(), timeout)
-
-    async def model(self, name: str = "", *, timeout: float | None = None) -> Model:  # noqa: ASYNC109 - as above
-        """As `Client.model`."""
-        return await self._run(_flow.model(name), timeout)
-
-    async def wait_until_ready(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
-        """As `Client.wait_until_ready`."""
-        await self._run(_flow.wait_until_ready(), timeout)
-
-    async def close(self) -> None:
-        """Close the connection, for good; calls under way fail."""
-        self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def _open(self) -> grpc.aio.Channel:
-        self._check_open()
-        if self._channel is None:
-            its = self._connection
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(its.address, its.options)
-            else:
-                self._channel = grpc.aio.secure_channel(its.address, self._credentials, its.options)
-        return self._channel
-
-    async def _run(self, flow: Flow[T], timeout: float | None) -> T:  # noqa: ASYNC109 - as above
-        deadline = self._deadline(timeout)
-        channel = self._open()
+    def _call(self, step: Call, deadline: float | None) -> Any:
+        call: grpc.UnaryUnaryMultiCallable[bytes, Any] = self._open().unary_unary(step.path, None, step.decode)
+        arguments = self._arguments(step, self._deadline(None) if deadline is None else deadline)
         try:
-            step = next(flow)
-            while True:
-                if isinstance(step, Call):
-                    call: grpc.aio.UnaryUnaryMultiCallable[bytes, Any] = channel.unary_unary(
-                        step.path, None, step.decode
-                    )
-                    try:
-                        answer = await call(step.request, **self._arguments(step, deadline))
-                    except grpc.RpcError as error:
-                        step = flow.throw(error_from_rpc(error))
-                    else:
-                        step = flow.send(answer)
-                else:
-                    await asyncio.sleep(step.seconds)
-                    step = flow.send(None)
-        except StopIteration as end:
-            result: T = end.value
-            return result
+            return call(step.request, **arguments)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from datetime import UTC
 from types import MappingProxyType
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from numpy.typing import NDArray
 
+from cdam._concepts import ConceptExample, RegisteredConcept
 from cdam._encode import short_name
 from cdam._errors import MalformedResponse
 from cdam._explanation import ExplainedTarget, Explanation, Geometry, Parts, RelevanceMap, Timing
@@ -15,7 +17,7 @@ from cdam._methods import Cdam, Method
 from cdam._models import Model
 from cdam._overlay import Region
 from cdam._targets import Concept, Contrast, Output, Similarity
-from cdam.v1 import common_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
+from cdam.v1 import common_pb2, concept_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
 
 _SIMILARITIES: dict[int, Similarity] = {
     target_pb2.SIMILARITY_DOT: "dot",
@@ -70,6 +72,38 @@ def decode_model(model: model_pb2.Model) -> Model:
     )
 
 
+def decode_concept(concept: concept_pb2.Concept, *, created: bool | None = None) -> RegisteredConcept:
+    """The concept that a message describes.
+
+    Raises:
+        MalformedResponse: if it has neither id nor name, or its vector is none.
+    """
+    if not (concept.id and concept.name):
+        raise MalformedResponse("a concept without id or name")
+    prepared = concept.preprocessing if concept.HasField("preprocessing") else None
+    return RegisteredConcept(
+        id=concept.id,
+        name=concept.name,
+        version=concept.version,
+        model=concept.model,
+        model_fingerprint=concept.model_fingerprint,
+        description=concept.description,
+        labels=MappingProxyType(dict(concept.labels)),
+        example_count=concept.example_count,
+        negative_count=concept.negative_count,
+        spread=concept.spread if concept.HasField("spread") else None,
+        content_digest=concept.content_digest,
+        create_time=concept.create_time.ToDatetime(UTC),
+        vector=_vector(concept.vector) if concept.HasField("vector") else None,
+        resize=short_name(common_pb2.ResizeMode, "RESIZE_MODE", prepared.resize_mode) if prepared else None,
+        input_size=_size(prepared.input_size) if prepared and prepared.HasField("input_size") else None,
+        examples=tuple(ConceptExample(example.digest, example.cosine) for example in concept.examples),
+        negatives=tuple(ConceptExample(example.digest, example.cosine) for example in concept.negatives),
+        imported=concept.imported,
+        created=created,
+    )
+
+
 def decode_tensor(tensor: common_pb2.FloatTensor, shape: tuple[int, ...] | None = None) -> NDArray[np.float32]:
     """The array, float32 and read-only.
 
@@ -84,6 +118,13 @@ def decode_tensor(tensor: common_pb2.FloatTensor, shape: tuple[int, ...] | None 
     array = np.frombuffer(tensor.data, "<f4").reshape(its_shape).astype(np.float32, copy=False)
     array.flags.writeable = False
     return array
+
+
+def _vector(tensor: common_pb2.FloatTensor) -> NDArray[np.float32]:
+    vector = decode_tensor(tensor)
+    if vector.ndim != 1:
+        raise MalformedResponse(f"a concept vector of shape {vector.shape}")
+    return vector
 
 
 def _geometry(geometry: explain_pb2.MapGeometry) -> Geometry:

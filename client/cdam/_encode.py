@@ -1,15 +1,17 @@
 """From the caller's words to the API's messages."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
+from cdam._concepts import ConceptExample, RegisteredConcept
 from cdam._images import ImageLike, encode_image
 from cdam._methods import Cdam, Method, MethodLike, Noise, as_methods
-from cdam._targets import Concept, Contrast, Output, Target, TargetLike, TopK, as_targets
-from cdam.v1 import common_pb2, explain_pb2, method_pb2, target_pb2
+from cdam._targets import Concept, Contrast, Output, Target, TargetLike, TopK, as_target, as_targets
+from cdam.v1 import common_pb2, concept_pb2, explain_pb2, method_pb2, target_pb2
 
 Resize: TypeAlias = Literal["model", "squash"]
 """Which part of an image the model sees: its centre, as the model was evaluated, or all of it, stretched."""
@@ -47,12 +49,80 @@ def encode_explain(
         request_id=request_id,
         priority=enum_value(explain_pb2.Priority, "PRIORITY", priority),
     )
-    if resize is not None:
-        request.preprocessing.resize_mode = enum_value(common_pb2.ResizeMode, "RESIZE_MODE", resize)
-    if input_size is not None:
-        height, width = input_size
-        request.preprocessing.input_size.CopyFrom(common_pb2.Size(height=height, width=width))
+    _prepare(request.preprocessing, resize, input_size)
     return request
+
+
+def encode_spec(
+    name: str,
+    *,
+    vector: Sequence[float] | NDArray[Any] | None = None,
+    model: str = "",
+    description: str = "",
+    labels: Mapping[str, str] | None = None,
+    resize: str | None = None,
+    input_size: tuple[int, int] | None = None,
+    replace: bool = False,
+    expected_version: int | None = None,
+    model_fingerprint: str = "",
+) -> concept_pb2.ConceptSpec:
+    """What to register, apart from images.
+
+    Raises:
+        ValueError: if the vector is none, or a word is none that the API knows.
+    """
+    spec = concept_pb2.ConceptSpec(
+        name=name,
+        model=model,
+        description=description,
+        labels=labels,
+        replace=replace,
+        expected_version=expected_version,
+        vector=None if vector is None else encode_vector(vector),
+        model_fingerprint=model_fingerprint,
+    )
+    _prepare(spec.preprocessing, resize, input_size)
+    return spec
+
+
+def encode_import(concept: RegisteredConcept, **changes: Any) -> concept_pb2.ConceptSpec:
+    """What to register so that a concept has the same id again.
+
+    Args:
+        concept: A concept with its vector.
+        changes: Arguments of `encode_spec` that are not to be the concept's.
+
+    Raises:
+        ValueError: if it has no vector.
+    """
+    if concept.vector is None:
+        raise ValueError(f"{concept!r} comes without its vector, as from a list: get it by its id")
+    given: dict[str, Any] = {
+        "name": concept.name,
+        "vector": concept.vector,
+        "description": concept.description,
+        "labels": concept.labels,
+        "resize": concept.resize,
+        "input_size": concept.input_size,
+        "model_fingerprint": concept.model_fingerprint,
+    }
+    spec = encode_spec(**given | changes)
+    if concept.examples:
+        spec.origin.examples.extend(map(_example, concept.examples))
+        spec.origin.negatives.extend(map(_example, concept.negatives))
+    return spec
+
+
+def encode_vector(vector: Sequence[float] | NDArray[Any]) -> common_pb2.FloatTensor:
+    """The message for a vector.
+
+    Raises:
+        ValueError: if it has more axes than one.
+    """
+    array = np.asarray(vector, "<f4")
+    if array.ndim != 1:
+        raise ValueError(f"a concept vector has one axis, got shape {array.shape}")
+    return common_pb2.FloatTensor(shape=array.shape, data=array.tobytes())
 
 
 def encode_target(target: Target) -> target_pb2.Target:
@@ -109,6 +179,15 @@ def short_name(enum: Any, prefix: str, value: int) -> str:
     return enum.Name(value).removeprefix(f"{prefix}_").lower() if value in enum.values() else "unknown"
 
 
+def _prepare(message: common_pb2.Preprocessing, resize: str | None, input_size: tuple[int, int] | None) -> None:
+    """Say how images are brought to the model's input; nothing that isn't given is set."""
+    if resize is not None:
+        message.resize_mode = enum_value(common_pb2.ResizeMode, "RESIZE_MODE", resize)
+    if input_size is not None:
+        height, width = input_size
+        message.input_size.CopyFrom(common_pb2.Size(height=height, width=width))
+
+
 def _output(target: Output) -> target_pb2.OutputTarget:
     if isinstance(target.selector, str):
         return target_pb2.OutputTarget(name=target.selector)
@@ -128,12 +207,16 @@ def _concept(target: Concept) -> target_pb2.ConceptTarget:
     elif target.id is not None:
         message.id = target.id
     elif target.vector is not None:
-        message.vector.shape.append(len(target.vector))
-        message.vector.data = np.asarray(target.vector, "<f4").tobytes()
+        message.vector.CopyFrom(encode_vector(target.vector))
     return message
 
 
-def _scalar(target: int | str | Output | Concept) -> target_pb2.ScalarTarget:
-    if isinstance(target, Concept):
-        return target_pb2.ScalarTarget(concept=_concept(target))
-    return target_pb2.ScalarTarget(output=_output(target if isinstance(target, Output) else Output(target)))
+def _example(example: ConceptExample) -> concept_pb2.ConceptExample:
+    return concept_pb2.ConceptExample(digest=example.digest, cosine=example.cosine)
+
+
+def _scalar(target: int | str | Output | Concept | RegisteredConcept) -> target_pb2.ScalarTarget:
+    side = as_target(target)
+    if isinstance(side, Concept):
+        return target_pb2.ScalarTarget(concept=_concept(side))
+    return target_pb2.ScalarTarget(output=_output(side))

@@ -3,12 +3,15 @@
 
     CdamError
     ├── ImageError               (also a ValueError) what was given is no image
+    ├── ConceptFileError         (also a ValueError) a file is no exported concept
     ├── MalformedResponse        the server's answer contradicts itself
     └── RpcError                 the call failed: code, message, request_id
         ├── InvalidArgument      a field of the request is wrong: field, violations
         ├── NotFound             no such model, output or concept: kind, name
         ├── AlreadyExists        a concept's name is taken: kind, name
         ├── FailedPrecondition   not with this model: reason, metadata
+        ├── Aborted              something changed meanwhile: reason, metadata
+        │   └── VersionMismatch  a concept's newest version is not the expected one: current_version
         ├── ResourceExhausted    too large for the server: reason
         │   └── Overloaded       the server's queue is full: retry_after
         ├── Unavailable          starting, going down, or out of reach: retry_after
@@ -41,6 +44,10 @@ class CdamError(Exception):
 
 class ImageError(CdamError, ValueError):
     """What was given as an image can't be read as one."""
+
+
+class ConceptFileError(CdamError, ValueError):
+    """A file is not a concept that was exported, or is damaged."""
 
 
 class MalformedResponse(CdamError):
@@ -130,6 +137,28 @@ class FailedPrecondition(RpcError):
     metadata: Mapping[str, str] = {}
 
 
+class Aborted(RpcError):
+    """Something is not as the request expects it.
+
+    Attributes:
+        reason: UPPER_SNAKE_CASE, for programs.
+        metadata: Further facts, for programs.
+    """
+
+    reason: str = ""
+    metadata: Mapping[str, str] = {}
+
+
+class VersionMismatch(Aborted):
+    """The newest version of a concept's name is not the expected one; nothing was changed."""
+
+    @property
+    def current_version(self) -> int | None:
+        """The newest version, 0 if the name is free; None if the server didn't say."""
+        said = self.metadata.get("current_version", "")
+        return int(said) if said.isdecimal() else None
+
+
 class ResourceExhausted(RpcError):
     """The request is larger than the server, or the transport, can take. Repeating it won't help.
 
@@ -197,6 +226,7 @@ _BY_CODE: dict[grpc.StatusCode, type[RpcError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.ABORTED: Aborted,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -257,6 +287,8 @@ def error_from_status(code: grpc.StatusCode, message: str, details: Iterable[Any
     kind = _BY_CODE.get(code, RpcError)
     if kind is ResourceExhausted and found.retry_after is not None:
         kind = Overloaded
+    if kind is Aborted and found.reason == "VERSION_MISMATCH":
+        kind = VersionMismatch
     error = kind(message, code=code, request_id=found.request_id)
     # A leaf's class attributes are what it has to say: fill those in, and no others.
     for name in ("violations", "kind", "name", "reason", "metadata", "retry_after", "error_id"):

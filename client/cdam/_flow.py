@@ -4,18 +4,21 @@ A flow yields what is to be done and gets back what came of it; `Client` and `As
 their own way. All decisions, and all translation, stand in the flow.
 """
 
+import dataclasses
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
-from cdam._decode import decode_explanation, decode_model
+from cdam._concepts import RegisteredConcept
+from cdam._decode import decode_concept, decode_explanation, decode_model
 from cdam._errors import Unavailable, Unimplemented
 from cdam._explanation import Explanation
 from cdam._methods import Method
 from cdam._models import Model
-from cdam.v1 import explain_pb2, model_pb2
+from cdam._targets import Concept
+from cdam.v1 import concept_pb2, explain_pb2, model_pb2
 
 T = TypeVar("T")
 
@@ -59,7 +62,7 @@ Flow: TypeAlias = Generator[Call | Pause, Any, T]
 
 def explain(request: explain_pb2.ExplainRequest, methods: tuple[Method, ...]) -> Flow[Explanation]:
     """Explain one image."""
-    response = yield _call("Explain", request, explain_pb2.ExplainResponse)
+    response = yield unary("Explain", request, explain_pb2.ExplainResponse)
     return decode_explanation(response, methods, request)
 
 
@@ -69,7 +72,7 @@ def models() -> Flow[tuple[Model, ...]]:
     page_token = ""
     while True:
         request = model_pb2.ListModelsRequest(page_token=page_token)
-        page = yield _call("ListModels", request, model_pb2.ListModelsResponse)
+        page = yield unary("ListModels", request, model_pb2.ListModelsResponse)
         found += map(decode_model, page.models)
         page_token = page.next_page_token
         if not page_token:
@@ -78,8 +81,57 @@ def models() -> Flow[tuple[Model, ...]]:
 
 def model(name: str) -> Flow[Model]:
     """Get one model."""
-    response = yield _call("GetModel", model_pb2.GetModelRequest(name=name), model_pb2.GetModelResponse)
+    response = yield unary("GetModel", model_pb2.GetModelRequest(name=name), model_pb2.GetModelResponse)
     return decode_model(response.model)
+
+
+def concept_of(request: concept_pb2.GetConceptRequest) -> Flow[RegisteredConcept]:
+    """Get one concept."""
+    response = yield unary("GetConcept", request, concept_pb2.GetConceptResponse)
+    return decode_concept(response.concept)
+
+
+def whole_concept(concept: str | Concept | RegisteredConcept, model_name: str) -> Flow[RegisteredConcept]:
+    """Get a concept with its vector."""
+    match concept:
+        case RegisteredConcept(vector=None):
+            # The id may have come to other names since; those of this concept stay.
+            found = yield from concept_of(concept_pb2.GetConceptRequest(id=concept.id))
+            return dataclasses.replace(concept, vector=found.vector, examples=found.examples, negatives=found.negatives)
+        case RegisteredConcept():
+            return concept
+        case Concept(id=str() as concept_id):
+            return (yield from concept_of(concept_pb2.GetConceptRequest(id=concept_id)))
+        case Concept(name=str() as name) | (str() as name):
+            return (yield from concept_of(concept_pb2.GetConceptRequest(name=name, model=model_name)))
+        case Concept():
+            raise ValueError("a vector alone is no registered concept")
+
+
+def concept_page(request: concept_pb2.ListConceptsRequest) -> Flow[tuple[tuple[RegisteredConcept, ...], str]]:
+    """Get a page of concepts, and the token of the next, empty if there is none."""
+    response = yield unary("ListConcepts", request, concept_pb2.ListConceptsResponse)
+    return tuple(map(decode_concept, response.concepts)), response.next_page_token
+
+
+def delete_concept(name: str, model_name: str, expected_version: int | None) -> Flow[RegisteredConcept]:
+    """Free a concept's name."""
+    if not model_name:
+        model_name = (yield from model("")).name
+    request = concept_pb2.DeleteConceptRequest(name=name, model=model_name, expected_version=expected_version)
+    response = yield unary("DeleteConcept", request, concept_pb2.DeleteConceptResponse)
+    return decode_concept(response.concept)
+
+
+def import_concept(spec: concept_pb2.ConceptSpec, its_model: str) -> Flow[RegisteredConcept]:
+    """Register what an export says; if no model is named, with one that it is of, best the one of the same name."""
+    if not spec.model:
+        fitting = [found.name for found in (yield from models()) if found.fingerprint == spec.model_fingerprint]
+        # If none fits, the server says what is wrong with its default one.
+        spec.model = its_model if its_model in fitting else next(iter(fitting), "")
+    request = concept_pb2.ConceptRegisterRequest(spec=spec)
+    response = yield unary("ConceptRegister", request, concept_pb2.ConceptRegisterResponse)
+    return decode_concept(response.concept, created=response.created)
 
 
 def wait_until_ready() -> Flow[None]:
@@ -98,5 +150,6 @@ def wait_until_ready() -> Flow[None]:
         yield Pause(_PAUSE)
 
 
-def _call(method: str, request: Message, response: type[Message]) -> Call:
+def unary(method: str, request: Message, response: type[Message]) -> Call:
+    """A call of a method of this API."""
     return Call(f"/{SERVICE}/{method}", request.SerializeToString(), response.FromString)

@@ -21,7 +21,7 @@ Start: TypeAlias = Callable[[Any], Any]
 """Begins a call of grpc's, given an iterator of its requests."""
 
 # grpc.aio says this of a stream that ended while a request was written, over what the server said (grpc/grpc#36066).
-_WRITE_FAILED = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+WRITE_FAILED = (grpc.StatusCode.INTERNAL, "Internal error from Core")
 _PATIENCE = 1.0
 
 
@@ -124,7 +124,7 @@ class AsyncLine:
                 await self._hang_up()
                 self._outgoing = asyncio.Queue()
                 self._call = self._start(_each_of(self._outgoing))
-                self._ending = _Ending(self._call)
+                self._ending = Ending(self._call)
             case Send(request):
                 self._outgoing.put_nowait(request)
             case Finish():
@@ -202,7 +202,7 @@ async def _take(items: AsyncIterator[Item | ImageLike]) -> Taken:
         return Taken(())
 
 
-async def _hear_async(call: Any, ending: "_Ending") -> Heard | Ended:
+async def _hear_async(call: Any, ending: "Ending") -> Heard | Ended:
     """What `_hear` finds out, once. Cancelling it cancels the call."""
     try:
         answer = await call.read()
@@ -213,13 +213,13 @@ async def _hear_async(call: Any, ending: "_Ending") -> Heard | Ended:
         # grpc.aio raises this for a stream that the other side cancelled, too.
         return Ended(RpcError("the stream was cancelled", code=grpc.StatusCode.CANCELLED))
     except grpc.aio.AioRpcError as error:
-        if (error.code(), error.details()) == _WRITE_FAILED:
+        if (error.code(), error.details()) == WRITE_FAILED:
             return await ending.heard()
         return Ended(error_from_rpc(error))
     return Ended() if answer is grpc.aio.EOF else Heard(answer)
 
 
-class _Ending:
+class Ending:
     """How the server ended a call, whatever grpc.aio makes of it."""
 
     def __init__(self, call: Any) -> None:
@@ -237,7 +237,7 @@ class _Ending:
     def _note(self, call: Any) -> None:
         # Called before anything is written over it, and these coroutines return at once.
         code, said, trailers = (_at_once(known) for known in (call.code(), call.details(), call.trailing_metadata()))
-        if (code, said) != _WRITE_FAILED and not self._told.done():
+        if (code, said) != WRITE_FAILED and not self._told.done():
             error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, said)
             self._told.set_result(Ended() if code is grpc.StatusCode.OK else Ended(error_from_rpc(error)))
 

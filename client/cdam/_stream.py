@@ -197,12 +197,12 @@ def explain_stream(common: Common) -> StreamFlow:
         try:
             yield from flow.talk()
         except RpcError as error:
-            if flow.done() and _passes(error):
+            if flow.done() and passes(error):
                 return
             flow.failures += 1
-            if not _passes(error) or flow.failures > common.retries:
+            if not passes(error) or flow.failures > common.retries:
                 raise
-            yield Pause(_pause(error, flow.failures))
+            yield Pause(pause(error, flow.failures))
 
 
 class _Flow:
@@ -323,12 +323,12 @@ def _item_error(error: common_pb2.ItemError) -> RpcError:
     return error_from_status(_CODES.get(error.code, grpc.StatusCode.UNKNOWN), error.message, error.details)
 
 
-def _passes(error: RpcError) -> bool:
+def passes(error: RpcError) -> bool:
     """Whether it may go better on another stream. A server that closes cancels what it can't wait for."""
     return isinstance(error, Unavailable | Overloaded) or error.code is grpc.StatusCode.CANCELLED
 
 
-def _pause(error: RpcError, failures: int) -> float:
+def pause(error: RpcError, failures: int) -> float:
     """Seconds to wait: what the server advises, or twice as long each time."""
     advised: float | None = getattr(error, "retry_after", None)
     if advised is None:

@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from cdam._concepts import RegisteredConcept
+
 Similarity: TypeAlias = Literal["dot", "cosine", "l2"]
 """How a latent is compared with a concept vector: dot product, cosine, or -1/2 |l - l_c|^2. Larger is more similar."""
 
@@ -86,12 +88,12 @@ class Contrast:
     """`positive` minus `negative`: what speaks for one and against the other.
 
     Attributes:
-        positive: The minuend; an int or str is an output.
+        positive: The minuend; an int or str is an output, a `RegisteredConcept` the concept of its id.
         negative: The subtrahend, likewise.
     """
 
-    positive: int | str | Output | Concept
-    negative: int | str | Output | Concept
+    positive: int | str | Output | Concept | RegisteredConcept
+    negative: int | str | Output | Concept | RegisteredConcept
 
     def __post_init__(self) -> None:
         for side in ("positive", "negative"):
@@ -102,21 +104,25 @@ class Contrast:
 
 
 Target: TypeAlias = Output | TopK | Concept | Contrast
-TargetLike: TypeAlias = int | str | Target
+TargetLike: TypeAlias = int | str | Target | RegisteredConcept
 """A target; an int is an output's index, a str an output's name."""
 
 
 @overload
 def as_target(target: int | str | Output) -> Output: ...
 @overload
+def as_target(target: Concept | RegisteredConcept) -> Concept: ...
+@overload
 def as_target(target: TargetLike) -> Target: ...
 def as_target(target: TargetLike) -> Target:
     """The target that is meant."""
+    if isinstance(target, RegisteredConcept):
+        return Concept(id=target.id)
     return target if isinstance(target, Target) else Output(target)
 
 
 def as_targets(targets: TargetLike | Sequence[TargetLike]) -> tuple[Target, ...]:
     """The targets that are meant, of one or several."""
-    if isinstance(targets, str | int | np.integer | Target):
+    if isinstance(targets, str | int | np.integer | Target | RegisteredConcept):
         return (as_target(targets),)
     return tuple(as_target(target) for target in targets)

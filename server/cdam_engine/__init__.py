@@ -9,6 +9,7 @@
 """
 
 from cdam_engine.cache import TokenCache
+from cdam_engine.concepts import Formed, mean_concept
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedError, UnsupportedMethodError
 from cdam_engine.explainer import Explainer
 from cdam_engine.explanation import ExplainedTarget, Explanation, RelevanceMap
@@ -43,6 +44,7 @@ __all__ = [
     "ExplainedTarget",
     "Explainer",
     "Explanation",
+    "Formed",
     "Grid",
     "InputXGradient",
     "IntegratedCdam",
@@ -66,4 +68,5 @@ __all__ = [
     "UnsupportedError",
     "UnsupportedMethodError",
     "interruptible",
+    "mean_concept",
 ]

@@ -20,17 +20,22 @@ from cdam import __version__
 from cdam.v1 import explainer_service_pb2, explainer_service_pb2_grpc
 from cdam_engine import Explanation, TokenCache
 from cdam_server.admin import AdminServer
+from cdam_server.concepts import ConceptUseCase
 from cdam_server.config import MIB, Settings, unknown_variables
 from cdam_server.explain import ExplainUseCase
 from cdam_server.health import Health
 from cdam_server.loading import load_model
 from cdam_server.models import Bucket, Catalog, Job, ServedModel
+from cdam_server.registration import RegisterUseCase
 from cdam_server.rpc.decode import Limits
 from cdam_server.rpc.images import ImageLimits
 from cdam_server.rpc.interceptors import RequestInterceptor
 from cdam_server.rpc.servicer import ExplainerServicer
 from cdam_server.rpc.stream import StreamServer
-from cdam_server.scheduling import Bounds, Pool, Rest, Scheduler
+from cdam_server.scheduling import Bounds, Pool, Rest, Room, Scheduler
+from cdam_server.store import ConceptStore
+from cdam_server.store.cache import CachedStore
+from cdam_server.store.sqlite import SqliteStore
 from cdam_server.telemetry import Telemetry
 from cdam_server.tracing import Tracing
 from cdam_server.warmup import warm_up
@@ -70,6 +75,7 @@ class Application:
         self._catalog = catalog
         self._telemetry = Telemetry()
         self._tracing = Tracing(settings.tracing_endpoint)
+        self._store = CachedStore(_store(settings), observer=self._telemetry)
         self._ready = self._accepting = self._warm = False
         self._draining = asyncio.Event()
         self._heartbeat = monotonic()
@@ -81,9 +87,11 @@ class Application:
 
         Raises:
             OSError: A port is taken.
+            StoreUnusableError: The store of concepts must not be used as it is.
             ValueError: A model can't be used.
         """
         settings, telemetry = self._settings, self._telemetry
+        await self._store.open()
         self._loop = asyncio.get_running_loop()
         self._scheduler: Scheduler[Bucket, Job, Explanation] = Scheduler(
             self._compute,
@@ -133,6 +141,7 @@ class Application:
         await self._server.stop(grace=_LAST_CALL_SECONDS)
         self._scheduler.abandon()
         self._decoders.close()
+        await self._store.close()
         self._pulse.cancel()
         await asyncio.to_thread(self._tracing.close)
         self._watchdog.close()
@@ -148,11 +157,13 @@ class Application:
             # A crowd that is being refused takes time and memory, too: of more, gRPC itself refuses, unread.
             maximum_concurrent_rpcs=_CROWD * settings.max_pending,
         )
+        concepts = ConceptUseCase(self._catalog, self._store)
         explain = ExplainUseCase(
             self._catalog,
             self._scheduler,
             self._decoders,
             self._telemetry,
+            concepts,
             max_targets=settings.max_targets,
             max_patches=settings.max_patches,
             max_passes=settings.max_passes,
@@ -162,14 +173,11 @@ class Application:
             max_targets=settings.max_targets,
             max_samples=settings.max_samples,
         )
-        streams = StreamServer(
-            self._telemetry,
-            self._draining,
-            max_items=settings.max_stream_items,
-            max_bytes=settings.max_pending_mib * MIB,
-        )
+        room = Room(settings.max_pending_mib * MIB)
+        streams = StreamServer(self._telemetry, self._draining, max_items=settings.max_stream_items, room=room)
+        register = RegisterUseCase(self._catalog, self._store, explain, room, max_images=settings.max_concept_images)
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
-            ExplainerServicer(explain, limits, streams), self._server
+            ExplainerServicer(explain, concepts, register, limits, streams), self._server
         )
         self._health = health.aio.HealthServicer()
         await self._facts.publish_to(self._health)
@@ -321,6 +329,23 @@ def serve_in_background(settings: Settings) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def _store(settings: Settings) -> ConceptStore:
+    """Where concepts are kept.
+
+    Raises:
+        ValueError: The extra that it needs is not installed.
+    """
+    url = settings.store.get_secret_value()
+    if not url:
+        return SqliteStore(settings.data_dir)
+    try:
+        from cdam_server.store.postgres import PostgresStore
+    except ModuleNotFoundError as error:
+        message = f"store: {error.name} is missing: install cdam-serve with its extra `postgres`"
+        raise ValueError(message) from error
+    return PostgresStore(url)
 
 
 def _batch_sizes(settings: Settings) -> tuple[int, ...]:

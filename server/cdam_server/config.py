@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from platformdirs import user_data_path
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 from cdam_server.loading import ModelSpec, load_models_file
@@ -52,6 +53,8 @@ class Settings(BaseSettings):
     outputs: Path | None = None
     task: Literal["multi_class", "multi_label", "binary", "regression"] | None = None
     num_outputs: int | None = Field(default=None, ge=0)
+    data_dir: Path = Field(default_factory=lambda: user_data_path("cdam-serve", appauthor=False))
+    store: SecretStr = SecretStr("")
     device: str = "auto"
     threads: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
@@ -70,6 +73,7 @@ class Settings(BaseSettings):
     max_patches: int = Field(default=2500, ge=1)
     max_targets: int = Field(default=100, ge=1)
     max_samples: int = Field(default=500, ge=1)
+    max_concept_images: int = Field(default=1000, ge=1)
     max_passes: int = Field(default=1000, ge=1)
     drain_wait_seconds: float = Field(default=0.0, ge=0)
     drain_seconds: float = Field(default=30.0, ge=0)
@@ -87,6 +91,13 @@ class Settings(BaseSettings):
         if not (host and port.isdecimal() and int(port) < 65536):
             raise ValueError(f"must be HOST:PORT, not {address!r}")
         return address
+
+    @field_validator("store")
+    @classmethod
+    def _known_store(cls, store: SecretStr) -> SecretStr:
+        if store and not store.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must be postgresql://USER@HOST/DATABASE; without it, concepts are kept in data_dir")
+        return store
 
     @model_validator(mode="after")
     def _two_ports(self) -> Self:

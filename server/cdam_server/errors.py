@@ -3,12 +3,14 @@
     ServiceError
     ├── InvalidArgumentError     bad image, bad field, over a limit of the request
     ├── NotFoundError            unknown model, concept, output
+    ├── AlreadyExistsError       a concept's name taken with other content
     ├── FailedPreconditionError  concept of another model; method that this architecture can't serve
-    ├── NotImplementedYetError   part of the API that this version doesn't serve
+    │   ├── AbortedError            a concept is not at the expected version
+    │   ├── ExhaustedError          out of memory with a batch of one; no space to store
+    │   └── NotImplementedYetError  part of the API that this version doesn't serve
     ├── OverloadedError          the queue is full
-    ├── OutOfMemoryError         out of memory with a batch of one
-    ├── DeadlineError            the deadline passed in the queue
-    └── UnavailableError         draining, not ready
+    │   └── UnavailableError        draining, not ready; the store is down
+    └── DeadlineError            the deadline passed in the queue
 
 Each maps to one gRPC status in `cdam_server.rpc.status`. Messages are for the caller: they name the field, never a
 path or a traceback.
@@ -33,12 +35,12 @@ class InvalidArgumentError(ServiceError):
         self.description = message
 
 
-class NotFoundError(ServiceError):
-    """Something that the request names does not exist.
+class _ResourceError(ServiceError):
+    """It is about something that the request names.
 
     Args:
         kind: ``model``, ``output`` or ``concept``.
-        name: The name that was not found.
+        name: Its name.
         message: What the caller can do about it.
     """
 
@@ -48,8 +50,16 @@ class NotFoundError(ServiceError):
         self.name = name
 
 
+class NotFoundError(_ResourceError):
+    """Something that the request names does not exist."""
+
+
+class AlreadyExistsError(_ResourceError):
+    """What the request would make exists, and is something else."""
+
+
 class FailedPreconditionError(ServiceError):
-    """The request is fine, but not for this model.
+    """The request is fine, but not for this model, or not as things are.
 
     Args:
         reason: UPPER_SNAKE_CASE, stable, for programs.
@@ -75,8 +85,12 @@ class OverloadedError(ServiceError):
         self.retry_after = retry_after
 
 
-class OutOfMemoryError(FailedPreconditionError):
-    """The request alone does not fit into memory."""
+class ExhaustedError(FailedPreconditionError):
+    """There is no memory for the request alone, or no space to store what it made."""
+
+
+class AbortedError(FailedPreconditionError):
+    """What the request would change has been changed by someone else."""
 
 
 class DeadlineError(ServiceError):

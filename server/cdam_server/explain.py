@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Final, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -26,14 +27,15 @@ from cdam_engine import (
 )
 from cdam_engine.methods.prediction import Activation
 from cdam_engine.preprocess import Prepared, Resize, prepare
-from cdam_engine.targets import count
+from cdam_engine.targets import Similarity, count
 from cdam_server import tracing
+from cdam_server.concepts import ConceptId, ConceptName, ConceptUseCase
 from cdam_server.errors import (
     DeadlineError,
+    ExhaustedError,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
-    OutOfMemoryError,
     OverloadedError,
     UnavailableError,
 )
@@ -68,7 +70,44 @@ class OutputNamed:
     name: str
 
 
-Side: TypeAlias = Output | OutputNamed | Concept
+@dataclass(frozen=True)
+class ConceptSelected:
+    """A registered concept, still to be looked up.
+
+    Attributes:
+        selector: Which.
+        similarity: How similarity to it is measured.
+    """
+
+    selector: ConceptName | ConceptId
+    similarity: Similarity
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RegisteredConcept(Concept):
+    """Similarity to a registered concept; equal questions are answered once, so equal ones must be equal.
+
+    Attributes:
+        id: The concept's id.
+        name: Its name.
+    """
+
+    id: str
+    name: str
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same concept, compared in the same way."""
+        return isinstance(other, RegisteredConcept) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[str, str, str]:
+        return self.id, self.name, self.similarity
+
+
+Side: TypeAlias = Output | OutputNamed | Concept | ConceptSelected
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +182,7 @@ class ExplainUseCase:
         scheduler: Where jobs go.
         decoders: Threads for decoding images.
         telemetry: Metrics.
+        concepts: Where registered concepts are found.
         max_targets: Largest number of targets of a request, top-k counted as k.
         max_patches: Most patches that a request's input size may give.
         max_passes: Most passes through the whole model that a request's methods may take.
@@ -154,6 +194,7 @@ class ExplainUseCase:
         scheduler: Scheduler[Bucket, Job, Explanation],
         decoders: Pool,
         telemetry: Telemetry,
+        concepts: ConceptUseCase,
         *,
         max_targets: int,
         max_patches: int,
@@ -163,6 +204,7 @@ class ExplainUseCase:
         self._scheduler = scheduler
         self._decoders = decoders
         self._telemetry = telemetry
+        self._concepts = concepts
         self._max_targets = max_targets
         self._max_patches = max_patches
         self._max_passes = max_passes
@@ -174,9 +216,9 @@ class ExplainUseCase:
             ServiceError: The request is wrong, or can't be served now.
         """
         model = self.catalog.get(command.model)
-        input_size = self._input_size(model, command)
+        input_size = self.input_size(model, command.input_size, "preprocessing.input_size")
         methods = _methods(model, command)
-        targets = self._targets(model, command)
+        targets = await self._targets(model, command)
         terms = self._terms(model, command, input_size, targets, methods)
         with _refusals(), self._scheduler.admit(terms) as ticket:
             prepared, decode_seconds = await self._prepare(model, command, input_size)
@@ -198,26 +240,78 @@ class ExplainUseCase:
             decode_seconds=decode_seconds,
         )
 
-    def _input_size(self, model: ServedModel, command: Command) -> tuple[int, int]:
+    def input_size(self, model: ServedModel, wanted: tuple[int, int] | None, field: str) -> tuple[int, int]:
+        """(height, width) in pixels that images are brought to.
+
+        Args:
+            model: The model.
+            wanted: What the request says; None: the model's own.
+            field: Path of the field that says it, for the message.
+
+        Raises:
+            InvalidArgumentError: The model can't take it, or it is too large.
+        """
         own = model.loaded.data_config.input_size
-        size = command.input_size or own
+        size = wanted or own
         try:
             grid = model.explainer.vit.grid(size)
         except ValueError as error:
-            raise InvalidArgumentError("preprocessing.input_size", str(error)) from error
+            raise InvalidArgumentError(field, str(error)) from error
         # Attention's cost grows with the square of the patches; a model's own size is its operator's choice.
         if size != own and grid.h * grid.w > self._max_patches:
             message = f"gives {grid.h} x {grid.w} patches; at most {self._max_patches} are allowed"
-            raise InvalidArgumentError("preprocessing.input_size", message)
+            raise InvalidArgumentError(field, message)
         return size
 
-    def _targets(self, model: ServedModel, command: Command) -> tuple[Target, ...]:
+    async def _targets(self, model: ServedModel, command: Command) -> tuple[Target, ...]:
         """The targets as the engine takes them, all of them such as the model has."""
-        targets = tuple(_target(model, target, f"targets[{i}]") for i, target in enumerate(command.targets))
+        targets = tuple(
+            [await self._target(model, target, f"targets[{i}]") for i, target in enumerate(command.targets)]
+        )
         wanted = count(targets)
         if wanted > self._max_targets:
             raise InvalidArgumentError("targets", f"{wanted} targets; at most {self._max_targets} a request")
         return targets
+
+    async def _target(self, model: ServedModel, target: Wanted, field: str) -> Target:
+        match target:
+            case TopK(k):
+                count = _output_count(model)
+                if not 1 <= k <= count:
+                    raise InvalidArgumentError(f"{field}.top_k.k", f"must be from 1 to {count}, the number of outputs")
+                return target
+            case ContrastNamed(positive, negative):
+                return Contrast(
+                    await self._side(model, positive, f"{field}.contrast.positive"),
+                    await self._side(model, negative, f"{field}.contrast.negative"),
+                )
+            case _:
+                return await self._side(model, target, field)
+
+    async def _side(self, model: ServedModel, target: Side, field: str) -> Output | Concept:
+        match target:
+            case ConceptSelected(selector, similarity):
+                if isinstance(selector, ConceptName):
+                    selector = replace(selector, model=model.loaded.name)
+                found = await self._concepts.find(model, selector, f"{field}.concept")
+                vector = torch.from_numpy(found.content.vector.copy())  # which is not for writing
+                return RegisteredConcept(vector, similarity, id=found.content.facts.id, name=found.version.name)
+            case Concept():
+                check_vector(
+                    model, target.vector, f"{field}.concept.vector", needs_direction=target.similarity == "cosine"
+                )
+                return target
+            case OutputNamed(name):
+                _output_count(model)
+                return Output(model.output_index(name, f"{field}.output.name"))
+            case Output(index):
+                count = _output_count(model)
+                if index >= count:
+                    message = (
+                        f"{field}.output.index: model {model.loaded.name!r} has outputs 0 to {count - 1}, not {index}"
+                    )
+                    raise NotFoundError("output", str(index), message)
+                return target
 
     def _terms(
         self,
@@ -282,7 +376,7 @@ def _refusals() -> Iterator[None]:
     except ExpiredError as error:
         raise DeadlineError(str(error)) from error
     except TooLargeError as error:
-        raise OutOfMemoryError("OUT_OF_MEMORY", "the image does not fit into the device's memory") from error
+        raise ExhaustedError("OUT_OF_MEMORY", "the image does not fit into the device's memory") from error
     except (ClosedError, DeviceLostError) as error:
         raise UnavailableError("the server is going down", 1.0) from error
 
@@ -304,38 +398,6 @@ def _methods(model: ServedModel, command: Command) -> tuple[Method, ...]:
     return tuple(methods)
 
 
-def _target(model: ServedModel, target: Wanted, field: str) -> Target:
-    match target:
-        case TopK(k):
-            count = _output_count(model)
-            if not 1 <= k <= count:
-                raise InvalidArgumentError(f"{field}.top_k.k", f"must be from 1 to {count}, the number of outputs")
-            return target
-        case ContrastNamed(positive, negative):
-            return Contrast(
-                _side(model, positive, f"{field}.contrast.positive"),
-                _side(model, negative, f"{field}.contrast.negative"),
-            )
-        case _:
-            return _side(model, target, field)
-
-
-def _side(model: ServedModel, target: Side, field: str) -> Output | Concept:
-    match target:
-        case Concept():
-            _check_vector(model, target, f"{field}.concept.vector")
-            return target
-        case OutputNamed(name):
-            _output_count(model)
-            return Output(model.output_index(name, f"{field}.output.name"))
-        case Output(index):
-            count = _output_count(model)
-            if index >= count:
-                message = f"{field}.output.index: model {model.loaded.name!r} has outputs 0 to {count - 1}, not {index}"
-                raise NotFoundError("output", str(index), message)
-            return target
-
-
 def _output_count(model: ServedModel) -> int:
     """The number of outputs, of which there must be one at least."""
     name, count = model.loaded.name, model.loaded.output_count
@@ -344,13 +406,26 @@ def _output_count(model: ServedModel) -> int:
     return count
 
 
-def _check_vector(model: ServedModel, concept: Concept, field: str) -> None:
-    length, size = len(concept.vector), model.explainer.vit.latent_size
+def check_vector(
+    model: ServedModel, vector: torch.Tensor | NDArray[np.float32], field: str, *, needs_direction: bool
+) -> None:
+    """Refuse a concept vector that is not one of the model's latent space.
+
+    Args:
+        model: The model.
+        vector: Shape (D,), finite.
+        field: Path of the field that has it, for the message.
+        needs_direction: Whether it must not be zero, either.
+
+    Raises:
+        InvalidArgumentError: It has another length, or no direction.
+    """
+    length, size = len(vector), model.explainer.vit.latent_size
     if length != size:
         message = f"has length {length}; the latent of model {model.loaded.name!r} has {size}"
         raise InvalidArgumentError(field, message)
     # Not whether all of it is zero: the squares of tiny values vanish too.
-    if concept.similarity == "cosine" and not float(concept.vector.norm()):
+    if needs_direction and not float(torch.as_tensor(vector).norm()):
         raise InvalidArgumentError(field, "is zero, which makes no angle with anything")
 
 

@@ -300,7 +300,7 @@ class _Cores:
 def _checked(explanation: Explanation) -> Explanation | Exception:
     """What is not finite is no answer."""
     values = [target.value for target in explanation.targets]
-    arrays = [explanation.logits]
+    arrays = [explanation.latent, explanation.logits]
     for item in explanation.maps:
         arrays += [
             array for array in (item.scores, item.value_part, item.key_part, item.standard_error) if array is not None
@@ -309,7 +309,7 @@ def _checked(explanation: Explanation) -> Explanation | Exception:
             values.append(item.completeness_residual)
     if all(np.isfinite(array).all() for array in arrays) and np.isfinite(values).all():
         return explanation
-    return NonFiniteError("the model's outputs or gradients for this image are not finite")
+    return NonFiniteError("the model's latent, outputs or gradients for this image are not finite")
 
 
 class NonFiniteError(ArithmeticError):

@@ -13,6 +13,7 @@ from prometheus_client import (
 )
 
 from cdam_server.scheduling import Observer
+from cdam_server.store.cache import StoreObserver
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # as many lines again that nobody reads
 
@@ -22,7 +23,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SHARES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
 
-class Telemetry(Observer):
+class Telemetry(Observer, StoreObserver):
     """The metrics of one server.
 
     Attributes:
@@ -92,6 +93,19 @@ class Telemetry(Observer):
         self.device_memory = Gauge(
             "cdam_device_memory_bytes", "Memory of the GPU that is in use; 0 without one.", registry=registry
         )
+        self.store = Histogram(
+            "cdam_store_duration_seconds",
+            "Time of an operation of the concepts' store, by its name and what came of it.",
+            ["method", "code"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.store_up = Gauge("cdam_store_up", "1, or 0 while the concepts' store can't be reached.", registry=registry)
+        self.store_up.set(1)
+        self.concept_hits = Counter("cdam_concept_cache_hits", "Concepts looked up that were known.", registry=registry)
+        self.concept_misses = Counter(
+            "cdam_concept_cache_misses", "Concepts looked up that the store was asked for.", registry=registry
+        )
         self.models = Info("cdam_model", "Models that are loaded.", ["model"], registry=registry)
         self.build = Info("cdam_build", "What this server is made of.", registry=registry)
         ProcessCollector(registry=registry)
@@ -107,6 +121,18 @@ class Telemetry(Observer):
     def dropped(self, reason: str) -> None:
         """See `Observer`."""
         self.jobs_dropped.labels(reason).inc()
+
+    def observe_store(self, operation: str, seconds: float, outcome: str) -> None:
+        """See `StoreObserver`."""
+        self.store.labels(operation, outcome).observe(seconds)
+
+    def observe_store_cache(self, *, hit: bool) -> None:
+        """See `StoreObserver`."""
+        (self.concept_hits if hit else self.concept_misses).inc()
+
+    def observe_store_up(self, *, up: bool) -> None:
+        """See `StoreObserver`."""
+        self.store_up.set(up)
 
     def observe_batch(
         self, model: str, size: int, fill: float, trunk_seconds: float, method_seconds: Mapping[str, float]

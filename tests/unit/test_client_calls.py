@@ -390,7 +390,20 @@ def _retry(seconds: float) -> details.RetryInfo:
             cdam.Internal,
             {"error_id": "e77"},
         ),
-        (grpc.StatusCode.ABORTED, details.ErrorInfo(), cdam.RpcError, {}),
+        (grpc.StatusCode.ABORTED, details.ErrorInfo(reason="RACE"), cdam.Aborted, {"reason": "RACE"}),
+        (
+            grpc.StatusCode.ABORTED,
+            details.ErrorInfo(reason="VERSION_MISMATCH", metadata={"current_version": "3"}),
+            cdam.VersionMismatch,
+            {"reason": "VERSION_MISMATCH", "current_version": 3},
+        ),
+        (
+            grpc.StatusCode.ABORTED,
+            details.ErrorInfo(reason="VERSION_MISMATCH"),
+            cdam.VersionMismatch,
+            {"current_version": None},
+        ),
+        (grpc.StatusCode.DATA_LOSS, details.ErrorInfo(), cdam.RpcError, {}),
     ],
 )
 def test_errors_carry_what_the_server_said(
@@ -420,7 +433,7 @@ def test_importing_the_client_brings_in_only_its_dependencies() -> None:
 import sys, cdam
 roots = {name.partition('.')[0] for name in sys.modules}
 heavy = roots & {'torch', 'timm', 'torchvision', 'cdam_server', 'cdam_engine', 'pydantic', 'structlog', 'click'}
-heavy |= roots & {'prometheus_client', 'scipy', 'matplotlib'}  # grpc itself looks for grpc_health and its like
+heavy |= roots & {'safetensors', 'prometheus_client', 'scipy', 'matplotlib'}  # grpc itself looks for grpc_health and its like
 sys.exit(', '.join(heavy) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

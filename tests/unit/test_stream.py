@@ -17,14 +17,15 @@ from structlog.testing import capture_logs
 from cdam.v1 import common_pb2
 from cdam_server.errors import (
     DeadlineError,
+    ExhaustedError,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
-    OutOfMemoryError,
     OverloadedError,
     UnavailableError,
 )
 from cdam_server.rpc.stream import Exchange, StreamServer
+from cdam_server.scheduling import Room
 from cdam_server.telemetry import Telemetry
 
 Answer = Callable[[str], Awaitable[str]]
@@ -170,7 +171,7 @@ async def test_a_client_that_does_not_read_is_not_read_from() -> None:
         (InvalidArgumentError("image", "is required"), "INVALID_ARGUMENT", error_details_pb2.BadRequest),
         (NotFoundError("model", "unicorn", "no such model"), "NOT_FOUND", error_details_pb2.ResourceInfo),
         (FailedPreconditionError("NO_OUTPUTS", "none"), "FAILED_PRECONDITION", error_details_pb2.ErrorInfo),
-        (OutOfMemoryError("OUT_OF_MEMORY", "too large"), "RESOURCE_EXHAUSTED", error_details_pb2.ErrorInfo),
+        (ExhaustedError("OUT_OF_MEMORY", "too large"), "RESOURCE_EXHAUSTED", error_details_pb2.ErrorInfo),
         (UnavailableError("going down", 1.0), "UNAVAILABLE", error_details_pb2.RetryInfo),
         (DeadlineError("too late"), "DEADLINE_EXCEEDED", error_details_pb2.RequestInfo),
         (ZeroDivisionError("/secret/path"), "INTERNAL", error_details_pb2.ErrorInfo),
@@ -405,7 +406,7 @@ async def test_a_lost_client_is_as_good_as_a_cancelled_one(fails: str) -> None:
 
 async def test_items_of_all_streams_share_their_memory() -> None:
     """However many streams there are: what is read and not answered is bounded, and an item too large for it goes alone."""
-    server = StreamServer(Telemetry(), asyncio.Event(), max_bytes=100)
+    server = StreamServer(Telemetry(), asyncio.Event(), room=Room(100))
     held = most = 0
 
     async def answer(item: int) -> int:

@@ -24,6 +24,7 @@ import cdam
 from cdam._channel import Connection, connection
 from cdam._encode import Priority
 from cdam_server.cli.explain import Failure, Server, connection_options, describe, server_from
+from cdam_server.cli.images import SUFFIXES
 from cdam_server.cli.load import OK, ClosedLoop, Load, OpenLoop, generate, summary
 from cdam_server.cli.report import columns
 from cdam_server.cli.spelling import method_option, model_option, target_option, targets_or_default
@@ -31,7 +32,6 @@ from cdam_server.cli.traffic import Kind, Requests, pictures
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_SUFFIXES: Final = {".jpg", ".jpeg", ".png", ".webp"}
 _STAGES: Final = ("decode", "queue", "trunk", "tail", "total")
 _TOLD: Final = (*_STAGES, "batch_size", "token_cache_hit", "maps")
 _HEAD: Final = ("milliseconds", "count", "mean", "p50", "p90", "p99", "p99.9", "max")
@@ -230,7 +230,7 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     """The files, those in folders included."""
     found: list[Path] = []
     for path in paths:
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not inside:
             raise click.UsageError(f"{path}: no JPEG, PNG or WebP file in this folder")
         found += inside

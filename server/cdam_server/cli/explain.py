@@ -14,6 +14,7 @@ import click
 import cdam
 from cdam_server.cli.report import Report
 from cdam_server.cli.spelling import (
+    Given,
     method_option,
     model_option,
     parse_minus,
@@ -38,9 +39,12 @@ A TARGET is one of
   #3, index:3  the output of this index, from 0
   top:3        the three outputs with the highest values
   name:top:3   the output that is really called so
+  concept:loops          the concept of this name (`cdam concept list`), compared by the dot product
+  concept:loops:cosine   by the cosine, or l2
+  concept:id=1f0c...     a version of it, by its id
 
-Without any, the output with the highest value is explained. With --minus, each TARGET is explained minus that output:
-what speaks for the one and against the other.
+Without any, the output with the highest value is explained. With --minus, each TARGET is explained minus that output
+or concept: what speaks for the one and against the other.
 
 \b
 A METHOD is a name, or a name with parameters
@@ -56,6 +60,7 @@ Examples
   cdam explain scene.png
   cdam explain scene.png --target 7 --target top:3 -o out
   cdam explain scene.png --target 7 --minus 3 --method cdam --method integrated_cdam:steps=20
+  cdam explain scene.png --target concept:loops --minus concept:strokes
   cdam explain *.jpg --target tench --server dns:///cdam.example.org:8001 --tls --token-file token
   cdam explain scene.png --json | jq '.maps[] | {label, probability}'
   cdam explain scene.png --local      (no server needed; with the extra `server` installed)
@@ -220,8 +225,8 @@ def _plain(error: Exception) -> str:
 @connection_options
 def explain(
     images: tuple[Path, ...],
-    targets: tuple[cdam.Output | cdam.TopK, ...],
-    minus: cdam.Output | None,
+    targets: tuple[Given, ...],
+    minus: cdam.Output | cdam.Concept | None,
     *,
     local: bool,
     **options: Any,
@@ -245,13 +250,13 @@ def explain(
 
 
 def _targets(
-    targets: Sequence[cdam.Output | cdam.TopK], minus: cdam.Output | None, methods: Sequence[cdam.Method]
+    targets: Sequence[Given], minus: cdam.Output | cdam.Concept | None, methods: Sequence[cdam.Method]
 ) -> tuple[cdam.Target, ...]:
     """What to explain, by the command line's words for it."""
     if minus is not None:
         if not targets or any(isinstance(target, cdam.TopK) for target in targets):
-            raise click.UsageError("--minus needs a --target to be subtracted from, an output each")
-        return tuple(cdam.Contrast(target, minus) for target in targets if isinstance(target, cdam.Output))
+            raise click.UsageError("--minus needs a --target to be subtracted from, an output or a concept each")
+        return tuple(cdam.Contrast(target, minus) for target in targets if not isinstance(target, cdam.TopK))
     return targets_or_default(targets, methods)
 
 
@@ -283,6 +288,15 @@ _OPTIONS = {
     "preprocessing.resize_mode": "--resize",
     "preprocessing.input_size": "--input-size",
     "image": "the image",
+    "examples": "example",
+    "negatives": "negative",
+    "name": "NAME",
+    "id": "--id",
+    "labels": "--label",
+    "description": "--description",
+    "vector": "--vector",
+    "expected_version": "--expected-version",
+    "model_fingerprint": "--model",
 }
 
 
@@ -295,17 +309,33 @@ def describe(error: cdam.RpcError, request: dict[str, Any] | None = None) -> str
             return f"no server answers there ({_first_line(error)})"
         case cdam.Unauthenticated():
             return f"wants other credentials, see --token-file ({_first_line(error)})"
+        case cdam.AlreadyExists() | cdam.VersionMismatch():
+            return _conflict(error)
         case cdam.DeadlineExceeded():
             return "no answer in time, see --timeout"
         case _:
-            name = error.code.name.lower().replace("_", " ")
-            return _first_line(error) or name
+            return _said(error, request or {})
+
+
+def _said(error: cdam.RpcError, request: dict[str, Any]) -> str:
+    line = _first_line(error) or error.code.name.lower().replace("_", " ")
+    if found := re.match(r"([\w.[\]]+): ", line):  # the path of a field
+        return f"{_option(found[1], request)}: {line[found.end() :]}"
+    return line
+
+
+def _conflict(error: cdam.AlreadyExists | cdam.VersionMismatch) -> str:
+    if isinstance(error, cdam.AlreadyExists):
+        return f"{error.name} is there already, with other content; --replace makes a new version"
+    if error.current_version == 0:
+        return "the name is free, and has no version as expected"
+    return f"the newest version is {error.current_version}, not the expected one"
 
 
 def _option(path: str, request: dict[str, Any]) -> str:
     """What the command line calls a field of the request."""
     for prefix, option in _OPTIONS.items():
-        if found := re.match(rf"{re.escape(prefix)}(?:\[(\d+)\])?(?:\.|$)", path):
+        if found := re.match(rf"(?:spec\.)?{re.escape(prefix)}(?:\[(\d+)\])?(?:[.[ ]|$)", path):
             values = request.get(prefix, ())
             if found[1] and int(found[1]) < len(values):
                 return f"{option} {spelled(values[int(found[1])])}"

@@ -64,7 +64,7 @@ class Report:
         files: list[Path | None] = []
         for relevance in explanation:
             parts = [stem, relevance.label, relevance.method.kind]
-            file = self.out / self._free(".".join(_safe(part) for part in parts if part), ".png")
+            file = self.out / self._free(".".join(safe(part) for part in parts if part), ".png")
             relevance.overlay(scale=scale, interpolation=self._interpolation, zoom=zoom).save(file)
             files.append(file)
         return files
@@ -75,7 +75,7 @@ class Report:
 
     def _free(self, stem: str, suffix: str) -> str:
         """A file name that this run has not used: images in different folders may share their stem."""
-        stem = _safe(stem)
+        stem = safe(stem)
         name, number = stem + suffix, 1
         while name.lower() in self._taken:  # some file systems don't tell cases apart
             number += 1
@@ -84,7 +84,7 @@ class Report:
         return name
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
     """The text with what file names can't hold replaced, and of a length that they can."""
     return re.sub(r"[^\w.+-]+", "_", text).strip("._")[:80] or "_"
 

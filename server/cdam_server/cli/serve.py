@@ -50,6 +50,17 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--task", type=click.Choice(["multi_class", "multi_label", "binary", "regression"]), help="What outputs mean."
 )
 @click.option("--num-outputs", type=click.IntRange(min=0), help="Number of outputs, if not the architecture's own.")
+@click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of registered concepts, made when the first one comes.  [~/.local/share/cdam-serve]",
+)
+@click.option(
+    "--store",
+    metavar="URL",
+    help="postgresql://USER@HOST/DATABASE: where concepts are kept instead, for many servers; needs the extra "
+    "`postgres`. A password is better given by the environment: CDAM_STORE or PGPASSWORD.",
+)
 @click.option("--device", help="auto, cpu, cuda, cuda:1, ...  [auto]")
 @click.option("--threads", type=click.IntRange(min=0), help="Compute threads on a CPU; 0: torch's choice.  [0]")
 @click.option(
@@ -104,6 +115,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     type=click.IntRange(min=1),
     help="Most passes through the whole model that a request's methods may take.  [1000]",
 )
+@click.option("--max-concept-images", type=click.IntRange(min=1), help="Most images that a concept is made of.  [1000]")
 @click.option(
     "--drain-wait-seconds",
     type=click.FloatRange(min=0),
@@ -130,6 +142,7 @@ def serve(config: Path | None, **flags: Any) -> None:
         from cdam_server import bootstrap, logs
         from cdam_server.config import Settings
         from cdam_server.loading import LoadError
+        from cdam_server.store import StoreUnusableError
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing: install cdam-serve with its extra `server`") from error
     try:
@@ -152,5 +165,5 @@ def serve(config: Path | None, **flags: Any) -> None:
             for item in error.errors()
         )
         raise click.UsageError("\n".join(lines)) from error
-    except (LoadError, ValueError, OSError) as error:
+    except (LoadError, StoreUnusableError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

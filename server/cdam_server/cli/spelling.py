@@ -3,14 +3,20 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Final, get_args, get_type_hints
+from typing import Any, Final, TypeAlias, get_args, get_type_hints
 
 import click
 
 import cdam
 
+Given: TypeAlias = cdam.Output | cdam.TopK | cdam.Concept
+"""What a --target can be."""
 
-def parse_target(text: str) -> cdam.Output | cdam.TopK:
+CONCEPT_NAME: Final = r"[A-Za-z0-9._-]{1,128}"
+"""What a concept can be called, as a regular expression."""
+
+
+def parse_target(text: str) -> Given:
     """The target that the command line spells so; see the help of `cdam explain`.
 
     Raises:
@@ -23,14 +29,16 @@ def parse_target(text: str) -> cdam.Output | cdam.TopK:
         return cdam.Output(_index(rest, 0, text))
     if given and kind == "top":
         return cdam.TopK(_index(rest, 1, text))
+    if given and kind == "concept":
+        return _concept(rest, text)
     name = text.removeprefix("name:")
     if not name:
         raise click.BadParameter(f"{text!r}: the name is missing")
     return cdam.Output(name)
 
 
-def parse_minus(text: str) -> cdam.Output:
-    """The output that is to be subtracted.
+def parse_minus(text: str) -> cdam.Output | cdam.Concept:
+    """The output or concept that is to be subtracted.
 
     Raises:
         click.BadParameter: if it spells none, or several.
@@ -89,6 +97,9 @@ def spelled(value: Any) -> str:
             return f"top:{value.k}"
         case cdam.Output():
             return f"#{value.selector}" if isinstance(value.selector, int) else value.selector
+        case cdam.Concept():
+            selector = value.name if value.id is None else f"id={value.id}"
+            return f"concept:{selector}" + ("" if value.similarity == "dot" else f":{value.similarity}")
         case cdam.Contrast():
             return f"{spelled(value.positive)} --minus {spelled(value.negative)}"
         case _:
@@ -99,6 +110,20 @@ def parameters(method: cdam.Method) -> dict[str, Any]:
     """What a method is told beside its defaults."""
     values = {field.name: (getattr(method, field.name), field.default) for field in dataclasses.fields(method)}
     return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def _concept(spelling: str, text: str) -> cdam.Concept:
+    found = re.fullmatch(rf"(?:id=([0-9a-f]{{64}})|({CONCEPT_NAME}))(?::([a-z0-9]*))?", spelling)
+    if not found:
+        raise click.BadParameter(
+            f"{text!r}: a concept goes by its name, letters, digits, '.', '_' and '-', or by id= and 64 hexadecimal "
+            f"digits; for an output so called, 'name:{text}'"
+        )
+    concept_id, name, similarity = found.groups(default=None)
+    known: dict[str | None, cdam.Similarity] = {None: "dot", **{word: word for word in get_args(cdam.Similarity)}}
+    if similarity not in known:
+        raise click.BadParameter(f"{text!r}: {similarity!r} is none of {', '.join(get_args(cdam.Similarity))}")
+    return cdam.Concept(name, id=concept_id, similarity=known[similarity])
 
 
 def _index(digits: str, least: int, text: str) -> int:
@@ -171,9 +196,7 @@ _READERS: Final[dict[Any, Callable[[str], Any]]] = {
 }
 
 
-def targets_or_default(
-    targets: Sequence[cdam.Output | cdam.TopK], methods: Sequence[cdam.Method]
-) -> tuple[cdam.Output | cdam.TopK, ...]:
+def targets_or_default(targets: Sequence[Given], methods: Sequence[cdam.Method]) -> tuple[Given, ...]:
     """The targets; if there are none and a method needs one, what the model sees first."""
     if targets or (methods and not any(method.needs_target for method in methods)):
         return tuple(targets)

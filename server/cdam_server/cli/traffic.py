@@ -14,7 +14,7 @@ import cdam
 from cdam import _flow
 from cdam._encode import Priority, encode_explain
 from cdam._images import encode_image, open_image
-from cdam_server.cli.spelling import spelled
+from cdam_server.cli.spelling import Given, spelled
 
 _ORDER: Final = 4096  # after so many requests, the order of a mixture begins anew
 
@@ -31,7 +31,7 @@ class Kind:
         weight: How often, relative to other kinds.
     """
 
-    targets: tuple[cdam.Output | cdam.TopK, ...]
+    targets: tuple[Given, ...]
     methods: tuple[cdam.Method, ...]
     model: str = ""
     priority: Priority | None = None

@@ -1,12 +1,13 @@
 """Held-out figures of a demo model: does it see the digits, and do its CDAM maps point at the right ones?
 
-`python -m cdam_server.demo.figures` measures the shipped weights on scenes of test sources only.
+`python -m cdam_server.demo.figures` measures the shipped weights on scenes of test sources only, and its concepts.
 """
 
 import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from cdam_engine import Explainer, Output
 from cdam_server.demo import model as demo_model
 from cdam_server.demo.scenes import Scene, Split, draw_scene
 
+SEED = 1_000_000
+"""Of the first scene of each kind."""
+
 _BATCH = 50
-_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def cdam_maps(model: VisionTransformer, inputs: Tensor, classes: Tensor) -> NDAr
 def top_rate(model: VisionTransformer, scenes: Sequence[Scene]) -> float:
     """Fraction of scenes whose n digits are exactly the model's first n classes."""
     hits = 0
-    for batch in _batches(scenes):
+    for batch in batches(scenes):
         with torch.no_grad():
             logits = model(to_input(np.stack([s.image for s in batch])))
         for row, scene in zip(logits, batch, strict=True):
@@ -95,7 +98,7 @@ def map_sums(model: VisionTransformer, scenes: Sequence[Scene]) -> NDArray[np.fl
     """(n, 2, 2): for two-digit scenes, the sum of digit i's CDAM map inside the mask of digit j."""
     side = model.patch_embed.grid_size[0]
     sums = []
-    for batch in _batches(scenes):
+    for batch in batches(scenes):
         classes = torch.tensor([s.labels for s in batch])
         maps = cdam_maps(model, to_input(np.stack([s.image for s in batch])), classes)
         masks = np.stack([[patch_weights(o.mask, side) for o in s.objects] for s in batch])
@@ -112,7 +115,7 @@ def measure(
         ImportError: if scikit-learn is not installed (extra `demo`).
     """
     one, two, three = (
-        [draw_scene(split, _SEED + i, digits) for i in range(count)]
+        [draw_scene(split, SEED + i, digits) for i in range(count)]
         for digits, count in ((1, singles), (2, pairs), (3, triples))
     )
     sums = map_sums(model, two)
@@ -133,17 +136,29 @@ def measure(
     )
 
 
-def _batches(scenes: Sequence[Scene]) -> Iterator[Sequence[Scene]]:
+def batches(scenes: Sequence[Scene]) -> Iterator[Sequence[Scene]]:
+    """The scenes, so many at a time as are explained at once."""
     for start in range(0, len(scenes), _BATCH):
         yield scenes[start : start + _BATCH]
 
 
 def main() -> None:
-    """Prints the shipped model's figures as JSON."""
+    """Prints the shipped model's figures as JSON, and its concepts' as a table."""
+    from cdam_server.demo import concepts
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
-    split: Split = parser.parse_args().split
-    print(json.dumps(asdict(measure(demo_model.load(), split)), indent=2))
+    parser.add_argument("--write", action="store_true", help="put them in the place of the shipped ones, too")
+    arguments = parser.parse_args()
+    split: Split = arguments.split
+    model = demo_model.load()
+    held_out = asdict(measure(model, split))
+    print(json.dumps(held_out, indent=2))
+    of_concepts = concepts.measure(Explainer(model), split)
+    print(concepts.table(of_concepts))
+    if arguments.write:
+        shipped = demo_model.shipped_figures() | {"held_out": held_out, "concepts": asdict(of_concepts)}
+        (Path(__file__).parent / "assets" / "figures.json").write_text(json.dumps(shipped, indent=2) + "\n")
 
 
 if __name__ == "__main__":

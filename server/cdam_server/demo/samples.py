@@ -2,6 +2,9 @@
 
 Each is drawn from test sources, which the model never saw, and was picked by eye among those that it reads rightly.
 A sample is a PNG and one black-and-white PNG per digit, its exact mask; `samples.json` says what is what.
+
+`loops/` holds a concept: scenes of one digit with a closed loop, `positive_*`, and of one without, `negative_*`; the
+first ones by seed, from training sources, so that no digit of theirs is in a sample. Lossless WebP, for its size.
 """
 
 import argparse
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cdam_server.demo import figures
+from cdam_server.demo import concepts, figures
 from cdam_server.demo import model as demo_model
 from cdam_server.demo.scenes import Scene, draw_scene
 
@@ -39,6 +42,19 @@ def write_samples(folder: Path) -> None:
     (folder / "samples.json").write_text(json.dumps({"samples": entries}, indent=2) + "\n")
 
 
+def write_loops(folder: Path) -> None:
+    """Writes the concept's images into a folder.
+
+    Raises:
+        ImportError: if scikit-learn is not installed (extra `demo`).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, digits in (("positive", concepts.LOOPS), ("negative", concepts.NO_LOOPS)):
+        for number, scene in enumerate(concepts.example_scenes(digits)):
+            path = folder / f"{name}_{number:02}.webp"
+            Image.fromarray(scene.image).save(path, lossless=True, quality=100, method=6)
+
+
 def _write_sample(folder: Path, name: str, scene: Scene) -> dict[str, Any]:
     Image.fromarray(scene.image).save(folder / f"{name}.png", optimize=True)
     objects = []
@@ -53,7 +69,9 @@ def main() -> None:
     """Writes the samples where the package reads them, or elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets" / "samples")
-    write_samples(parser.parse_args().out)
+    folder = parser.parse_args().out
+    write_samples(folder)
+    write_loops(folder / "loops")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `make demo` runs: a server of the demo model, a sample scene explained over gRPC, overlays as PNG."""
+"""What `make demo` runs: a server of the demo model, a sample scene and a concept explained over gRPC, overlays as PNG."""
 
 import argparse
 import json
@@ -7,14 +7,28 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
 
 import cdam
 
+_SAMPLES: Final = files("cdam_server.demo") / "assets" / "samples"
+_LOOP_SCENE: Final = 1  # the first sample of two digits that has a loop and a digit without one
+
+
+def loop_images() -> tuple[list[Traversable], list[Traversable]]:
+    """What the sample concept is made of: images of digits with a closed loop, and of digits without."""
+    images = sorted((_SAMPLES / "loops").iterdir(), key=lambda image: image.name)
+    positives = [image for image in images if image.name.startswith("positive")]
+    return positives, [image for image in images if image.name.startswith("negative")]
+
 
 def main() -> None:
-    """Start a server, explain a scene for two classes, write the overlays, stop the server."""
+    """Start a server, explain a scene for two classes and one for a concept, write the overlays, stop the server."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the overlays (%(default)s)")
     parser.add_argument("--scene", type=int, choices=range(1, 7), default=5, help="sample scene (%(default)s)")
@@ -24,22 +38,24 @@ def main() -> None:
     command = [sys.executable, "-m", "cdam_server.cli", "serve", "--log-level", "warning"]
     command += ["--address", f"127.0.0.1:{api}", "--admin-address", f"127.0.0.1:{admin}"]
     print(f"$ cdam serve --address 127.0.0.1:{api} --admin-address 127.0.0.1:{admin}")
-    server = subprocess.Popen(command)  # noqa: S603 - our own command
-    try:
-        _explain_scene(f"127.0.0.1:{api}", arguments.scene, arguments.out)
-    finally:
-        server.send_signal(signal.SIGTERM)
-        code = server.wait(timeout=60)
+    with TemporaryDirectory() as concepts:
+        server = subprocess.Popen([*command, "--data-dir", concepts])  # noqa: S603 - our own command
+        try:
+            with cdam.Client(f"127.0.0.1:{api}") as client:
+                _explain_scene(client, arguments.scene, arguments.out)
+                _explain_concept(client, arguments.out)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            code = server.wait(timeout=60)
     print(f"server stopped, exit code {code}")
     print("next: .venv/bin/cdam serve, and in another shell .venv/bin/cdam explain IMAGE -o out")
     sys.exit(code)
 
 
-def _explain_scene(address: str, number: int, out: Path) -> None:
-    samples = files("cdam_server.demo") / "assets" / "samples"
-    sample = json.loads((samples / "samples.json").read_text())["samples"][number - 1]
+def _explain_scene(client: cdam.Client, number: int, out: Path) -> None:
+    sample = json.loads((_SAMPLES / "samples.json").read_text())["samples"][number - 1]
     targets = [item["label"] for item in sample["objects"]][:2]
-    with cdam.Client(address) as client, as_file(samples / sample["image"]) as scene:
+    with as_file(_SAMPLES / sample["image"]) as scene:
         client.wait_until_ready(timeout=120)
         model = client.model()
         print(
@@ -55,12 +71,34 @@ def _explain_scene(address: str, number: int, out: Path) -> None:
             relevance.overlay(scene, zoom=6).save(path)
             print(
                 f"  digit {relevance.label}: probability {relevance.target.probability or 0:.2f}, "
-                f"evidence {relevance.scores.clip(min=0).sum():+.2f}, "
-                f"counter-evidence {relevance.scores.clip(max=0).sum():+.2f}  -> {path}"
+                f"{_evidence(relevance)}  -> {path}"
             )
         sheet = out / f"scene{number}.png"
         cdam.render.sheet(explanation, scene, shared_scale=False).save(sheet)
         print(f"  side by side -> {sheet}")
+
+
+def _explain_concept(client: cdam.Client, out: Path) -> None:
+    """What no class is: digits with a closed loop, shown by images alone."""
+    with ExitStack() as stack:
+        positives, negatives = ([stack.enter_context(as_file(image)) for image in side] for side in loop_images())
+        concept = client.register_concept(
+            "loops", positives, negatives=negatives, replace=True, description="digits with a closed loop"
+        )
+        print(
+            f"registered concept {concept.name}: {concept.example_count} images that show a loop less "
+            f"{concept.negative_count} that don't, spread {concept.spread:.2f}"
+        )
+        scene = stack.enter_context(as_file(_SAMPLES / f"scene{_LOOP_SCENE}.png"))
+        (relevance,) = client.explain(scene, cdam.Concept("loops")).maps
+        path = out / f"scene{_LOOP_SCENE}_loops.png"
+        relevance.overlay(scene, zoom=6).save(path)
+        print(f"  {scene.name}: {_evidence(relevance)}  -> {path}")
+
+
+def _evidence(relevance: cdam.RelevanceMap) -> str:
+    scores = relevance.scores
+    return f"evidence {scores.clip(min=0).sum():+.2f}, counter-evidence {scores.clip(max=0).sum():+.2f}"
 
 
 def _free_ports(count: int) -> list[int]:

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cdam.v1 import common_pb2, explain_pb2, method_pb2, target_pb2
 from cdam_engine import (
@@ -34,11 +35,14 @@ from cdam_engine import (
 from cdam_engine.methods import Quadrature
 from cdam_engine.preprocess import Resize
 from cdam_engine.targets import Similarity
-from cdam_server.errors import InvalidArgumentError, NotImplementedYetError
-from cdam_server.explain import Command, ContrastNamed, OutputNamed, Side, Wanted
+from cdam_server.concepts import ConceptId, ConceptName
+from cdam_server.errors import InvalidArgumentError
+from cdam_server.explain import Command, ConceptSelected, ContrastNamed, OutputNamed, Side, Wanted
 from cdam_server.rpc.images import ImageLimits, decode_image
 
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{0,128}")
+_CONCEPT_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_METHODS = 16
 _MAX_NAME = 256
 # Numbers beyond these overflow in float32, where the squares of a thousand of them are summed.
@@ -94,7 +98,6 @@ def explain_command(request: explain_pb2.ExplainRequest, limits: Limits, timeout
 
     Raises:
         InvalidArgumentError: A field is missing or wrong.
-        NotImplementedYetError: The request needs what this version does not serve.
     """
     check_name(request.model, "model")
     if not request.HasField("image"):
@@ -107,8 +110,8 @@ def explain_command(request: explain_pb2.ExplainRequest, limits: Limits, timeout
         open_image=partial(decode_image, request.image, limits.image),
         targets=_targets(request, limits, methods),
         methods=methods,
-        resize=_resize(request.preprocessing),
-        input_size=_input_size(request.preprocessing),
+        resize=resize(request.preprocessing, "preprocessing"),
+        input_size=input_size(request.preprocessing),
         timeout=timeout,
         rank=_RANK[request.priority],
         caller=caller,
@@ -187,24 +190,50 @@ def _output(output: target_pb2.OutputTarget, field: str) -> Output | OutputNamed
             raise InvalidArgumentError(field, "is empty: set index or name")
 
 
-def _concept(concept: target_pb2.ConceptTarget, field: str) -> Concept:
+def _concept(concept: target_pb2.ConceptTarget, field: str) -> Concept | ConceptSelected:
     if concept.similarity not in _SIMILARITY:
         raise InvalidArgumentError(f"{field}.similarity", f"{concept.similarity} is not a similarity")
+    similarity = _SIMILARITY[concept.similarity]
     match concept.WhichOneof("selector"):
         case "vector":
-            vector = _vector(concept.vector, f"{field}.vector")
-            return Concept(vector, _SIMILARITY[concept.similarity])
-        case None:
+            vector = float_vector(concept.vector, f"{field}.vector")
+            return Concept(torch.from_numpy(vector), similarity)
+        case "name":
+            return ConceptSelected(ConceptName(concept_name(concept.name, f"{field}.name")), similarity)
+        case "id":
+            return ConceptSelected(ConceptId(digest(concept.id, f"{field}.id")), similarity)
+        case _:
             raise InvalidArgumentError(field, "is empty: set name, id or vector")
-        case selector:
-            raise NotImplementedYetError(
-                "TARGET_NOT_IMPLEMENTED",
-                f"{field}.{selector}: this version of the server registers no concepts; send the vector",
-                target="concept",
-            )
 
 
-def _vector(tensor: common_pb2.FloatTensor, field: str) -> torch.Tensor:
+def concept_name(name: str, field: str) -> str:
+    """The name of a concept.
+
+    Raises:
+        InvalidArgumentError: It can't be one.
+    """
+    if not _CONCEPT_NAME.fullmatch(name):
+        raise InvalidArgumentError(field, "must be 1 to 128 of letters, digits, '.', '_' and '-'")
+    return name
+
+
+def digest(text: str, field: str) -> str:
+    """A SHA-256 in hexadecimal.
+
+    Raises:
+        InvalidArgumentError: It is none.
+    """
+    if not _DIGEST.fullmatch(text):
+        raise InvalidArgumentError(field, "must be 64 hexadecimal digits, in lower case")
+    return text
+
+
+def float_vector(tensor: common_pb2.FloatTensor, field: str) -> NDArray[np.float32]:
+    """A concept's vector, of whatever length.
+
+    Raises:
+        InvalidArgumentError: It is no vector, or not finite.
+    """
     if len(tensor.shape) != 1:
         raise InvalidArgumentError(field, f"must have a shape of one axis, not {len(tensor.shape)}")
     if len(tensor.data) != 4 * tensor.shape[0]:
@@ -213,7 +242,7 @@ def _vector(tensor: common_pb2.FloatTensor, field: str) -> torch.Tensor:
     values = np.frombuffer(tensor.data, "<f4").astype(np.float32)
     if not (np.abs(values) <= _MAX_VECTOR).all():
         raise InvalidArgumentError(field, f"must be finite, and nowhere larger than {_MAX_VECTOR:g}")
-    return torch.from_numpy(values)
+    return values
 
 
 # --- methods
@@ -322,13 +351,19 @@ def _number(value: int, field: str, most: int) -> int:
 # --- preprocessing
 
 
-def _resize(preprocessing: common_pb2.Preprocessing) -> Resize:
+def resize(preprocessing: common_pb2.Preprocessing, field: str) -> Resize:
+    """Which part of an image the model sees.
+
+    Raises:
+        InvalidArgumentError: There is no such mode.
+    """
     if preprocessing.resize_mode not in _RESIZE:
-        raise InvalidArgumentError("preprocessing.resize_mode", f"{preprocessing.resize_mode} is not a resize mode")
+        raise InvalidArgumentError(f"{field}.resize_mode", f"{preprocessing.resize_mode} is not a resize mode")
     return _RESIZE[preprocessing.resize_mode]
 
 
-def _input_size(preprocessing: common_pb2.Preprocessing) -> tuple[int, int] | None:
+def input_size(preprocessing: common_pb2.Preprocessing) -> tuple[int, int] | None:
+    """(height, width) in pixels, or None for the model's own; whether the model takes it, only the model knows."""
     if not preprocessing.HasField("input_size"):
         return None
     return preprocessing.input_size.height, preprocessing.input_size.width

@@ -6,12 +6,13 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from numpy.typing import NDArray
 
-from cdam.v1 import common_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
+from cdam.v1 import common_pb2, concept_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
 from cdam_engine import Concept, Contrast, ExplainedTarget, Output, Readout, RelevanceMap
 from cdam_engine.preprocess import Prepared
-from cdam_server.explain import Explained
+from cdam_server.explain import Explained, RegisteredConcept
 from cdam_server.loading import Task
 from cdam_server.models import ServedModel
+from cdam_server.store import Example, Facts, StoredConcept, Version
 
 _TASK = {
     Task.MULTI_CLASS: model_pb2.TASK_MULTI_CLASS,
@@ -27,6 +28,7 @@ _READOUT = {
     Readout.ATTENTION_POOL: model_pb2.READOUT_ATTENTION_POOL,
 }
 _PRECISION = {"fp32": model_pb2.PRECISION_FP32, "bf16": model_pb2.PRECISION_BF16}
+_RESIZE = {"model": common_pb2.RESIZE_MODE_MODEL, "squash": common_pb2.RESIZE_MODE_SQUASH}
 _SIMILARITY = {
     "dot": target_pb2.SIMILARITY_DOT,
     "cosine": target_pb2.SIMILARITY_COSINE,
@@ -82,6 +84,48 @@ def model(served: ServedModel, *, is_default: bool) -> model_pb2.Model:
     return message
 
 
+def concept(stored: StoredConcept) -> concept_pb2.Concept:
+    """A concept, whole."""
+    content = stored.content
+    message = concept_version(stored.version)
+    message.vector.CopyFrom(_tensor(content.vector))
+    message.examples.extend(map(_example, content.examples))
+    message.negatives.extend(map(_example, content.negatives))
+    return message
+
+
+def concept_version(version: Version) -> concept_pb2.Concept:
+    """A concept without its vector and examples."""
+    facts = version.facts
+    message = concept_pb2.Concept(
+        id=facts.id,
+        name=version.name,
+        version=version.number,
+        model=version.model,
+        model_fingerprint=facts.model_fingerprint,
+        description=version.description,
+        labels=version.labels,
+        example_count=facts.example_count,
+        negative_count=facts.negative_count,
+        spread=facts.spread,
+        content_digest=facts.content_digest,
+        preprocessing=_preprocessing(facts),
+        imported=facts.imported,
+    )
+    message.create_time.FromDatetime(version.create_time)
+    return message
+
+
+def _example(example: Example) -> concept_pb2.ConceptExample:
+    return concept_pb2.ConceptExample(digest=example.digest, cosine=example.cosine)
+
+
+def _preprocessing(facts: Facts) -> common_pb2.Preprocessing | None:
+    if facts.input_size is None:
+        return None
+    return common_pb2.Preprocessing(resize_mode=_RESIZE[facts.resize], input_size=_size(facts.input_size))
+
+
 def _methods(served: ServedModel) -> list[model_pb2.MethodSupport]:
     support = []
     for field in method_pb2.Method.DESCRIPTOR.fields:
@@ -130,14 +174,21 @@ def _output(output: Output) -> target_pb2.OutputTarget:
 
 
 def _concept(concept: Concept) -> target_pb2.ConceptTarget:
-    """How it is compared; the vector is the caller's own, and long."""
-    return target_pb2.ConceptTarget(similarity=_SIMILARITY[concept.similarity])
+    """How it is compared, and which it is if it is registered; a vector is the caller's own, and long."""
+    similarity = _SIMILARITY[concept.similarity]
+    if isinstance(concept, RegisteredConcept):
+        return target_pb2.ConceptTarget(id=concept.id, similarity=similarity)
+    return target_pb2.ConceptTarget(similarity=similarity)
 
 
 def _label(target: Output | Concept | Contrast, names: Sequence[str]) -> str:
     match target:
         case Output(index):
             return names[index] if names else str(index)
+        case RegisteredConcept(name=name, similarity="dot"):
+            return name
+        case RegisteredConcept(name=name, similarity=similarity):
+            return f"{name} ({similarity})"
         case Concept():
             return f"concept ({target.similarity})"
         case Contrast(positive, negative):

@@ -11,9 +11,11 @@ import grpc
 import structlog
 
 from cdam.v1 import common_pb2, concept_pb2, evaluation_pb2, explain_pb2, explainer_service_pb2_grpc, model_pb2
+from cdam_server.concepts import ConceptUseCase
 from cdam_server.errors import InvalidArgumentError, NotImplementedYetError
 from cdam_server.explain import ExplainUseCase
-from cdam_server.rpc import decode, encode
+from cdam_server.registration import RegisterUseCase
+from cdam_server.rpc import decode, decode_concepts, encode
 from cdam_server.rpc.caller import identity
 from cdam_server.rpc.stream import Exchange, StreamServer
 
@@ -26,12 +28,23 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
 
     Args:
         explain: The Explain use case.
+        concepts: What can be done with concepts that are stored.
+        register: The ConceptRegister use case.
         limits: Limits of a request.
         streams: What serves streams.
     """
 
-    def __init__(self, explain: ExplainUseCase, limits: decode.Limits, streams: StreamServer) -> None:
+    def __init__(
+        self,
+        explain: ExplainUseCase,
+        concepts: ConceptUseCase,
+        register: RegisterUseCase,
+        limits: decode.Limits,
+        streams: StreamServer,
+    ) -> None:
         self._explain = explain
+        self._concepts = concepts
+        self._register = register
         self._limits = limits
         self._streams = streams
 
@@ -96,32 +109,49 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
     async def ConceptRegister(
         self, request: concept_pb2.ConceptRegisterRequest, context: _Context
     ) -> concept_pb2.ConceptRegisterResponse:
-        """Not served yet."""
-        raise _not_served("ConceptRegister")
+        """Register a concept from the images, or the vector, of one message."""
+        order = decode_concepts.order(request.spec, context.time_remaining(), identity(context))
+        stored, created = await self._register(order, decode_concepts.images(request, self._limits.image))
+        return concept_pb2.ConceptRegisterResponse(concept=encode.concept(stored), created=created)
 
     async def ConceptRegisterStream(
         self, request_iterator: AsyncIterator[concept_pb2.ConceptRegisterStreamRequest], context: _Context
     ) -> concept_pb2.ConceptRegisterStreamResponse:
-        """Not served yet."""
-        raise _not_served("ConceptRegisterStream")
+        """Register a concept from images that come one by one."""
+        requests = self._streams.messages(request_iterator)
+        first = await anext(requests, concept_pb2.ConceptRegisterStreamRequest())
+        if first.WhichOneof("payload") != "spec":
+            raise InvalidArgumentError("spec", "is required, in the first message")
+        order = decode_concepts.order(first.spec, context.time_remaining(), identity(context))
+        images = decode_concepts.streamed_images(requests, self._limits.image)
+        stored, created = await self._register(order, images)
+        return concept_pb2.ConceptRegisterStreamResponse(concept=encode.concept(stored), created=created)
 
     async def GetConcept(
         self, request: concept_pb2.GetConceptRequest, context: _Context
     ) -> concept_pb2.GetConceptResponse:
-        """Not served yet."""
-        raise _not_served("GetConcept")
+        """Return one concept."""
+        stored = await self._concepts.get(decode_concepts.selector(request))
+        return concept_pb2.GetConceptResponse(concept=encode.concept(stored))
 
     async def ListConcepts(
         self, request: concept_pb2.ListConceptsRequest, context: _Context
     ) -> concept_pb2.ListConceptsResponse:
-        """Not served yet."""
-        raise _not_served("ListConcepts")
+        """List concepts, a page at a time."""
+        decode.check_name(request.model, "model")
+        labels = decode_concepts.labels(request.labels, "labels")
+        page = await self._concepts.page(
+            model=request.model, labels=labels, size=request.page_size, token=request.page_token
+        )
+        concepts = map(encode.concept_version, page.versions)
+        return concept_pb2.ListConceptsResponse(concepts=concepts, next_page_token=page.next_token)
 
     async def DeleteConcept(
         self, request: concept_pb2.DeleteConceptRequest, context: _Context
     ) -> concept_pb2.DeleteConceptResponse:
-        """Not served yet."""
-        raise _not_served("DeleteConcept")
+        """Free a name."""
+        version = await self._concepts.delete(*decode_concepts.deletion(request))
+        return concept_pb2.DeleteConceptResponse(concept=encode.concept_version(version))
 
     async def Evaluate(
         self, request_iterator: AsyncIterator[evaluation_pb2.EvaluateRequest], context: _Context

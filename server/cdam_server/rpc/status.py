@@ -55,7 +55,7 @@ def _bad_request(error: errors.InvalidArgumentError) -> Message:
     return detail
 
 
-def _resource_info(error: errors.NotFoundError) -> Message:
+def _resource_info(error: errors.NotFoundError | errors.AlreadyExistsError) -> Message:
     detail: Message = error_details_pb2.ResourceInfo(
         resource_type=f"{DOMAIN}.{error.kind}", resource_name=error.name, description=str(error)
     )
@@ -78,8 +78,10 @@ def _retry_info(error: errors.OverloadedError) -> Message:
 _TABLE: tuple[tuple[type[errors.ServiceError], grpc.StatusCode, Callable[..., Message] | None], ...] = (
     (errors.InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT, _bad_request),
     (errors.NotFoundError, grpc.StatusCode.NOT_FOUND, _resource_info),
+    (errors.AlreadyExistsError, grpc.StatusCode.ALREADY_EXISTS, _resource_info),
+    (errors.AbortedError, grpc.StatusCode.ABORTED, _error_info),
     (errors.NotImplementedYetError, grpc.StatusCode.UNIMPLEMENTED, _error_info),
-    (errors.OutOfMemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED, _error_info),
+    (errors.ExhaustedError, grpc.StatusCode.RESOURCE_EXHAUSTED, _error_info),
     (errors.FailedPreconditionError, grpc.StatusCode.FAILED_PRECONDITION, _error_info),
     (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE, _retry_info),
     (errors.OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_info),

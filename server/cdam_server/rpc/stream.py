@@ -18,11 +18,13 @@ from google.protobuf.message import DecodeError
 from cdam.v1 import common_pb2
 from cdam_server.errors import InvalidArgumentError, OverloadedError, ServiceError, UnavailableError
 from cdam_server.rpc.status import Status, status_of
+from cdam_server.scheduling import Room
 from cdam_server.telemetry import Telemetry
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
+_MAX_BYTES = 1 << 28
 _LONGEST_PAUSE_SECONDS = 2.0
 _RETRY_AFTER_SECONDS = 1.0
 _log = structlog.get_logger("cdam.rpc")
@@ -57,16 +59,16 @@ class StreamServer:
         draining: Set when the server goes down: streams then read no more, answer what they have read, and end.
         max_items: Most items of one stream that are in work at once; while they are, it reads no more, and HTTP/2's
             flow control holds the client back. An answer that the client has not taken counts as work.
-        max_bytes: Most bytes of the items of all streams; while they are reached, none reads more than one item.
+        room: For the items of all streams; while it is full, none reads more than one item.
     """
 
     def __init__(
-        self, telemetry: Telemetry, draining: asyncio.Event, *, max_items: int = 32, max_bytes: int = 1 << 28
+        self, telemetry: Telemetry, draining: asyncio.Event, *, max_items: int = 32, room: Room | None = None
     ) -> None:
         self._telemetry = telemetry
         self._draining = draining
         self._max_items = max_items
-        self._room = _Room(max_bytes)
+        self._room = room or Room(_MAX_BYTES)
 
     async def serve(
         self,
@@ -95,26 +97,20 @@ class StreamServer:
         if end is not None:
             raise end
 
+    async def messages(self, requests: AsyncIterator[Request]) -> AsyncIterator[Request]:
+        """The messages of a stream that is answered as a whole.
 
-class _Room:
-    """Memory that items of streams may take, whoever sends them; an empty room takes anything."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._taken = 0
-        self._freed = asyncio.Event()
-
-    async def take(self, size: int) -> None:
-        """Wait until there is room, and have it."""
-        while self._taken and self._taken + size > self._most:
-            self._freed.clear()
-            await self._freed.wait()
-        self._taken += size
-
-    def give_back(self, size: int, _: object = None) -> None:
-        """Have it no more; what comes second is a task that is done."""
-        self._taken -= size
-        self._freed.set()
+        Raises:
+            InvalidArgumentError: What came is no message.
+            UnavailableError: The server goes down, and won't wait for the rest.
+        """
+        try:
+            while (request := await _next(requests, self._draining)) is not None:
+                if isinstance(request, ServiceError):
+                    raise request
+                yield request
+        except _GoneError as error:
+            raise asyncio.CancelledError from error  # as gRPC itself is about to say
 
 
 class _Stream(Generic[Request, Response]):
@@ -127,7 +123,7 @@ class _Stream(Generic[Request, Response]):
         telemetry: Telemetry,
         draining: asyncio.Event,
         max_items: int,
-        room: _Room,
+        room: Room,
     ) -> None:
         self.items = 0
         self.failures = 0
@@ -142,25 +138,16 @@ class _Stream(Generic[Request, Response]):
 
     async def read(self, requests: AsyncIterator[Request], tasks: asyncio.TaskGroup) -> ServiceError | None:
         """Make a task of each item; return when there are no more, with what ended the stream early, if it did."""
-        draining = tasks.create_task(self._draining.wait())
-        try:
-            while True:
-                await self._slots.acquire()
-                reading = tasks.create_task(_next(requests))
-                await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
-                if draining.done():
-                    reading.cancel()
-                    return _going_down()
-                request = reading.result()
-                if request is None or isinstance(request, ServiceError):
-                    return request
-                self.items += 1
-                size = self._exchange.size(request)
-                await self._room.take(size)
-                task = tasks.create_task(self._serve(request, *self._named(request)))
-                task.add_done_callback(partial(self._room.give_back, size))
-        finally:
-            draining.cancel()
+        while True:
+            await self._slots.acquire()
+            request = await _next(requests, self._draining)
+            if request is None or isinstance(request, ServiceError):
+                return request
+            self.items += 1
+            size = self._exchange.size(request)
+            await self._room.take(size)
+            task = tasks.create_task(self._serve(request, *self._named(request)))
+            task.add_done_callback(partial(self._room.give_back, size))
 
     def _named(self, request: Request) -> tuple[str, InvalidArgumentError | None]:
         """The item's id, and what is wrong with it.
@@ -238,11 +225,18 @@ def _going_down() -> UnavailableError:
     return UnavailableError("the server is going down", _RETRY_AFTER_SECONDS)
 
 
-async def _next(requests: AsyncIterator[Request]) -> Request | ServiceError | None:
-    """The next item; None after the last, an error in place of one that can't be read."""
+async def _next(requests: AsyncIterator[Request], draining: asyncio.Event) -> Request | ServiceError | None:
+    """The next message; None after the last, an error in place of one that can't be read, or if the server goes down."""
+    reading = asyncio.ensure_future(anext(requests, None))
+    waiting = asyncio.create_task(draining.wait())
     try:
-        return await anext(requests, None)
+        await asyncio.wait({reading, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        return _going_down() if waiting.done() else reading.result()
     except DecodeError:
         return InvalidArgumentError("request", "is not a message of this API")
     except grpc.aio.BaseError as error:
         raise _GoneError from error
+    finally:
+        reading.cancel()
+        waiting.cancel()
+        await asyncio.wait({reading, waiting})

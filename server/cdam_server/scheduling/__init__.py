@@ -15,6 +15,7 @@ from cdam_server.scheduling.entry import (
     Terms,
     TooLargeError,
 )
+from cdam_server.scheduling.room import Room
 from cdam_server.scheduling.scheduler import Observer, Rest, Scheduler, Ticket
 from cdam_server.scheduling.turns import Pool
 
@@ -29,6 +30,7 @@ __all__ = [
     "Pool",
     "QueueFullError",
     "Rest",
+    "Room",
     "Scheduler",
     "Terms",
     "Ticket",

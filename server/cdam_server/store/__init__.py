@@ -12,6 +12,7 @@ from cdam_server.store.protocol import (
     StoreFullError,
     StoreUnavailableError,
     StoreUnusableError,
+    StoreUnwritableError,
     Version,
     VersionMismatchError,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "StoreFullError",
     "StoreUnavailableError",
     "StoreUnusableError",
+    "StoreUnwritableError",
     "StoredConcept",
     "Version",
     "VersionMismatchError",

@@ -5,6 +5,7 @@ StoreError
 ├── VersionMismatchError   the name's newest version is not the expected one
 ├── StoreUnavailableError  the database can't be reached; it may be again
 ├── StoreFullError         no space left
+├── StoreUnwritableError   nowhere to write to: its operator must act; what is there can be read
 └── StoreUnusableError     corrupt, of a newer schema, or not to be opened: its operator must act
 """
 
@@ -109,7 +110,7 @@ class StoredConcept:
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """What is to be stored.
+    """What is to be stored. Numbers are finite; text has no U+0000, which PostgreSQL can't keep: whoever calls sees to it.
 
     Attributes:
         model: Name of the model.
@@ -133,7 +134,7 @@ class Registration:
 class ConceptStore(Protocol):
     """Keeps concepts; safe to call from one event loop at a time, by many tasks, and by several processes on one database.
 
-    Every operation may raise `StoreUnavailableError`; those that write, `StoreFullError`. What a writing operation has
+    Every operation may raise `StoreUnavailableError`; those that write, `StoreFullError` and `StoreUnwritableError`. What a writing operation has
     returned is on disk. A name whose newest version was deleted is as one that never was, but for its count.
     """
 
@@ -191,7 +192,7 @@ class ConceptStore(Protocol):
         ...
 
     async def delete(self, model: str, name: str, expected_version: int | None) -> Version | None:
-        """Free a name; returns the version that was its newest, or None if it was free. Content stays.
+        """Free a name; returns the version that was its newest, or None if it was free, whatever was expected. Content stays.
 
         Raises:
             VersionMismatchError: The newest version is not the expected one.
@@ -237,6 +238,10 @@ class StoreUnavailableError(StoreError):
 
 class StoreFullError(StoreError):
     """There is no space left to write; what was stored is unharmed."""
+
+
+class StoreUnwritableError(StoreError):
+    """There is nowhere to write to; the message says what the store's operator can do about it."""
 
 
 class StoreUnusableError(StoreError):

@@ -1,0 +1,249 @@
+"""Concepts: found by name or id for whoever explains with them, listed, deleted; `registration` makes them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from cdam_server.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    ExhaustedError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
+from cdam_server.models import Catalog, ServedModel
+from cdam_server.store import (
+    ConceptStore,
+    NameTakenError,
+    StoredConcept,
+    StoreFullError,
+    StoreUnavailableError,
+    StoreUnusableError,
+    StoreUnwritableError,
+    Version,
+    VersionMismatchError,
+)
+
+PAGE_SIZE: Final = 100
+MAX_PAGE_SIZE: Final = 1000
+_UNUSABLE_RETRY_SECONDS: Final = 30.0
+_log = structlog.get_logger("cdam.concepts")
+
+
+@dataclass(frozen=True)
+class ConceptName:
+    """A concept by its name.
+
+    Attributes:
+        name: The name.
+        model: Its model; empty: the default one.
+    """
+
+    name: str
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class ConceptId:
+    """A concept by the id of its content."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """A part of a list.
+
+    Attributes:
+        versions: Newest versions, by model and name.
+        next_token: Where the next page begins; empty on the last.
+    """
+
+    versions: Sequence[Version]
+    next_token: str
+
+
+class ConceptUseCase:
+    """All about concepts that are stored.
+
+    Args:
+        catalog: The models.
+        store: Where concepts are kept.
+    """
+
+    def __init__(self, catalog: Catalog, store: ConceptStore) -> None:
+        self._catalog = catalog
+        self._store = store
+
+    async def get(self, selector: ConceptName | ConceptId) -> StoredConcept:
+        """One concept.
+
+        Raises:
+            NotFoundError: There is none.
+            UnavailableError: The store is down.
+        """
+        match selector:
+            case ConceptId(concept_id):
+                with store_errors():
+                    found = await self._store.by_id(concept_id)
+                if found is None:
+                    raise NotFoundError("concept", concept_id, f"there is no concept of id {concept_id!r}")
+            case ConceptName(name, model):
+                its_model = self._model(model)
+                with store_errors():
+                    found = await self._store.by_name(its_model, name)
+                if found is None:
+                    raise _no_such_name(name, its_model)
+        return found
+
+    async def find(self, served: ServedModel, selector: ConceptName | ConceptId, field: str) -> StoredConcept:
+        """A concept that the model can be explained with.
+
+        Args:
+            served: The model.
+            selector: The concept.
+            field: Path of the field that names it, for the message.
+
+        Raises:
+            NotFoundError: There is none.
+            FailedPreconditionError: It lies in another model's latent space.
+            UnavailableError: The store is down, and the concept was not asked for before.
+        """
+        try:
+            found = await self.get(selector)
+        except NotFoundError as error:
+            raise NotFoundError(error.kind, error.name, f"{field}: {error}") from error
+        check_fingerprint(served, found.content.facts.model_fingerprint, f"{field}: concept {found.version.name!r}")
+        return found
+
+    async def page(self, *, model: str, labels: Mapping[str, str], size: int, token: str) -> Page:
+        """Newest versions of names in use, a page at a time.
+
+        Args:
+            model: Only of this model; empty: of all.
+            labels: Only those that have all these.
+            size: Most of a page; 0: `PAGE_SIZE`. More than `MAX_PAGE_SIZE` are not given.
+            token: Of the previous page; empty: the first page.
+
+        Raises:
+            InvalidArgumentError: The token is not of this list.
+            UnavailableError: The store is down.
+        """
+        size = min(size or PAGE_SIZE, MAX_PAGE_SIZE)
+        question = _digest([model, dict(labels)])
+        with store_errors():
+            found = await self._store.page(
+                model=model, labels=labels, after=_behind(token, question) if token else None, limit=size + 1
+            )
+        versions = found[:size]
+        more = len(found) > size
+        return Page(versions, _token(versions[-1], question) if more else "")
+
+    async def delete(self, name: ConceptName, expected_version: int | None) -> Version:
+        """Free a name; content stays readable by its id.
+
+        Raises:
+            NotFoundError: The name is free.
+            AbortedError: Its newest version is another.
+            UnavailableError: The store is down.
+        """
+        with store_errors():
+            deleted = await self._store.delete(name.model, name.name, expected_version)
+        if deleted is None:
+            raise _no_such_name(name.name, name.model)
+        return deleted
+
+    def _model(self, name: str) -> str:
+        return name or self._catalog.default.loaded.name
+
+
+def check_fingerprint(served: ServedModel, fingerprint: str, subject: str) -> None:
+    """Refuse what was made for other weights: in another latent space a vector means nothing.
+
+    Raises:
+        FailedPreconditionError: The fingerprint is not the model's.
+    """
+    own = served.loaded.fingerprint
+    if fingerprint == own:
+        return
+    name = served.loaded.name
+    message = (
+        f"{subject} is of a model of fingerprint {fingerprint[:12]}..., "
+        f"but model {name!r} has {own[:12]}...: register it again with `replace`"
+    )
+    raise FailedPreconditionError(
+        "CONCEPT_OF_ANOTHER_MODEL", message, model=name, model_fingerprint=own, concept_fingerprint=fingerprint
+    )
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """The store's errors, in the service's words."""
+    try:
+        yield
+    except NameTakenError as error:
+        newest = error.newest
+        message = (
+            f"spec.name: {newest.name!r} of model {newest.model!r} is taken: version {newest.number} has other content; "
+            "`replace` makes a new version"
+        )
+        raise AlreadyExistsError("concept", newest.name, message) from error
+    except VersionMismatchError as error:
+        message = f"expected_version: the newest version is {error.current}"
+        if not error.current:
+            message = "expected_version: the name is free, its version counts as 0"
+        raise AbortedError("VERSION_MISMATCH", message, current_version=str(error.current)) from error
+    except StoreUnavailableError as error:
+        raise UnavailableError("the store of concepts can't be reached", error.retry_after) from error
+    except StoreFullError as error:
+        raise ExhaustedError("STORE_FULL", "the store of concepts has no space left") from error
+    except StoreUnwritableError as error:
+        _log.error("store can't be written", reason=str(error))
+        message = "this server has no place to store concepts; its log says why"
+        raise FailedPreconditionError("STORE_READ_ONLY", message) from error
+    except StoreUnusableError as error:
+        _log.error("store can't be used", reason=str(error))
+        message = "the store of concepts can't be used; the server's log says why"
+        raise UnavailableError(message, _UNUSABLE_RETRY_SECONDS) from error
+
+
+def _no_such_name(name: str, model: str) -> NotFoundError:
+    return NotFoundError("concept", name, f"model {model!r} has no concept {name!r}")
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _token(last: Version, question: str) -> str:
+    """What says: the list of this question goes on behind this version."""
+    return base64.urlsafe_b64encode(json.dumps([question, last.model, last.name]).encode()).decode()
+
+
+def _behind(token: str, question: str) -> tuple[str, str]:
+    """(model, name) behind which the page begins.
+
+    Raises:
+        InvalidArgumentError: The token is not one of this question.
+    """
+    try:
+        asked, model, name = map(str, json.loads(base64.b64decode(token, altchars=b"-_", validate=True)))
+        text = (model + name).encode()  # no lone surrogates
+    except (binascii.Error, ValueError, TypeError, RecursionError):
+        text = b"\0"
+    if b"\0" in text:
+        raise InvalidArgumentError("page_token", "is not one that this server gave out")
+    if asked != question:
+        raise InvalidArgumentError("page_token", "is of a list with another `model` or other `labels`")
+    return model, name

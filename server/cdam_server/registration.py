@@ -1,0 +1,375 @@
+"""ConceptRegister: from example images, or a ready vector, to a concept that is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cdam_engine import mean_concept
+from cdam_engine.preprocess import Resize
+from cdam_server.concepts import check_fingerprint, store_errors
+from cdam_server.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    OverloadedError,
+    ServiceError,
+    UnavailableError,
+)
+from cdam_server.explain import Command, ExplainUseCase, check_vector
+from cdam_server.identity import Recipe, digest_of_images, digest_of_vector
+from cdam_server.models import Catalog, ServedModel
+from cdam_server.scheduling import Room
+from cdam_server.store import (
+    ConceptStore,
+    Content,
+    Example,
+    Facts,
+    NameTakenError,
+    Registration,
+    StoredConcept,
+    VersionMismatchError,
+)
+
+# A set of images has the same vector up to this on all devices and in bf16; other images don't come near.
+_SAME_COSINE: Final = 0.99
+_WINDOW: Final = 16
+_LONGEST_PAUSE_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleImage:
+    """An image that shows a concept, or one that doesn't.
+
+    Attributes:
+        open_image: Decodes it, upright RGB; slow.
+        digest: Computes its digest, 64 hexadecimal digits; slow if it is large.
+        negative: Whether it is one that doesn't.
+        bytes: Memory that it holds.
+    """
+
+    open_image: Callable[[], Image.Image]
+    digest: Callable[[], str]
+    negative: bool
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class ReadyVector:
+    """A vector instead of images.
+
+    Attributes:
+        values: float32, shape (D,).
+        examples: The images that it was made of elsewhere; empty if nothing is said about them.
+        negatives: Likewise.
+    """
+
+    values: NDArray[np.float32]
+    examples: tuple[Example, ...] = ()
+    negatives: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """What to register, apart from the images.
+
+    Attributes:
+        name: The concept's name.
+        model: Name of the model; empty for the default one.
+        description: For people.
+        labels: For finding it again.
+        resize: Which part of an image the model sees.
+        input_size: (height, width) in pixels, or None for the model's own.
+        replace: Whether a taken name gets a new version.
+        expected_version: Only if the newest version has this number; None: whatever it is.
+        model_fingerprint: Only if the model has this fingerprint; empty: whatever it is.
+        vector: A ready vector, or None.
+        timeout: Seconds that the caller will still wait, or None.
+        caller: Who asks; callers take turns.
+    """
+
+    name: str
+    model: str
+    description: str
+    labels: Mapping[str, str]
+    resize: Resize
+    input_size: tuple[int, int] | None
+    replace: bool
+    expected_version: int | None
+    model_fingerprint: str
+    vector: ReadyVector | None
+    timeout: float | None
+    caller: str
+
+
+class RegisterUseCase:
+    """Registers concepts.
+
+    Args:
+        catalog: The models.
+        store: Where concepts are kept.
+        explain: Explains an image: without targets and methods, all that it finds is the latent.
+        room: For the images in work, those of all callers.
+        max_images: Most images that a concept may be made of.
+    """
+
+    def __init__(
+        self, catalog: Catalog, store: ConceptStore, explain: ExplainUseCase, room: Room, *, max_images: int
+    ) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._explain = explain
+        self._room = room
+        self._max_images = max_images
+
+    async def __call__(
+        self, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
+    ) -> tuple[StoredConcept, bool]:
+        """Form the concept and store it; the bool says whether anything was stored.
+
+        Args:
+            order: What to register.
+            images: Of the concept. Of those that are all there, nothing is computed that is stored already.
+
+        Raises:
+            ServiceError: The request is wrong, or can't be served now.
+        """
+        served = self._catalog.get(order.model)
+        if order.model_fingerprint:
+            check_fingerprint(served, order.model_fingerprint, "spec.model_fingerprint: this concept")
+        if order.vector is None:
+            content = await self._content_of_images(served, order, images)
+        else:
+            async for _ in _each(images):
+                raise InvalidArgumentError("spec.vector", "stands for images; send either")
+            content = self._content_of_vector(served, order, order.vector)
+        registration = Registration(
+            model=served.loaded.name,
+            name=order.name,
+            content=content,
+            description=order.description,
+            labels=order.labels,
+            replace=order.replace,
+            expected_version=order.expected_version,
+        )
+        with store_errors():
+            return await self._store.register(registration)
+
+    def _recipe(self, served: ServedModel, order: Order) -> Recipe:
+        size = self._explain.input_size(served, order.input_size, "spec.preprocessing.input_size")
+        return Recipe(served.loaded.fingerprint, order.resize, size)
+
+    def _content_of_vector(self, served: ServedModel, order: Order, vector: ReadyVector) -> Content:
+        check_vector(served, vector.values, "spec.vector", needs_direction=True)
+        if not vector.examples:
+            recipe, digest = Recipe(served.loaded.fingerprint), digest_of_vector(vector.values)
+            return Content(_facts(recipe, digest, (), ()), vector.values)
+        self._check_count(len(vector.examples) + len(vector.negatives))
+        return _content(self._recipe(served, order), vector.values, vector.examples, vector.negatives, imported=True)
+
+    async def _content_of_images(
+        self, served: ServedModel, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
+    ) -> Content:
+        recipe = self._recipe(served, order)
+        known = None
+        if isinstance(images, Sequence):
+            known = await self._known(served, order, recipe, images)
+            if known is not None and not known.facts.imported:
+                return known
+        content = _formed(recipe, await self._embed(served, order, images))
+        if known is not None and _cosine(known.vector, content.vector) < _SAME_COSINE:
+            message = "an import has stored another vector as that of these very images; register it under another name"
+            raise FailedPreconditionError("CONCEPT_VECTOR_MISMATCH", message, concept_id=known.facts.id)
+        return content
+
+    async def _known(
+        self, served: ServedModel, order: Order, recipe: Recipe, images: Sequence[ExampleImage]
+    ) -> Content | None:
+        """The content, if it is stored; a registration that must fail fails here, before anything is computed."""
+        self._check_count(len(images))
+        digests = await asyncio.to_thread(lambda: [(image.negative, image.digest()) for image in images])
+        examples = [digest for negative, digest in digests if not negative]
+        negatives = [digest for negative, digest in digests if negative]
+        with store_errors():
+            found = await self._store.by_id(recipe.concept_id(digest_of_images(examples, negatives)))
+            if found is not None:
+                return found.content
+            newest = await self._store.newest(served.loaded.name, order.name)
+            current = newest.number if newest else 0
+            if order.expected_version not in {None, current}:
+                raise VersionMismatchError(current)
+            if newest and not order.replace:
+                raise NameTakenError(newest)
+        return None
+
+    def _check_count(self, count: int) -> None:
+        if count > self._max_images:
+            message = f"more than {self._max_images} images, negatives counted in; a mean gains nothing by them"
+            raise InvalidArgumentError("examples", message)
+
+    async def _embed(
+        self, served: ServedModel, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
+    ) -> list[_Embedded]:
+        """The images' latents, in the images' order; at most `_WINDOW` are in work, and only they are held."""
+        embedding = _Embedding(self._explain, self._room, served, order)
+        failure: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                count = 0
+                async for image in _each(images):
+                    self._check_count(count + 1)
+                    await embedding.begin(tasks, count, image)
+                    count += 1
+        except* ServiceError as group:
+            failure = _first(group)
+        if failure is not None:
+            raise failure
+        return [embedding.done[position] for position in sorted(embedding.done)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Embedded:
+    """An image that has been embedded: on which side it is, its digest, and its latent of shape (D,)."""
+
+    negative: bool
+    digest: str
+    latent: NDArray[np.floating]
+
+
+class _Embedding:
+    """The images of one registration on their way."""
+
+    def __init__(self, explain: ExplainUseCase, room: Room, served: ServedModel, order: Order) -> None:
+        self.done: dict[int, _Embedded] = {}
+        self._explain = explain
+        self._room = room
+        self._served = served
+        self._order = order
+        self._slots = asyncio.Semaphore(_WINDOW)
+        self._deadline = None if order.timeout is None else monotonic() + order.timeout
+
+    async def begin(self, tasks: asyncio.TaskGroup, position: int, image: ExampleImage) -> None:
+        """Start with an image as soon as there is room for it."""
+        await self._slots.acquire()
+        await self._room.take(image.bytes)
+        task = tasks.create_task(self._embed(position, image))
+
+        def end(_: asyncio.Task[None]) -> None:
+            self._room.give_back(image.bytes)
+            self._slots.release()
+
+        task.add_done_callback(end)
+
+    async def _embed(self, position: int, image: ExampleImage) -> None:
+        latent = await self._latent(position, image)
+        self.done[position] = _Embedded(image.negative, await asyncio.to_thread(image.digest), latent)
+
+    async def _latent(self, position: int, image: ExampleImage) -> NDArray[np.floating]:
+        """Wait while the queue is full; but a registration whose first image finds no room is refused at once."""
+        while True:
+            try:
+                return (await self._explain(self._command(image))).done.answer.latent
+            except UnavailableError:
+                raise
+            except OverloadedError as full:
+                if position == 0:
+                    raise
+                # Each for a time of its own, so that they don't all come back at once.
+                await asyncio.sleep(min(full.retry_after, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.5))  # noqa: S311
+
+    def _command(self, image: ExampleImage) -> Command:
+        return Command(
+            model=self._served.loaded.name,
+            open_image=image.open_image,
+            targets=(),
+            methods=(),
+            resize=self._order.resize,
+            input_size=self._order.input_size,
+            timeout=None if self._deadline is None else max(0.0, self._deadline - monotonic()),
+            rank=0,
+            caller=self._order.caller,
+            bytes=image.bytes,
+        )
+
+
+def _formed(recipe: Recipe, embedded: Sequence[_Embedded]) -> Content:
+    """The concept that the images show.
+
+    Raises:
+        InvalidArgumentError: They show none.
+    """
+    examples = [item for item in embedded if not item.negative]
+    negatives = [item for item in embedded if item.negative]
+    if not examples:
+        raise InvalidArgumentError("examples", "at least one is required, unless spec.vector is set")
+    try:
+        formed = mean_concept(
+            np.stack([item.latent for item in examples]),
+            np.stack([item.latent for item in negatives]) if negatives else None,
+        )
+    except ValueError as error:
+        raise InvalidArgumentError("examples", str(error)) from error
+    return _content(
+        recipe, formed.vector, _weighed(examples, formed.cosines), _weighed(negatives, formed.negative_cosines)
+    )
+
+
+def _weighed(embedded: Sequence[_Embedded], cosines: NDArray[np.float64]) -> tuple[Example, ...]:
+    return tuple(Example(item.digest, float(cosine)) for item, cosine in zip(embedded, cosines, strict=True))
+
+
+def _content(
+    recipe: Recipe,
+    vector: NDArray[np.float32],
+    examples: tuple[Example, ...],
+    negatives: tuple[Example, ...],
+    *,
+    imported: bool = False,
+) -> Content:
+    digest = digest_of_images((item.digest for item in examples), (item.digest for item in negatives))
+    return Content(_facts(recipe, digest, examples, negatives, imported=imported), vector, examples, negatives)
+
+
+def _facts(
+    recipe: Recipe, digest: str, examples: Sequence[Example], negatives: Sequence[Example], *, imported: bool = False
+) -> Facts:
+    return Facts(
+        id=recipe.concept_id(digest),
+        model_fingerprint=recipe.model_fingerprint,
+        resize=recipe.resize,
+        input_size=recipe.input_size,
+        example_count=len(examples),
+        negative_count=len(negatives),
+        spread=float(np.mean([item.cosine for item in examples])) if examples else None,
+        content_digest=digest,
+        imported=imported,
+    )
+
+
+def _cosine(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+async def _each(images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]) -> AsyncIterator[ExampleImage]:
+    if isinstance(images, Sequence):
+        for image in images:
+            yield image
+    else:
+        async for image in images:
+            yield image
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    """The first error of a group; the others, if any, have the same right to be told."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
