@@ -1,9 +1,11 @@
 """What the service promises about trouble, at full size; the tests in tests/faults prove the same in small.
 
-    PYTHONPATH=tests python tests/benchmarks/reliability.py [--scenarios cancel sigterm soak loop faults] [--rounds 50]
+    PYTHONPATH=tests python tests/benchmarks/reliability.py [--scenarios cancel sigterm concepts ...] [--rounds 50]
 
 cancel   calls that are given up at random moments (--calls): nothing of them stays behind
 sigterm  SIGTERM under load, again and again (--rounds): no call that was let in is lost
+concepts SIGKILL while concepts are registered, again and again (--kills), with SQLite and with PostgreSQL: none is lost;
+         and how soon a second server notices a new version
 soak     a mixture of everything for a while (--minutes): memory, threads and files do not grow
 loop     the event loop under 64 callers (--seconds): how late a heartbeat of 1 ms is, and how long callbacks take
 faults   an engine that fails: seconds until the next call is answered, or until the process has ended
@@ -29,7 +31,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -46,6 +48,8 @@ from cdam_server.bootstrap import Application, load_catalog
 from cdam_server.config import Settings
 from faults.callers import Innocents, call_and_leave, noise, raw_request, settle
 from faults.faulty_server import Fault, marked
+from faults.registrars import kill_writing_servers, seconds_until_noticed
+from postgres import postgres_server
 from processes import ServerProcess, Usage, serving
 
 LONGEST_CALLBACK: Final = 0.020  # seconds; the bar
@@ -58,6 +62,7 @@ REFUSED: Final = "RESOURCE_EXHAUSTED"
 _SAMPLE_SECONDS: Final = 5.0
 _ABLATION_SECONDS: Final = 20.0  # between two
 _STREAM_ITEMS: Final = 100
+_NEWS: Final = 50  # new versions
 _TICK: Final = 0.001
 _IMAGES: Final = [noise(seed) for seed in range(256)]
 
@@ -185,6 +190,41 @@ def sigterm(arguments: argparse.Namespace) -> Iterator[Row]:
     yield Row(
         "sigterm", "from SIGTERM to exit, median and longest", f"{statistics.median(drains):.2f} s, {max(drains):.2f} s"
     )
+
+
+# --- concepts
+
+
+def concepts(arguments: argparse.Namespace) -> Iterator[Row]:
+    """SIGKILL under registrations."""
+    with ExitStack() as stack:
+        stores = {"SQLite": ("--data-dir", stack.enter_context(tempfile.TemporaryDirectory()))}
+        try:
+            postgres = stack.enter_context(postgres_server())
+            stores["PostgreSQL"] = ("--store", postgres.new_database())
+        except LookupError as error:
+            print(error, file=sys.stderr)
+        for store, flags in stores.items():
+            with tempfile.TemporaryDirectory() as folder:
+                promises, broken = kill_writing_servers(Path(folder), *flags, rounds=arguments.kills, longest=1.0)
+            yield Row(
+                "concepts",
+                f"{store}: kills; registrations acknowledged",
+                f"{arguments.kills}; {len(promises.concepts)}",
+            )
+            yield Row("concepts", f"{store}: of these lost or changed", str(len(broken)), "0", not broken)
+        if "PostgreSQL" in stores:
+            with _server(*stores["PostgreSQL"]) as first, _server(*stores["PostgreSQL"]) as second:
+                seconds = seconds_until_noticed(first.address, second.address, rounds=_NEWS)
+            worst = max(seconds)
+            row = f"{statistics.median(seconds):.2f} s, {worst:.2f} s"
+            yield Row(
+                "concepts",
+                "a new version is noticed by another server after, median and longest",
+                row,
+                "1 s",
+                worst <= 1,
+            )
 
 
 # --- soak
@@ -486,6 +526,7 @@ def _ended(server: ServerProcess, fault: Fault) -> Row:
 SCENARIOS: Final[dict[str, Callable[[argparse.Namespace], Iterator[Row]]]] = {
     "cancel": cancel,
     "sigterm": sigterm,
+    "concepts": concepts,
     "soak": soak,
     "loop": loop,
     "faults": faults,
@@ -509,6 +550,7 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--json", type=Path, default=Path("results/reliability.json"))

@@ -13,7 +13,7 @@ import numpy as np
 
 from calls import Stub, array
 from cdam.v1 import common_pb2, concept_pb2
-from faults.callers import noise
+from faults.callers import noise, raw_request
 from processes import serving
 
 LATENT = 128  # of the demo model
@@ -105,6 +105,27 @@ def kill_writing_servers(
         grpc.insecure_channel(server.address) as channel,
     ):
         return promises, promises.broken(Stub(channel))
+
+
+def seconds_until_noticed(here: str, there: str, rounds: int) -> list[float]:
+    """How long after a new version was acknowledged by one server another still explained with the old one.
+
+    Args:
+        here: Address of the one.
+        there: Address of the other.
+        rounds: New versions.
+    """
+    found = []
+    with grpc.insecure_channel(here) as one, grpc.insecure_channel(there) as other:
+        request = raw_request(noise(0))
+        request.targets[0].concept.name = "news"
+        for seed in range(rounds):
+            new = Stub(one).ConceptRegister(registration("news", 4 * seed + 1, replace=True), timeout=30).concept
+            acknowledged = asked = time.monotonic()
+            while Stub(other).Explain(request, timeout=30).targets[0].target.concept.id != new.id:
+                asked = time.monotonic()
+            found.append(asked - acknowledged)
+    return found
 
 
 def explained(stub: Stub, request: object) -> np.ndarray:

@@ -302,12 +302,13 @@ def test_nobody_there(call: Call) -> None:
 def test_a_refusal_ends_it_at_once(script: Hearing, call: Call) -> None:
     violation = details.BadRequest.FieldViolation(field="examples[79].encoded", description="no image")
     refusal = details.BadRequest(field_violations=[violation])
-    script.breaks = [(81, Failure(grpc.StatusCode.INVALID_ARGUMENT, "bad", [refusal]))]
+    script.breaks = [(81, Failure(grpc.StatusCode.INVALID_ARGUMENT, "bad", [refusal]))] * 2
     endless = map(jpeg, itertools.count(1))
-    with pytest.raises(cdam.InvalidArgument) as caught:
-        call(script.address, "register_concept", "loops", endless)
-    assert caught.value.field == "examples[79].encoded"
-    assert len(script.uploads) == 1
+    for count, images in enumerate([endless, [jpeg(n) for n in range(100)]], start=1):
+        with pytest.raises(cdam.InvalidArgument) as caught:
+            call(script.address, "register_concept", "loops", images)
+        assert caught.value.field == "examples[79].encoded"
+        assert len(script.uploads) == count
 
 
 def test_an_answer_before_the_end_is_none(script: Hearing, call: Call) -> None:
