@@ -90,10 +90,10 @@ def _explain_concept(client: cdam.Client, out: Path) -> None:
             f"{concept.negative_count} that don't, spread {concept.spread:.2f}"
         )
         scene = stack.enter_context(as_file(_SAMPLES / f"scene{_LOOP_SCENE}.png"))
-        (relevance,) = client.explain(scene, cdam.Concept("loops")).maps
+        explanation = client.explain(scene, cdam.Concept("loops"))
         path = out / f"scene{_LOOP_SCENE}_loops.png"
-        relevance.overlay(scene, zoom=6).save(path)
-        print(f"  {scene.name}: {_evidence(relevance)}  -> {path}")
+        cdam.render.sheet(explanation, scene).save(path)
+        print(f"  {scene.name}: {_evidence(explanation.maps[0])}  -> {path}")
 
 
 def _evidence(relevance: cdam.RelevanceMap) -> str:
