@@ -42,9 +42,10 @@ class Script(explainer_service_pb2_grpc.ExplainerServiceServicer):
     seconds_left: list[float] = field(default_factory=list)
     delay: float = 0.0
     address: str = ""
+    hasty: bool = False  # whether uploads are answered without their end
     created: bool = True  # what registrations are told
     concepts: dict[str, concept_pb2.Concept] = field(default_factory=dict)  # by name
-    uploads: list[list[Any]] = field(default_factory=list)  # the messages of each ConceptRegisterStream
+    uploads: list[list[Any]] = field(default_factory=list)  # the messages of each ConceptRegisterStream but the end
 
     def Explain(self, request: Any, context: Any) -> Any:
         self._heed(request, context)
@@ -71,8 +72,12 @@ class Script(explainer_service_pb2_grpc.ExplainerServiceServicer):
         self.metadata.append(dict(context.invocation_metadata()))
         self.seconds_left.append(context.time_remaining())
         self.uploads.append([])
+        ends = []
         for request in self.take(request_iterator, context):
-            self.uploads[-1].append(request)
+            (ends if request.HasField("end") else self.uploads[-1]).append(request)
+        # What is given up looks like what has ended.
+        if not self.hasty and [end.end.image_count for end in ends] != [len(self.uploads[-1]) - 1]:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "end: is missing, or wrong")
         kinds = [(request.WhichOneof("payload"), request) for request in self.uploads[-1]]
         stored = self._store(
             kinds[0][1].spec,

@@ -190,6 +190,9 @@ class _Flow:
             if going:
                 count += 1
                 self.tell(count)
+        if going:
+            end = concept_pb2.ConceptRegisterStreamRequest(end=concept_pb2.ConceptRegisterEnd(image_count=count))
+            going = yield Send(end.SerializeToString())
         response: concept_pb2.ConceptRegisterStreamResponse = yield Finish()
         if not going:
             raise MalformedResponse("an answer before all images were sent")

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
@@ -41,21 +41,23 @@ AT_ONCE: Final = 16
 
 # Run by itself, so that nothing but the store is in its memory.
 _OPEN: Final = """
-import asyncio, resource, sys
+import asyncio, os, sys
 from time import perf_counter
 from contract.backends import Place
 place = Place(sys.argv[1], sys.argv[2])
 store = place.store()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+before = mib()
 async def main():
     started = perf_counter()
     await store.open()
     await store.newest("vit", "concept-0")
     seconds = perf_counter() - started
+    print(seconds, mib() - before)
     await store.close()
-    return seconds
-seconds = asyncio.run(main())
-print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+asyncio.run(main())
 """
 
 
@@ -119,7 +121,9 @@ async def measure(place: Place, concepts: int, calls: int) -> list[Row]:
     await row("..., of those with a label that a tenth has", lambda: page(None, tenth="True"), pages)
     await row("..., likewise, and one that all have", lambda: page(None, dataset="imagenet", tenth="True"), pages)
     await row("..., likewise, half way down", lambda: page(names[concepts // 2], tenth="True"), pages)
-    await row("..., of those with a label that one has", lambda: page(None, number=str(draw.randrange(concepts))), pages)
+    await row(
+        "..., of those with a label that one has", lambda: page(None, number=str(draw.randrange(concepts))), pages
+    )
     await row("newest version of a name", lambda: store.newest("vit", draw.choice(names)))
     await row("concept by name", lambda: store.by_name("vit", draw.choice(names)))
     await row("concept by id", lambda: store.by_id(digest("concept", draw.randrange(concepts))))
@@ -174,7 +178,10 @@ def _summary(seconds: Sequence[float]) -> tuple[str, dict[str, float]]:
 def _open(place: Place) -> Row:
     command = [sys.executable, "-c", _OPEN, place.kind, place.address]
     runs = [
-        [float(word) for word in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]]
+        [
+            float(word)
+            for word in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
+        ]
         for _ in range(5)
     ]
     seconds, mib = statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)

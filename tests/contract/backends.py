@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +79,13 @@ def same(one: Content, other: Content) -> bool:
         and one.vector.dtype == other.vector.dtype
         and one.vector.tobytes() == other.vector.tobytes()
     )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what others bring about."""
+    async with asyncio.timeout(100):
+        while not condition():  # noqa: ASYNC110 - there is nothing that tells
+            await asyncio.sleep(0.01)
 
 
 def digest_of(file: Path) -> str:

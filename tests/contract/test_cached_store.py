@@ -22,7 +22,7 @@ from cdam_server.store import (
 )
 from cdam_server.store.cache import CachedStore, StoreObserver
 from cdam_server.store.sqlite import SqliteStore
-from contract.backends import content, registration, same
+from contract.backends import content, registration, same, until
 
 Result = TypeVar("Result")
 
@@ -196,8 +196,7 @@ async def test_an_answer_from_before_a_write_is_not_kept(bench: Bench) -> None:
         asyncio.create_task(bench.store.by_name("vit", "zebra")),
         asyncio.create_task(bench.store.by_id(content(1).facts.id)),
     ]
-    while bench.wire.calls.total() < 2:
-        await asyncio.sleep(0)
+    await until(lambda: bench.wire.calls.total() == 2)
     await asyncio.sleep(0.05)  # the store has answered; the answers are on their way
     writing = asyncio.create_task(bench.store.register(registration(description="new", replace=True)))
     await asyncio.sleep(0.05)
@@ -253,12 +252,10 @@ async def test_it_notices_by_itself_that_the_database_is_back(bench: Bench) -> N
     bench.wire.failure = StoreUnavailableError("away")
     with pytest.raises(StoreUnavailableError):
         await bench.store.by_name("vit", "zebra")
-    while bench.wire.calls["probe"] < 3:
-        await asyncio.sleep(0.01)
+    await until(lambda: bench.wire.calls["probe"] >= 3)
     assert bench.told.up == [False]
     bench.wire.failure = None
-    while bench.told.up == [False]:
-        await asyncio.sleep(0.01)
+    await until(lambda: bench.told.up == [False, True])
     assert bench.told.up == [False, True]
     assert await bench.store.by_name("vit", "zebra") is not None
     probes = bench.wire.calls["probe"]
@@ -282,8 +279,7 @@ async def test_after_a_write_of_unknown_outcome_the_database_is_asked(bench: Ben
     with pytest.raises(StoreUnavailableError):
         await bench.store.register(registration(seed=2, replace=True))
     bench.wire.failure = None
-    while bench.told.up == [False]:
-        await asyncio.sleep(0.01)
+    await until(lambda: bench.told.up == [False, True])
     found = await bench.store.by_name("vit", "zebra")
     assert found is not None
     assert found.version.number == 2

@@ -28,7 +28,7 @@ from cdam_server.store import (
     StoreUnwritableError,
 )
 from cdam_server.store.sqlite import SqliteStore
-from contract.backends import Place, content, digest_of, registration, same
+from contract.backends import Place, content, digest_of, registration, same, until
 from contract.workers import CONTEXT
 from faults.store_writer import kill_a_writer
 from postgres import PostgresServer
@@ -122,16 +122,14 @@ async def test_a_restarted_server_loses_nothing_and_is_found_again(postgres: Pos
 
     async def progress() -> None:
         enough = len(acknowledged) + 20
-        while len(acknowledged) < enough:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(acknowledged) >= enough)
 
     writers = [asyncio.create_task(write(10_000 * number)) for number in range(4)]
     for stop in (lambda: postgres.stop("immediate"), postgres.kill, lambda: postgres.stop("fast"), postgres.kill):
         await progress()
         before = failures
         await asyncio.to_thread(stop)
-        while failures == before:
-            await asyncio.sleep(0.01)
+        await until(lambda: failures > before)  # noqa: B023 - called in this turn of the loop only
         await asyncio.to_thread(postgres.start)
         await progress()
     over = True
@@ -189,6 +187,15 @@ async def test_a_connection_that_was_cut_is_replaced(postgres: PostgresServer) -
     await store.close()
 
 
+async def _open_and_register(place: Place) -> None:
+    store = place.store()
+    try:
+        await store.open()
+        await store.register(registration())
+    finally:
+        await store.close()
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [
@@ -203,13 +210,9 @@ async def test_a_connection_that_was_cut_is_replaced(postgres: PostgresServer) -
 async def test_no_error_tells_the_password(
     postgres: PostgresServer, url: str, said: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    place = Place("postgres", url.format(port=postgres.port))
     with pytest.raises((StoreUnavailableError, StoreUnusableError), match=said) as refused:
-        store = Place("postgres", url.format(port=postgres.port)).store()
-        try:
-            await store.open()
-            await store.register(registration())
-        finally:
-            await store.close()
+        await _open_and_register(place)
     assert "hunter2" not in f"{refused.value}{capsys.readouterr()}{caplog.text}"
 
 
@@ -322,6 +325,12 @@ def _overwrite(file: Path, where: float, size: int) -> None:
         opened.write(random.Random(1).randbytes(size))
 
 
+def _another_programs(file: Path) -> None:
+    file.unlink()
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE bookmarks (url TEXT)")
+
+
 _DAMAGES: dict[str, Callable[[Path], object]] = {
     "first bytes": lambda file: _overwrite(file, 0, 16),
     "header": lambda file: _overwrite(file, 0, 100),
@@ -334,14 +343,8 @@ _DAMAGES: dict[str, Callable[[Path], object]] = {
     "truncated within the header": lambda file: os.truncate(file, 50),
     "text": lambda file: file.write_text("These are not the concepts that you are looking for.\n" * 100),
     "zeros": lambda file: file.write_bytes(bytes(100_000)),
-    "another program's": lambda file: _another_programs(file),
+    "another program's": _another_programs,
 }
-
-
-def _another_programs(file: Path) -> None:
-    file.unlink()
-    with closing(sqlite3.connect(file)) as connection:
-        connection.execute("CREATE TABLE bookmarks (url TEXT)")
 
 
 def _state(folder: Path) -> dict[str, str]:
@@ -439,18 +442,18 @@ def _as_nobody(folder: Path, expected: type[Exception]) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-async def test_without_the_right_to_write(there: bool) -> None:
+def test_without_the_right_to_write(there: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if there:
-            (await _stored(folder)).chmod(0o400)
+            asyncio.run(_stored(folder)).chmod(0o400)
         folder.chmod(0o555)
         before = _state(folder)
         process = CONTEXT.Process(
             target=_as_nobody, args=(folder, StoreUnusableError if there else StoreUnwritableError)
         )
         process.start()
-        await asyncio.to_thread(process.join)
+        process.join()
         assert process.exitcode == 0
         process.close()
         assert _state(folder) == before

@@ -92,6 +92,10 @@ def _register(stub: Stub, *arguments: Any, **fields: Any) -> concept_pb2.Concept
     return stub.ConceptRegister(_request(*arguments, **fields), timeout=60)
 
 
+def _end(count: int) -> concept_pb2.ConceptRegisterStreamRequest:
+    return concept_pb2.ConceptRegisterStreamRequest(end=concept_pb2.ConceptRegisterEnd(image_count=count))
+
+
 def _tensor(values: np.ndarray) -> common_pb2.FloatTensor:
     return common_pb2.FloatTensor(shape=values.shape, data=values.astype("<f4").tobytes())
 
@@ -169,6 +173,7 @@ def test_a_stream_and_a_message_make_the_same_concept(stub: Stub, name: str) -> 
     for place, image in enumerate(_images(pictures)):
         kind = "negative" if place % 4 == 3 else "example"
         messages.append(concept_pb2.ConceptRegisterStreamRequest(**{kind: image}))
+    messages.append(_end(len(pictures)))
     streamed = stub.ConceptRegisterStream(iter(messages), timeout=60)
     shown = [data for place, data in enumerate(pictures) if place % 4 != 3]
     at_once = _register(stub, name, shown, pictures[3::4])
@@ -483,12 +488,16 @@ def test_wrong_streams(stub: Stub) -> None:
 
     assert field() == "spec"
     assert field(good) == "spec"
-    assert field(spec) == "examples"
+    assert field(spec, _end(0)) == "examples"
+    # An upload that was given up can look like this.
+    assert field(spec, good) == "end"
+    assert field(spec, good, good, _end(1)) == "end.image_count"
+    assert field(spec, good, _end(1), good) == "example"
     assert field(spec, good, spec) == "spec"
     assert field(spec, message()) == "payload"
     assert field(spec, good, bad) == "negatives[0].encoded"
     assert field(spec, *[good] * 61) == "examples"
-    assert field(message(spec=concept_pb2.ConceptSpec(name="wrong", vector=ONES)), good) == "spec.vector"
+    assert field(message(spec=concept_pb2.ConceptSpec(name="wrong", vector=ONES)), good, _end(1)) == "spec.vector"
 
 
 def test_concepts_that_are_not_there(stub: Stub) -> None:

@@ -312,6 +312,7 @@ def test_a_refusal_ends_it_at_once(script: Hearing, call: Call) -> None:
 
 
 def test_an_answer_before_the_end_is_none(script: Hearing, call: Call) -> None:
+    script.hasty = True
     script.take = lambda requests, _context: itertools.islice(requests, 70)  # type: ignore[method-assign]
     with pytest.raises(cdam.MalformedResponse, match="before all images"):
         call(script.address, "register_concept", "loops", map(jpeg, itertools.count(1)))

@@ -364,13 +364,14 @@ Global___ConceptRegisterResponse: _TypeAlias = ConceptRegisterResponse  # noqa: 
 
 @_typing.final
 class ConceptRegisterStreamRequest(_message.Message):
-    """One message of ConceptRegisterStream: the specification first, then images."""
+    """One message of ConceptRegisterStream: the specification first, then images, then the end."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
     EXAMPLE_FIELD_NUMBER: _builtins.int
     NEGATIVE_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> Global___ConceptSpec:
         """What to register; the first message, once."""
@@ -383,22 +384,51 @@ class ConceptRegisterStreamRequest(_message.Message):
     def negative(self) -> _common_pb2.Image:
         """An image that doesn't."""
 
+    @_builtins.property
+    def end(self) -> Global___ConceptRegisterEnd:
+        """That was all; the last message. Of a stream that stops without it nothing is registered: an upload that was given
+        up can look like one that has ended.
+        """
+
     def __init__(
         self,
         *,
         spec: Global___ConceptSpec | None = ...,
         example: _common_pb2.Image | None = ...,
         negative: _common_pb2.Image | None = ...,
+        end: Global___ConceptRegisterEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["example", b"example", "negative", b"negative", "payload", b"payload", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "example", b"example", "negative", b"negative", "payload", b"payload", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["example", b"example", "negative", b"negative", "payload", b"payload", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "example", b"example", "negative", b"negative", "payload", b"payload", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["spec", "example", "negative"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["spec", "example", "negative", "end"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___ConceptRegisterStreamRequest: _TypeAlias = ConceptRegisterStreamRequest  # noqa: Y015
+
+@_typing.final
+class ConceptRegisterEnd(_message.Message):
+    """The end of a ConceptRegisterStream's images."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_COUNT_FIELD_NUMBER: _builtins.int
+    image_count: _builtins.int
+    """Number of images that were sent, negatives counted in."""
+    def __init__(
+        self,
+        *,
+        image_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_count", b"image_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConceptRegisterEnd: _TypeAlias = ConceptRegisterEnd  # noqa: Y015
 
 @_typing.final
 class ConceptRegisterStreamResponse(_message.Message):

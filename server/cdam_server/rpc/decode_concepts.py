@@ -59,18 +59,30 @@ async def streamed_images(
     """The images of a stream, behind the specification.
 
     Raises:
-        InvalidArgumentError: Something else came.
+        InvalidArgumentError: Something else came, or the end is missing.
     """
     counts = {"example": 0, "negative": 0}
+    ended = False
     async for request in requests:
         kind = request.WhichOneof("payload")
-        if kind == "spec":
-            raise InvalidArgumentError("spec", "is for the first message alone")
-        if kind is None:
-            raise InvalidArgumentError("payload", "is empty: set example or negative")
-        # The path in a request that has them all: a count is what tells one from another.
-        yield _image(getattr(request, kind), limits, f"{kind}s[{counts[kind]}]", negative=kind == "negative")
-        counts[kind] += 1
+        if ended:
+            raise InvalidArgumentError(kind or "payload", "comes after the end")
+        match kind:
+            case "example" | "negative":
+                # The path that it would have in a message that has them all: a count is what tells one from another.
+                yield _image(getattr(request, kind), limits, f"{kind}s[{counts[kind]}]", negative=kind == "negative")
+                counts[kind] += 1
+            case "end":
+                sent = sum(counts.values())
+                if request.end.image_count != sent:
+                    raise InvalidArgumentError("end.image_count", f"is {request.end.image_count}, but {sent} images came")
+                ended = True
+            case "spec":
+                raise InvalidArgumentError("spec", "is for the first message alone")
+            case _:
+                raise InvalidArgumentError("payload", "is empty: set example, negative or end")
+    if not ended:
+        raise InvalidArgumentError("end", "is required, in the last message")
 
 
 def selector(request: concept_pb2.GetConceptRequest) -> ConceptName | ConceptId:

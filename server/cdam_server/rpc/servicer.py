@@ -118,6 +118,8 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         self, request_iterator: AsyncIterator[concept_pb2.ConceptRegisterStreamRequest], context: _Context
     ) -> concept_pb2.ConceptRegisterStreamResponse:
         """Register a concept from images that come one by one."""
+        # Until something is answered, gRPC keeps on the client's side what was sent, to be able to repeat it.
+        await context.send_initial_metadata(())
         requests = self._streams.messages(request_iterator)
         first = await anext(requests, concept_pb2.ConceptRegisterStreamRequest())
         if first.WhichOneof("payload") != "spec":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -37,7 +38,7 @@ _log = structlog.get_logger("cdam.store")
 
 _CONNECT_SECONDS: Final = 2  # the least that libpq waits
 _POOL_SECONDS: Final = 2.0
-_OPERATION_SECONDS: Final = 10.0
+_OPERATION_SECONDS: Final = 5.0
 _TRIES: Final = 5  # of a transaction that lost a race
 _FULL_HINT: Final = "Check free disk space."  # also where a quota is used up, which has no code
 _LOCK: Final = 0x6364616D  # "cdam": the advisory lock under which migrations are applied
@@ -94,6 +95,9 @@ class PostgresStore(ConceptStore):
         )
         self._preparing = asyncio.Lock()
         self._ready = False
+
+        # It tells of every attempt to connect; what matters comes as an error of the operation that wanted one.
+        logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
 
     async def open(self) -> None:
         """See `ConceptStore.open`."""

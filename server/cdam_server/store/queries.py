@@ -66,8 +66,13 @@ INSERT_LABEL: Final = "INSERT INTO cdam.labels (digest, model, name) VALUES (:di
 
 DELETE_LABELS: Final = "DELETE FROM cdam.labels WHERE model = :model AND name = :name"
 
+_KEYS: Final = "SELECT k.model, k.name FROM {source} WHERE {conditions} ORDER BY k.model, k.name LIMIT :limit"
+_OF_KEYS: Final = f"""
+    FROM ({_KEYS}) p JOIN cdam.names n ON n.model = p.model AND n.name = p.name {_NEWEST} ORDER BY n.model, n.name
+"""
+_PAGE: Final = f"SELECT {VERSION} {_OF_KEYS}"
 _ALSO: Final = """EXISTS (
-    SELECT 1 FROM cdam.labels m WHERE m.digest = :label{number} AND m.model = l.model AND m.name = l.name
+    SELECT 1 FROM cdam.labels m WHERE m.digest = :label{number} AND m.model = k.model AND m.name = k.name
 )"""
 
 
@@ -76,25 +81,22 @@ def page(
 ) -> tuple[str, dict[str, Any]]:
     """The query of a page, and its parameters.
 
-    Every combination reads one index from where the page begins, in order, whether by names or by the first label.
+    The keys come first, from one index, in order, from where the page begins on: that of the names, or that of the labels,
+    which has taken names only. What belongs to them is joined when they are few, whatever the planner knows of the tables.
     """
     parameters: dict[str, Any] = {"limit": limit}
-    source, key = "cdam.names n", "n"
-    conditions = ["n.taken"]
-    if label_digests:
-        source, key = "cdam.labels l JOIN cdam.names n ON n.model = l.model AND n.name = l.name", "l"
+    conditions = []
     for number, digest in enumerate(label_digests):
         parameters[f"label{number}"] = digest
-        conditions.append(_ALSO.format(number=number) if number else "l.digest = :label0")
+        conditions.append(_ALSO.format(number=number) if number else "k.digest = :label0")
+    if not label_digests:
+        conditions.append("k.taken")
     if model:
         parameters["model"] = model
-        conditions.append(f"{key}.model = :model")
+        conditions.append("k.model = :model")
     if after is not None:
         parameters["after_model"], parameters["after_name"] = after
-        if after[0] == model:
-            conditions.append(f"{key}.name > :after_name")
-        else:
-            conditions.append(f"({key}.model, {key}.name) > (:after_model, :after_name)")
-    where = " AND ".join(conditions)
-    sql = f"SELECT {VERSION} FROM {source} {_NEWEST} WHERE {where} ORDER BY {key}.model, {key}.name LIMIT :limit"  # noqa: S608 - of constants
-    return sql, parameters
+        same_model = after[0] == model
+        conditions.append("k.name > :after_name" if same_model else "(k.model, k.name) > (:after_model, :after_name)")
+    source = "cdam.labels k" if label_digests else "cdam.names k"
+    return _PAGE.format(source=source, conditions=" AND ".join(conditions)), parameters

@@ -6,9 +6,8 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -20,6 +19,18 @@ from cdam_server.store.protocol import (
     StoredConcept,
     StoreUnusableError,
     Version,
+)
+
+_SHORT_COLUMNS: Final = (
+    "id",
+    "model_fingerprint",
+    "resize",
+    "input_height",
+    "input_width",
+    "example_count",
+    "negative_count",
+    "spread",
+    "content_digest",
 )
 
 
@@ -148,5 +159,6 @@ def _examples(text: str) -> tuple[Example, ...]:
 
 
 def _checksum(row: Row) -> int:
-    rest = [*astuple(_facts(row)), row["examples"], row["negatives"]]
-    return zlib.crc32(json.dumps(rest).encode(), zlib.crc32(row["vector"]))
+    short = [row[column] for column in _SHORT_COLUMNS] + [bool(row["imported"])]
+    crc = zlib.crc32(row["vector"], zlib.crc32(json.dumps(short).encode()))
+    return zlib.crc32(row["negatives"].encode(), zlib.crc32(row["examples"].encode(), crc))
