@@ -75,7 +75,9 @@ async def streamed_images(
             case "end":
                 sent = sum(counts.values())
                 if request.end.image_count != sent:
-                    raise InvalidArgumentError("end.image_count", f"is {request.end.image_count}, but {sent} images came")
+                    raise InvalidArgumentError(
+                        "end.image_count", f"is {request.end.image_count}, but {sent} images came"
+                    )
                 ended = True
             case "spec":
                 raise InvalidArgumentError("spec", "is for the first message alone")
