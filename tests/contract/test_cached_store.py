@@ -219,6 +219,29 @@ async def test_many_who_look_for_one_thing_share_a_query(bench: Bench) -> None:
     assert bench.wire.calls == {"by_name": 1}
 
 
+async def test_a_store_that_hangs_delays_what_is_known_once_and_no_more_than_patience_bears(bench: Bench) -> None:
+    await bench.store.register(registration())
+    bench.now += 1
+    bench.wire.opened.clear()
+    for _ in range(3):
+        found = await asyncio.wait_for(bench.store.by_name("vit", "zebra"), 10)
+        assert found is not None
+        assert found.version.number == 1
+        bench.now += 1
+    assert bench.wire.calls["newest"] == 1
+    unknown = asyncio.create_task(bench.store.by_name("vit", "horse"))
+    await asyncio.sleep(0.05)
+    assert not unknown.done()
+    await bench.replica.register(registration(seed=2, replace=True))
+    bench.wire.opened.set()
+    assert await unknown is None
+    found = await bench.store.by_name("vit", "zebra")
+    while found is not None and found.version.number == 1:  # the answer from before the new version may come in first
+        bench.now += 1
+        found = await bench.store.by_name("vit", "zebra")
+    assert found is not None
+
+
 async def test_while_the_database_is_away_what_is_known_is_served_and_all_else_refused(bench: Bench) -> None:
     await bench.store.register(registration())
     await bench.replica.register(registration("horse", 2))

@@ -181,9 +181,8 @@ async def test_a_connection_that_was_cut_is_replaced(postgres: PostgresServer) -
     place = Place("postgres", postgres.new_database())
     store = place.store()
     await store.register(registration())
-    for _ in range(5):
-        postgres.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'cdam'")
-        assert await store.newest("vit", "zebra") is not None
+    postgres.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'cdam'")
+    assert await store.newest("vit", "zebra") is not None  # nobody notices
     await store.close()
 
 

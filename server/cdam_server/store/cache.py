@@ -42,6 +42,14 @@ class StoreObserver:
 
 
 @dataclass(frozen=True)
+class _Asking:
+    """A question that the store has not answered yet, and when it was put."""
+
+    task: asyncio.Task[Any]
+    since: float
+
+
+@dataclass(frozen=True)
 class _Known:
     """A version that the store named, and when it did."""
 
@@ -79,7 +87,7 @@ class CachedStore(ConceptStore):
     """A store in front of another.
 
     Content never changes, and is kept. Which version a name or an id stands for is trusted for `fresh_seconds`, then the
-    store is asked again: for so long a name may still stand for what another replica has replaced or deleted, and an id
+    store is asked again; if it takes longer than `patience_seconds` to say, what is kept is served. For so long a name may still stand for what another replica has replaced or deleted, and an id
     for an earlier version of the same content. What was not found is not remembered, and what was written through this
     object is seen at once.
 
@@ -90,6 +98,7 @@ class CachedStore(ConceptStore):
     Args:
         store: The other.
         fresh_seconds: How long an answer is trusted.
+        patience_seconds: How long what is kept and no longer trusted waits for the store to say better.
         retry_seconds: Between two attempts at a database that can't be reached.
         max_bytes: About how much memory to use; what has not been used for longest goes first.
         clock: Seconds that only grow.
@@ -101,6 +110,7 @@ class CachedStore(ConceptStore):
         store: ConceptStore,
         *,
         fresh_seconds: float = 0.5,
+        patience_seconds: float = 0.4,
         retry_seconds: float = 1.0,
         max_bytes: int = 64 * 2**20,
         clock: Callable[[], float] = time.monotonic,
@@ -108,11 +118,12 @@ class CachedStore(ConceptStore):
     ) -> None:
         self._store = store
         self._fresh_seconds = fresh_seconds
+        self._patience_seconds = patience_seconds
         self._retry_seconds = retry_seconds
         self._clock = clock
         self._observer = observer or StoreObserver()
         self._kept = _Kept(max_bytes)
-        self._asking: dict[Hashable, asyncio.Task[Any]] = {}  # whose answers may be shared
+        self._asking: dict[Hashable, _Asking] = {}  # whose answers may be shared
         self._tasks: set[asyncio.Task[Any]] = set()  # these, and those that a write has made too old for that
         self._writes = 0
         self._probe: asyncio.Task[None] | None = None  # runs while the database can't be reached
@@ -196,22 +207,24 @@ class CachedStore(ConceptStore):
         self._refuse_while_down()
         asking = self._asking.get(key)
         if asking is None:
-            asking = self._asking[key] = asyncio.create_task(ask())
-            self._tasks.add(asking)
-            asking.add_done_callback(lambda task: self._answered(key, task))
-        try:
-            return await asyncio.shield(asking)  # others may wait for it, too
-        except StoreError:
-            if kept is None:
-                raise
+            asking = self._asking[key] = _Asking(asyncio.create_task(ask()), self._clock())
+            self._tasks.add(asking.task)
+            asking.task.add_done_callback(lambda task: self._answered(key, task))
+        if kept is None:
+            return await asyncio.shield(asking.task)  # others may wait for it, too
+        patience = max(0.0, asking.since + self._patience_seconds - self._clock())
+        await asyncio.wait({asking.task}, timeout=patience)
+        if not asking.task.done() or isinstance(asking.task.exception(), StoreError):
             return kept
+        found: Result | None = asking.task.result()
+        return found
 
     def _is_fresh(self, known: _Known) -> bool:
         return self._clock() - known.asked < self._fresh_seconds
 
     def _answered(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if self._asking.get(key) is task:
+        if (asking := self._asking.get(key)) is not None and asking.task is task:
             del self._asking[key]
         if not task.cancelled():
             task.exception()  # all who waited may have gone

@@ -85,7 +85,7 @@ class PostgresStore(ConceptStore):
         }
         self._pool = psycopg_pool.AsyncConnectionPool[Connection](
             kwargs=self._options,
-            min_size=1,
+            min_size=0,
             max_size=max_connections,
             open=False,
             timeout=_POOL_SECONDS,
