@@ -286,25 +286,25 @@ async def test_a_full_disk_under_sqlite(space: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("space", _SPACE)
-async def test_a_full_disk_under_postgres(space: str, postgres: PostgresServer) -> None:
+async def test_a_full_disk_under_postgres(space: str, fresh_postgres: PostgresServer) -> None:
     if space == "disk":
-        folder = postgres.folder / "small"
+        folder = fresh_postgres.folder / "small"
         folder.mkdir()
-        shutil.chown(folder, postgres.data.owner())
+        shutil.chown(folder, fresh_postgres.data.owner())
         full = _small_disk(folder, "12m")
     else:
-        full = _small_files(postgres.limit_file_size, 3_000_100)
+        full = _small_files(fresh_postgres.limit_file_size, 3_000_100)
     with full as make_space:
         options = ""
         if space == "disk":
-            postgres.execute(f"CREATE TABLESPACE small LOCATION '{folder}'")
+            fresh_postgres.execute(f"CREATE TABLESPACE small LOCATION '{folder}'")
             options = "TABLESPACE small"
-        store = Place("postgres", postgres.new_database(options)).store()
+        store = Place("postgres", fresh_postgres.new_database(options)).store()
         await _fill(store, make_space, 50_000)
         await store.close()
         if space == "disk":
-            postgres.execute(f"DROP DATABASE {postgres.newest_database}")
-            postgres.execute("DROP TABLESPACE small")
+            fresh_postgres.execute(f"DROP DATABASE {fresh_postgres.newest_database}")
+            fresh_postgres.execute("DROP TABLESPACE small")
 
 
 # --- files that are no store

@@ -1,0 +1,27 @@
+"""Databases that tests may stop, kill and fill up."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from postgres import PostgresServer, postgres_server
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server of the module's own: one that has made many databases takes long to recover."""
+    yield from _server()
+
+
+@pytest.fixture
+def fresh_postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server of the test's own, which has nothing else to write."""
+    yield from _server()
+
+
+def _server() -> Iterator[PostgresServer]:
+    try:
+        with postgres_server() as server:
+            yield server
+    except LookupError as error:
+        pytest.skip(str(error))
