@@ -326,7 +326,9 @@ class Client(BaseClient):
         expected_version: int | None = None,
         timeout: float | None = None,
     ) -> RegisteredConcept:
-        """Register a concept from another server, with the id that it has there. The model must be the same one.
+        """Register a concept from another server of the same model.
+
+        It has the id that it has there if this server has seen the same images, else one of its own.
 
         Args:
             source: A file that `export_concept` wrote, or a concept that `load_concept` or a client gave.

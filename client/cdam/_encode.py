@@ -86,7 +86,7 @@ def encode_spec(
 
 
 def encode_import(concept: RegisteredConcept, **changes: Any) -> concept_pb2.ConceptSpec:
-    """What to register so that a concept has the same id again.
+    """What to register so that a concept is there again.
 
     Args:
         concept: A concept with its vector.

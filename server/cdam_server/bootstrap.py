@@ -172,10 +172,11 @@ class Application:
             ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
             max_targets=settings.max_targets,
             max_samples=settings.max_samples,
+            max_concept_images=settings.max_concept_images,
         )
         room = Room(settings.max_pending_mib * MIB)
         streams = StreamServer(self._telemetry, self._draining, max_items=settings.max_stream_items, room=room)
-        register = RegisterUseCase(self._catalog, self._store, explain, room, max_images=settings.max_concept_images)
+        register = RegisterUseCase(self._catalog, self._store, explain, room)
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
             ExplainerServicer(explain, concepts, register, limits, streams), self._server
         )

@@ -37,6 +37,7 @@ from cdam_server.store import (
 
 PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000
+_MAX_TOKEN: Final = 8192  # of the longest names, every character escaped
 _UNUSABLE_RETRY_SECONDS: Final = 30.0
 _log = structlog.get_logger("cdam.concepts")
 
@@ -237,6 +238,8 @@ def _behind(token: str, question: str) -> tuple[str, str]:
     Raises:
         InvalidArgumentError: The token is not one of this question.
     """
+    if len(token) > _MAX_TOKEN:
+        raise InvalidArgumentError("page_token", "is not one that this server gave out")
     try:
         asked, model, name = map(str, json.loads(base64.b64decode(token, altchars=b"-_", validate=True)))
         text = (model + name).encode()  # no lone surrogates

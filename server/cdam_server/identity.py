@@ -48,8 +48,25 @@ def digest_of_images(examples: Iterable[str], negatives: Iterable[str]) -> str:
 
 def digest_of_vector(vector: NDArray[np.float32]) -> str:
     """The content digest of a vector: that of its values as little-endian float32."""
-    data = hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
-    return _sha256({"format": _FORMAT, "vector": data})
+    return _sha256({"format": _FORMAT, "vector": _of_values(vector)})
+
+
+def digest_of_import(
+    vector: NDArray[np.float32], examples: Iterable[tuple[str, float]], negatives: Iterable[tuple[str, float]]
+) -> str:
+    """The content digest of a vector and what is said about its images, all of it: nobody can say something else later.
+
+    Args:
+        vector: The vector.
+        examples: Digest and cosine of each.
+        negatives: Likewise.
+    """
+    said = {"examples": sorted(examples), "negatives": sorted(negatives)}
+    return _sha256({"format": _FORMAT, "vector": _of_values(vector), **said})
+
+
+def _of_values(vector: NDArray[np.float32]) -> str:
+    return hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
 
 
 def _sha256(value: object) -> str:

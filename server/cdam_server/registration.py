@@ -17,14 +17,13 @@ from cdam_engine import mean_concept
 from cdam_engine.preprocess import Resize
 from cdam_server.concepts import check_fingerprint, store_errors
 from cdam_server.errors import (
-    FailedPreconditionError,
     InvalidArgumentError,
     OverloadedError,
     ServiceError,
     UnavailableError,
 )
 from cdam_server.explain import Command, ExplainUseCase, check_vector
-from cdam_server.identity import Recipe, digest_of_images, digest_of_vector
+from cdam_server.identity import Recipe, digest_of_images, digest_of_import, digest_of_vector
 from cdam_server.models import Catalog, ServedModel
 from cdam_server.scheduling import Room
 from cdam_server.store import (
@@ -38,8 +37,6 @@ from cdam_server.store import (
     VersionMismatchError,
 )
 
-# A set of images has the same vector up to this on all devices and in bf16; other images don't come near.
-_SAME_COSINE: Final = 0.99
 _WINDOW: Final = 16
 _LONGEST_PAUSE_SECONDS: Final = 2.0
 
@@ -117,17 +114,13 @@ class RegisterUseCase:
         store: Where concepts are kept.
         explain: Explains an image: without targets and methods, all that it finds is the latent.
         room: For the images in work, those of all callers.
-        max_images: Most images that a concept may be made of.
     """
 
-    def __init__(
-        self, catalog: Catalog, store: ConceptStore, explain: ExplainUseCase, room: Room, *, max_images: int
-    ) -> None:
+    def __init__(self, catalog: Catalog, store: ConceptStore, explain: ExplainUseCase, room: Room) -> None:
         self._catalog = catalog
         self._store = store
         self._explain = explain
         self._room = room
-        self._max_images = max_images
 
     async def __call__(
         self, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
@@ -149,7 +142,7 @@ class RegisterUseCase:
         else:
             async for _ in _each(images):
                 raise InvalidArgumentError("spec.vector", "stands for images; send either")
-            content = self._content_of_vector(served, order, order.vector)
+            content = await self._content_of_vector(served, order, order.vector)
         registration = Registration(
             model=served.loaded.name,
             name=order.name,
@@ -166,34 +159,38 @@ class RegisterUseCase:
         size = self._explain.input_size(served, order.input_size, "spec.preprocessing.input_size")
         return Recipe(served.loaded.fingerprint, order.resize, size)
 
-    def _content_of_vector(self, served: ServedModel, order: Order, vector: ReadyVector) -> Content:
+    async def _content_of_vector(self, served: ServedModel, order: Order, vector: ReadyVector) -> Content:
+        """What is said about a vector's images can't be checked; so its id covers all that is said, and is not theirs.
+
+        Only where those images were seen, and gave this vector, it is the concept that they made.
+        """
         check_vector(served, vector.values, "spec.vector", needs_direction=True)
         if not vector.examples:
             recipe, digest = Recipe(served.loaded.fingerprint), digest_of_vector(vector.values)
             return Content(_facts(recipe, digest, (), ()), vector.values)
-        self._check_count(len(vector.examples) + len(vector.negatives))
-        return _content(self._recipe(served, order), vector.values, vector.examples, vector.negatives, imported=True)
+        recipe, sides = self._recipe(served, order), (vector.examples, vector.negatives)
+        with store_errors():
+            seen = await self._store.by_id(recipe.concept_id(_digest_of_images(*sides)))
+        if seen is not None and np.array_equal(seen.content.vector, vector.values):
+            return seen.content
+        said = [[(item.digest, item.cosine) for item in side] for side in sides]
+        digest = digest_of_import(vector.values, *said)
+        return Content(_facts(recipe, digest, *sides, imported=True), vector.values, *sides)
 
     async def _content_of_images(
         self, served: ServedModel, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
     ) -> Content:
         recipe = self._recipe(served, order)
-        known = None
         if isinstance(images, Sequence):
             known = await self._known(served, order, recipe, images)
-            if known is not None and not known.facts.imported:
+            if known is not None:
                 return known
-        content = _formed(recipe, await self._embed(served, order, images))
-        if known is not None and _cosine(known.vector, content.vector) < _SAME_COSINE:
-            message = "an import has stored another vector as that of these very images; register it under another name"
-            raise FailedPreconditionError("CONCEPT_VECTOR_MISMATCH", message, concept_id=known.facts.id)
-        return content
+        return _formed(recipe, await self._embed(served, order, images))
 
     async def _known(
         self, served: ServedModel, order: Order, recipe: Recipe, images: Sequence[ExampleImage]
     ) -> Content | None:
         """The content, if it is stored; a registration that must fail fails here, before anything is computed."""
-        self._check_count(len(images))
         digests = await asyncio.to_thread(lambda: [(image.negative, image.digest()) for image in images])
         examples = [digest for negative, digest in digests if not negative]
         negatives = [digest for negative, digest in digests if negative]
@@ -209,11 +206,6 @@ class RegisterUseCase:
                 raise NameTakenError(newest)
         return None
 
-    def _check_count(self, count: int) -> None:
-        if count > self._max_images:
-            message = f"more than {self._max_images} images, negatives counted in; a mean gains nothing by them"
-            raise InvalidArgumentError("examples", message)
-
     async def _embed(
         self, served: ServedModel, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
     ) -> list[_Embedded]:
@@ -224,7 +216,6 @@ class RegisterUseCase:
             async with asyncio.TaskGroup() as tasks:
                 count = 0
                 async for image in _each(images):
-                    self._check_count(count + 1)
                     await embedding.begin(tasks, count, image)
                     count += 1
         except* ServiceError as group:
@@ -316,25 +307,16 @@ def _formed(recipe: Recipe, embedded: Sequence[_Embedded]) -> Content:
         )
     except ValueError as error:
         raise InvalidArgumentError("examples", str(error)) from error
-    return _content(
-        recipe, formed.vector, _weighed(examples, formed.cosines), _weighed(negatives, formed.negative_cosines)
-    )
+    sides = _weighed(examples, formed.cosines), _weighed(negatives, formed.negative_cosines)
+    return Content(_facts(recipe, _digest_of_images(*sides), *sides), formed.vector, *sides)
 
 
 def _weighed(embedded: Sequence[_Embedded], cosines: NDArray[np.float64]) -> tuple[Example, ...]:
     return tuple(Example(item.digest, float(cosine)) for item, cosine in zip(embedded, cosines, strict=True))
 
 
-def _content(
-    recipe: Recipe,
-    vector: NDArray[np.float32],
-    examples: tuple[Example, ...],
-    negatives: tuple[Example, ...],
-    *,
-    imported: bool = False,
-) -> Content:
-    digest = digest_of_images((item.digest for item in examples), (item.digest for item in negatives))
-    return Content(_facts(recipe, digest, examples, negatives, imported=imported), vector, examples, negatives)
+def _digest_of_images(examples: Sequence[Example], negatives: Sequence[Example]) -> str:
+    return digest_of_images((item.digest for item in examples), (item.digest for item in negatives))
 
 
 def _facts(
@@ -351,11 +333,6 @@ def _facts(
         content_digest=digest,
         imported=imported,
     )
-
-
-def _cosine(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
-    a, b = first.astype(np.float64), second.astype(np.float64)
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 async def _each(images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]) -> AsyncIterator[ExampleImage]:

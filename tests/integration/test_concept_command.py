@@ -235,13 +235,15 @@ def test_a_concept_moves_to_another_server(client: cdam.Client, other_address: s
     file = client.export_concept("loops", tmp_path / "loops.safetensors")
     with cdam.Client(other_address) as other:
         there = other.import_concept(file)
-        assert (there.id, there.created, there.imported, there.resize) == (here.id, True, True, "squash")
+        assert (there.id == here.id, there.created, there.imported, there.resize) == (False, True, True, "squash")
         assert (dict(there.labels), there.examples, there.negatives) == ({"a": "b"}, here.examples, here.negatives)
         assert there.spread == pytest.approx(here.spread)
         np.testing.assert_array_equal(there.vector, here.vector)
         assert other.import_concept(file).created is False
         renamed = other.import_concept(here, name="rings", labels={})
-        assert (renamed.name, renamed.id, dict(renamed.labels)) == ("rings", here.id, {})
+        assert (renamed.name, renamed.id, dict(renamed.labels)) == ("rings", there.id, {})
+        seen = other.register_concept("seen", images[:4], negatives=images[4:], resize="squash")
+        assert (seen.id, other.import_concept(file, name="seen").created) == (here.id, False)
         plain = other.import_concept(axis)
         assert (plain.id, plain.spread) == (axis.id, None)
         map_here = client.explain(images[0], here).maps[0].scores
@@ -292,7 +294,8 @@ def test_the_commands(run: Cdam, client: cdam.Client, other_address: str, tmp_pa
     assert run("concept", "export", "--all", "-o", "out").stdout == "out/demo/loops.safetensors\n"
     imported = run("concept", "import", "out", "--name", "circles", server=other_address)
     assert (imported.returncode, imported.stderr) == (0, "")
-    assert json.loads(run("concept", "show", "circles", "--json", server=other_address).stdout)["id"] == concept.id
+    shown = json.loads(run("concept", "show", "circles", "--json", server=other_address).stdout)
+    assert (shown["imported"], shown["examples"][0]["digest"]) == (True, concept.examples[0].digest)
     deleted = run("concept", "delete", "loops", "--model", "demo", "--yes")
     assert (deleted.returncode, deleted.stderr) == (0, "")
     assert run("concept", "list").stdout == "no concepts\n"

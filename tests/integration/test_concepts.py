@@ -377,28 +377,43 @@ def _exported(concept: concept_pb2.Concept, **changes: Any) -> dict[str, Any]:
     }
 
 
-def test_an_import_has_the_id_that_it_had(stub: Stub, name: str, tmp_path: Path) -> None:
+def test_an_import_is_the_same_concept_where_its_images_were_seen(stub: Stub, name: str, tmp_path: Path) -> None:
     pictures = [_picture(seed) for seed in range(900, 904)]
     concept = _register(stub, name, pictures[:3], pictures[3:]).concept
+    assert not _register(stub, name, **_exported(concept)).created
     settings = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", data_dir=tmp_path)
     with serve_in_background(settings) as address, grpc.insecure_channel(address) as channel:
         elsewhere = Stub(channel)
         moved = _register(elsewhere, name, **_exported(concept)).concept
-        assert (moved.id, moved.content_digest, moved.imported) == (concept.id, concept.content_digest, True)
+        assert (moved.imported, moved.id == concept.id) == (True, False)
         assert (moved.vector, moved.spread) == (concept.vector, pytest.approx(concept.spread))
-        assert list(moved.examples) == list(concept.examples)
-        # The same images, seen here: it is the same concept.
-        assert not _register(elsewhere, name, pictures[:3], pictures[3:]).created
+        assert (list(moved.examples), list(moved.negatives)) == (list(concept.examples), list(concept.negatives))
+        assert not _register(elsewhere, name, **_exported(concept)).created
+        # It does not keep the images from being registered, and then is what they made.
+        seen = _register(elsewhere, "seen", pictures[:3], pictures[3:]).concept
+        assert (seen.imported, seen.id) == (False, concept.id)
+        assert _register(elsewhere, "again", **_exported(concept)).concept.id == concept.id
+        # Nor do two files that say different things pass for each other.
+        less = concept_pb2.ConceptOrigin(examples=concept.examples[:2], negatives=concept.negatives)
+        other = _register(elsewhere, "less", **_exported(concept, origin=less)).concept
+        assert other.id not in {moved.id, concept.id}
 
 
-def test_an_import_can_not_pass_for_other_images(stub: Stub, name: str) -> None:
+def test_a_false_import_never_passes_for_its_images(stub: Stub, name: str) -> None:
     picture = _picture(950)
     honest = _register(stub, f"{name}-honest", [_picture(951)]).concept
     lie = concept_pb2.ConceptExample(digest=hashlib.sha256(picture).hexdigest(), cosine=1)
-    origin = concept_pb2.ConceptOrigin(examples=[lie])
-    _register(stub, name, **_exported(honest, origin=origin, vector=_tensor(-array(honest.vector))))
-    code, _, (info,) = refused(partial(_register, stub, f"{name}-true", [picture]), error_details_pb2.ErrorInfo)
-    assert (code, info.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CONCEPT_VECTOR_MISMATCH")
+    wrong = _tensor(-array(honest.vector))
+    imported = _register(
+        stub, name, **_exported(honest, origin=concept_pb2.ConceptOrigin(examples=[lie]), vector=wrong)
+    )
+    assert imported.concept.imported
+    spec = concept_pb2.ConceptSpec(name=f"{name}-true")
+    message = concept_pb2.ConceptRegisterStreamRequest
+    messages = [message(spec=spec), message(example=_images([picture])[0]), _end(1)]
+    streamed = stub.ConceptRegisterStream(iter(messages), timeout=60).concept
+    at_once = _register(stub, f"{name}-true", [picture]).concept
+    assert (streamed.imported, streamed.vector == wrong, at_once) == (False, False, streamed)
 
 
 # --- what is refused
@@ -472,6 +487,8 @@ def test_wrong_images(stub: Stub) -> None:
     assert violated(partial(_register, stub, "wrong", [good, good, bad])) == "examples[2].encoded"
     assert violated(partial(_register, stub, "wrong", [good], [bad])) == "negatives[0].encoded"
     assert violated(partial(_register, stub, "wrong", [good] * 61)) == "examples"
+    empty = concept_pb2.ConceptRegisterRequest(spec=concept_pb2.ConceptSpec(name="wrong"), examples=[{}] * 1_000_000)
+    assert violated(lambda: stub.ConceptRegister(empty, timeout=10)) == "examples"
     # Nothing is left of the difference of equal means.
     assert violated(partial(_register, stub, "wrong", [good], [good])) == "examples"
     code = refused(lambda: stub.GetConcept(concept_pb2.GetConceptRequest(name="wrong")))[0]
@@ -495,7 +512,7 @@ def test_wrong_streams(stub: Stub) -> None:
     assert field(spec, good, _end(1), good) == "example"
     assert field(spec, good, spec) == "spec"
     assert field(spec, message()) == "payload"
-    assert field(spec, good, bad) == "negatives[0].encoded"
+    assert field(spec, good, bad, _end(2)) == "negatives[0].encoded"
     assert field(spec, *[good] * 61) == "examples"
     assert field(message(spec=concept_pb2.ConceptSpec(name="wrong", vector=ONES)), good, _end(1)) == "spec.vector"
 
@@ -514,7 +531,7 @@ def test_concepts_that_are_not_there(stub: Stub) -> None:
     assert refused(lambda: stub.DeleteConcept(delete(name="nosuch", model="demo")))[0] is grpc.StatusCode.NOT_FOUND
     assert violated(lambda: stub.GetConcept(get())) == "selector"
     assert violated(lambda: stub.DeleteConcept(delete(name="nosuch"))) == "model"
-    for token in ("x", "!", "W10=", "bnVsbA==", "WzEsMiwzXQ=="):
+    for token in ("x" * 10_000, "x", "!", "W10=", "bnVsbA==", "WzEsMiwzXQ=="):
         page = concept_pb2.ListConceptsRequest(page_token=token)
         assert violated(partial(stub.ListConcepts, page)) == "page_token"
 

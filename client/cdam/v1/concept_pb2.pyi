@@ -90,7 +90,7 @@ class Concept(_message.Message):
     content_digest: _builtins.str
     """SHA-256 in hexadecimal of the examples' and negatives' digests, or of the vector."""
     imported: _builtins.bool
-    """True if vector and examples are what somebody's export said, and no image was seen here."""
+    """True if vector and examples are what an export said, and no image was seen here."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """For finding it again."""
@@ -240,8 +240,9 @@ class ConceptSpec(_message.Message):
 
     @_builtins.property
     def origin(self) -> Global___ConceptOrigin:
-        """With vector: the images that it was made of elsewhere, as an export says. The concept then has the id that it has
-        there; `preprocessing` is part of it. Needs model_fingerprint.
+        """With vector: the images that it was made of elsewhere, as an export says, and how (`preprocessing`). Where the same
+        images were registered with the same result, the concept is theirs; elsewhere it is marked `imported`, and its id
+        covers all that is said, since no image was seen that could prove it. Needs model_fingerprint.
         """
 
     def __init__(

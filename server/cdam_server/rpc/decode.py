@@ -80,11 +80,13 @@ class Limits:
         image: What its image may weigh.
         max_targets: Largest number of targets.
         max_samples: Largest number of draws, or of points on a path.
+        max_concept_images: Most images of a concept.
     """
 
     image: ImageLimits
     max_targets: int
     max_samples: int
+    max_concept_images: int
 
 
 def explain_command(request: explain_pb2.ExplainRequest, limits: Limits, timeout: float | None, caller: str) -> Command:

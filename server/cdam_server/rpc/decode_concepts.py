@@ -8,7 +8,7 @@ from cdam.v1 import common_pb2, concept_pb2
 from cdam_server.concepts import ConceptId, ConceptName
 from cdam_server.errors import InvalidArgumentError
 from cdam_server.registration import ExampleImage, Order, ReadyVector
-from cdam_server.rpc.decode import check_name, concept_name, digest, float_vector, input_size, resize
+from cdam_server.rpc.decode import Limits, check_name, concept_name, digest, float_vector, input_size, resize
 from cdam_server.rpc.images import ImageLimits, decode_image
 from cdam_server.store import Example
 
@@ -18,11 +18,12 @@ _MAX_LABEL_KEY = 128
 _MAX_LABEL_VALUE = 1024
 
 
-def order(spec: concept_pb2.ConceptSpec, timeout: float | None, caller: str) -> Order:
+def order(spec: concept_pb2.ConceptSpec, limits: Limits, timeout: float | None, caller: str) -> Order:
     """What is to be registered, apart from the images.
 
     Args:
         spec: What the request says.
+        limits: Limits of a request.
         timeout: Seconds that the caller will still wait, or None.
         caller: Who asks.
 
@@ -40,26 +41,33 @@ def order(spec: concept_pb2.ConceptSpec, timeout: float | None, caller: str) -> 
         replace=spec.replace,
         expected_version=_expected_version(spec, "spec.expected_version"),
         model_fingerprint=spec.model_fingerprint and digest(spec.model_fingerprint, "spec.model_fingerprint"),
-        vector=_vector(spec),
+        vector=_vector(spec, limits),
         timeout=timeout,
         caller=caller,
     )
 
 
-def images(request: concept_pb2.ConceptRegisterRequest, limits: ImageLimits) -> list[ExampleImage]:
-    """The images of a request that has them all."""
-    examples = [_image(item, limits, f"examples[{i}]", negative=False) for i, item in enumerate(request.examples)]
-    negatives = [_image(item, limits, f"negatives[{i}]", negative=True) for i, item in enumerate(request.negatives)]
+def images(request: concept_pb2.ConceptRegisterRequest, limits: Limits) -> list[ExampleImage]:
+    """The images of a request that has them all.
+
+    Raises:
+        InvalidArgumentError: There are too many.
+    """
+    _check_count(len(request.examples) + len(request.negatives), limits, "examples")
+    examples = [_image(item, limits.image, f"examples[{i}]", negative=False) for i, item in enumerate(request.examples)]
+    negatives = [
+        _image(item, limits.image, f"negatives[{i}]", negative=True) for i, item in enumerate(request.negatives)
+    ]
     return examples + negatives
 
 
 async def streamed_images(
-    requests: AsyncIterator[concept_pb2.ConceptRegisterStreamRequest], limits: ImageLimits
+    requests: AsyncIterator[concept_pb2.ConceptRegisterStreamRequest], limits: Limits
 ) -> AsyncIterator[ExampleImage]:
     """The images of a stream, behind the specification.
 
     Raises:
-        InvalidArgumentError: Something else came, or the end is missing.
+        InvalidArgumentError: Something else came, too much, or the end is missing.
     """
     counts = {"example": 0, "negative": 0}
     ended = False
@@ -70,7 +78,10 @@ async def streamed_images(
         match kind:
             case "example" | "negative":
                 # The path that it would have in a message that has them all: a count is what tells one from another.
-                yield _image(getattr(request, kind), limits, f"{kind}s[{counts[kind]}]", negative=kind == "negative")
+                _check_count(sum(counts.values()) + 1, limits, "examples")
+                yield _image(
+                    getattr(request, kind), limits.image, f"{kind}s[{counts[kind]}]", negative=kind == "negative"
+                )
                 counts[kind] += 1
             case "end":
                 sent = sum(counts.values())
@@ -148,7 +159,13 @@ def _expected_version(message: concept_pb2.ConceptSpec | concept_pb2.DeleteConce
     return message.expected_version
 
 
-def _vector(spec: concept_pb2.ConceptSpec) -> ReadyVector | None:
+def _check_count(count: int, limits: Limits, field: str) -> None:
+    if count > limits.max_concept_images:
+        message = f"more than {limits.max_concept_images} images, negatives counted in; a mean gains nothing by them"
+        raise InvalidArgumentError(field, message)
+
+
+def _vector(spec: concept_pb2.ConceptSpec, limits: Limits) -> ReadyVector | None:
     if not spec.HasField("vector"):
         if spec.HasField("origin"):
             raise InvalidArgumentError("spec.origin", "says what spec.vector was made of, which is missing")
@@ -162,6 +179,7 @@ def _vector(spec: concept_pb2.ConceptSpec) -> ReadyVector | None:
         raise InvalidArgumentError("spec.model_fingerprint", "is required with spec.origin")
     if not spec.origin.examples:
         raise InvalidArgumentError("spec.origin.examples", "at least one is required")
+    _check_count(len(spec.origin.examples) + len(spec.origin.negatives), limits, "spec.origin")
     return ReadyVector(
         values,
         tuple(_example(item, f"spec.origin.examples[{i}]") for i, item in enumerate(spec.origin.examples)),

@@ -110,8 +110,8 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         self, request: concept_pb2.ConceptRegisterRequest, context: _Context
     ) -> concept_pb2.ConceptRegisterResponse:
         """Register a concept from the images, or the vector, of one message."""
-        order = decode_concepts.order(request.spec, context.time_remaining(), identity(context))
-        stored, created = await self._register(order, decode_concepts.images(request, self._limits.image))
+        order = decode_concepts.order(request.spec, self._limits, context.time_remaining(), identity(context))
+        stored, created = await self._register(order, decode_concepts.images(request, self._limits))
         return concept_pb2.ConceptRegisterResponse(concept=encode.concept(stored), created=created)
 
     async def ConceptRegisterStream(
@@ -124,8 +124,8 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         first = await anext(requests, concept_pb2.ConceptRegisterStreamRequest())
         if first.WhichOneof("payload") != "spec":
             raise InvalidArgumentError("spec", "is required, in the first message")
-        order = decode_concepts.order(first.spec, context.time_remaining(), identity(context))
-        images = decode_concepts.streamed_images(requests, self._limits.image)
+        order = decode_concepts.order(first.spec, self._limits, context.time_remaining(), identity(context))
+        images = decode_concepts.streamed_images(requests, self._limits)
         stored, created = await self._register(order, images)
         return concept_pb2.ConceptRegisterStreamResponse(concept=encode.concept(stored), created=created)
 
