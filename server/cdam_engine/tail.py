@@ -471,15 +471,14 @@ def _sides(target: Scalar) -> tuple[tuple[float, Any], ...]:
 
 def _concept_gradient(concept: Concept, latent: Tensor) -> Tensor:
     """dg/dl of latents (n, D), shape (n, D)."""
-    vector = concept.vector.to(latent)
     match concept.similarity:
         case "dot":
-            return vector.expand_as(latent[:1])
+            return concept.vector.to(latent).expand_as(latent[:1])
         case "l2":
-            return vector - latent
+            return concept.vector.to(latent) - latent
         case "cosine":
             length = torch.linalg.vector_norm(latent, dim=-1, keepdim=True)
             unit = latent / length
-            other = vector / torch.linalg.vector_norm(vector)
+            other = concept.direction(latent)
             gradient: Tensor = (other - (unit @ other)[:, None] * unit) / length
             return gradient

@@ -48,16 +48,24 @@ class Concept:
 
     def __call__(self, latent: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG002
         """The values of latents (..., D) and logits (..., C), shape (...)."""
-        vector = self.vector.to(latent)
         match self.similarity:
             case "dot":
-                return latent @ vector
+                return latent @ self.vector.to(latent)
             case "cosine":
-                lengths = torch.linalg.vector_norm(latent, dim=-1) * torch.linalg.vector_norm(vector)
-                cosine: Tensor = latent @ vector / lengths
+                cosine: Tensor = latent @ self.direction(latent) / torch.linalg.vector_norm(latent, dim=-1)
                 return cosine
             case "l2":
-                return -0.5 * (latent - vector).square().sum(dim=-1)
+                return -0.5 * (latent - self.vector.to(latent)).square().sum(dim=-1)
+
+    def direction(self, like: Tensor) -> Tensor:
+        """The vector at length 1, in the dtype and on the device of another tensor.
+
+        In float32 the squares of tiny values would vanish, and those of huge ones overflow.
+        """
+        vector = self.vector.detach().double()
+        vector = vector / vector.abs().amax()
+        direction: Tensor = (vector / torch.linalg.vector_norm(vector)).to(like)
+        return direction
 
 
 @dataclass(frozen=True)
@@ -137,11 +145,8 @@ def _check_concept(concept: Concept, latent_size: int) -> None:
         raise ValueError(f"a concept vector of shape {tuple(vector.shape)}, not ({latent_size},)")
     if not bool(vector.isfinite().all()):
         raise ValueError("a concept vector that is not finite")
-    length = float(
-        torch.linalg.vector_norm(vector.detach().float())
-    )  # in which tiny squares vanish and huge ones overflow
-    if concept.similarity == "cosine" and not 0 < length < float("inf"):
-        raise ValueError(f"a concept vector of length {length} in float32 makes no angle with anything")
+    if concept.similarity == "cosine" and not bool(vector.any()):
+        raise ValueError("a concept vector that is zero makes no angle with anything")
 
 
 def resolve(targets: Sequence[Target], logits: Tensor) -> tuple[Scalar, ...]:

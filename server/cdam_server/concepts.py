@@ -37,6 +37,8 @@ from cdam_server.store import (
 
 PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000
+_MAX_PAGE_BYTES: Final = 1 << 20  # gRPC's clients take 4 MiB if they are told nothing
+_VERSION_BYTES: Final = 512
 _MAX_TOKEN: Final = 8192  # of the longest names, every character escaped
 _UNUSABLE_RETRY_SECONDS: Final = 30.0
 _log = structlog.get_logger("cdam.concepts")
@@ -134,7 +136,7 @@ class ConceptUseCase:
         Args:
             model: Only of this model; empty: of all.
             labels: Only those that have all these.
-            size: Most of a page; 0: `PAGE_SIZE`. More than `MAX_PAGE_SIZE` are not given.
+            size: Most of a page; 0: `PAGE_SIZE`. More than `MAX_PAGE_SIZE`, or about a MiB, are not given.
             token: Of the previous page; empty: the first page.
 
         Raises:
@@ -147,8 +149,8 @@ class ConceptUseCase:
             found = await self._store.page(
                 model=model, labels=labels, after=_behind(token, question) if token else None, limit=size + 1
             )
-        versions = found[:size]
-        more = len(found) > size
+        versions = _first_bytes(found[:size])
+        more = len(found) > len(versions)
         return Page(versions, _token(versions[-1], question) if more else "")
 
     async def delete(self, name: ConceptName, expected_version: int | None) -> Version:
@@ -217,6 +219,17 @@ def store_errors() -> Iterator[None]:
         _log.error("store can't be used", reason=str(error))
         message = "the store of concepts can't be used; the server's log says why"
         raise UnavailableError(message, _UNUSABLE_RETRY_SECONDS) from error
+
+
+def _first_bytes(versions: Sequence[Version]) -> Sequence[Version]:
+    """As many of them as a message should hold, and one at least."""
+    total = 0
+    for count, version in enumerate(versions):
+        words = [version.description, *version.labels, *version.labels.values()]
+        total += _VERSION_BYTES + sum(len(word.encode()) for word in words)
+        if count and total > _MAX_PAGE_BYTES:
+            return versions[:count]
+    return versions
 
 
 def _no_such_name(name: str, model: str) -> NotFoundError:

@@ -424,8 +424,7 @@ def check_vector(
     if length != size:
         message = f"has length {length}; the latent of model {model.loaded.name!r} has {size}"
         raise InvalidArgumentError(field, message)
-    # Not whether all of it is zero: the squares of tiny values vanish too.
-    if needs_direction and not float(torch.as_tensor(vector).norm()):
+    if needs_direction and not vector.any():
         raise InvalidArgumentError(field, "is zero, which makes no angle with anything")
 
 

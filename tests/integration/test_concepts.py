@@ -225,6 +225,15 @@ def test_a_registered_concept_is_its_vector(stub: Stub, name: str) -> None:
     assert {item.target.concept.id for item in answer.targets} == {concept.id}
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-23, 1e-10, 1e14])
+def test_a_cosine_knows_no_scale(stub: Stub, scale: float) -> None:
+    values, cosine = np.random.default_rng(7).uniform(-1, 1, 128), target_pb2.SIMILARITY_COSINE
+    answer = stub.Explain(request(_scene(), vector(values, cosine), vector(values * scale, cosine)))
+    expected, scores = (array(item.scores) for item in answer.maps)
+    np.testing.assert_allclose(scores, expected, atol=1e-5 * np.abs(expected).max())
+    assert answer.targets[1].value == pytest.approx(answer.targets[0].value, rel=1e-5)
+
+
 def test_differences_of_concepts_and_outputs(stub: Stub, name: str) -> None:
     first = _register(stub, name, [_picture(300)]).concept
     second = _register(stub, f"{name}-2", [_picture(301)]).concept
@@ -314,6 +323,21 @@ def test_lists_go_page_by_page(stub: Stub, name: str) -> None:
     assert [item.name for item in stub.ListConcepts(ask(model="twin")).concepts] == names[6:]
     first = stub.ListConcepts(ask())
     assert violated(lambda: stub.ListConcepts(ask(model="demo", page_token=first.next_page_token))) == "page_token"
+
+
+def test_a_page_fits_into_any_clients_messages(stub: Stub, name: str) -> None:
+    labels = {"suite": name, **{f"label-{number}": "\U0001f50d" * 1024 for number in range(60)}}
+    for place in range(10):
+        values = np.random.default_rng(place).standard_normal(128).astype(np.float32)
+        _register(stub, f"{name}.{place}", vector=_tensor(values), labels=labels)
+    found, token = [], "first"
+    while token:
+        ask = concept_pb2.ListConceptsRequest(labels={"suite": name}, page_token=token.removeprefix("first"))
+        page = stub.ListConcepts(ask)
+        assert page.ByteSize() < 1.5 * 1024 * 1024
+        found += [item.name for item in page.concepts]
+        token = page.next_page_token
+    assert found == [f"{name}.{place}" for place in range(10)]
 
 
 # --- models

@@ -251,7 +251,6 @@ ZEROS = np.zeros(LATENT, np.float32)
         (vector(ZEROS - INFINITY), "concept.vector"),
         (vector(ZEROS + 1e30), "concept.vector"),
         (vector(ZEROS, target_pb2.SIMILARITY_COSINE), "concept.vector"),
-        (vector(ZEROS + 1e-30, target_pb2.SIMILARITY_COSINE), "concept.vector"),
         (_concept([LATENT], ZEROS.tobytes(), similarity=9), "concept.similarity"),
         (target_pb2.Target(contrast=target_pb2.ContrastTarget()), "contrast.positive"),
         (

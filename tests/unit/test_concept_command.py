@@ -280,6 +280,14 @@ def test_listing(run: Run, script: Script, photos: Path, tmp_path: Path) -> None
     assert not {"vector", "examples", "negatives", "created"} & set(listed[1])
 
 
+def test_what_others_wrote_does_not_steer_the_terminal(run: Run, photos: Path) -> None:
+    evil = "\x1b[2J\x9b\u202efine\r\nfake  1\u2028"
+    run("concept", "register", "evil", "photos", "--description", evil, "--label", f"team={evil}")
+    for shown in (run("concept", "list").output, run("concept", "show", "evil").output):
+        assert "\\x1b[2J\\x9b\\u202efine\\r\\nfake  1\\u2028" in shown
+        assert not any(letter in shown for letter in "\x1b\x9b\u202e\r\u2028")
+
+
 def test_showing(run: Run, script: Script, photos: Path) -> None:
     Image.new("L", (2, 2)).save(photos.parent / "other.png")
     run("concept", "register", "loops", "photos", "--negative", "other.png", "--description", "round things")

@@ -265,7 +265,7 @@ def export(*, name: str | None, everything: bool, model: str, out: Path | None, 
 @_replace
 @connection_options
 def import_concepts(*, files: tuple[Path, ...], name: str | None, model: str, replace: bool, **connection: Any) -> None:
-    """Register concepts that were exported, with the ids that they had; of a DIR, all below it."""
+    """Register concepts that were exported; of a DIR, all below it."""
     every = [file for path in files for file in (sorted(path.rglob("*" + _SUFFIX)) if path.is_dir() else [path])]
     if not every:
         raise click.UsageError(f"no {_SUFFIX} file below {', '.join(map(str, files))}")

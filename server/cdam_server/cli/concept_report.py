@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdam
-from cdam_server.cli.report import columns
+from cdam_server.cli.report import columns, printable
 
 _SHORT_ID: Final = 12
 _WORST: Final = 5
@@ -41,7 +41,7 @@ def table(concepts: Iterable[cdam.RegisteredConcept]) -> str:
         (
             concept.name,
             str(concept.version),
-            concept.model,
+            printable(concept.model),
             str(concept.example_count or "vector"),
             str(concept.negative_count or "-"),
             "-" if concept.spread is None else f"{concept.spread:.3f}",
@@ -83,8 +83,8 @@ def shown(concept: cdam.RegisteredConcept) -> str:
     facts = {
         "version": str(concept.version),
         "id": concept.id,
-        "model": f"{concept.model}, fingerprint {concept.model_fingerprint}",
-        "description": concept.description,
+        "model": f"{printable(concept.model)}, fingerprint {concept.model_fingerprint}",
+        "description": printable(concept.description),
         "labels": _pairs(concept.labels),
         "stored": f"{concept.create_time.astimezone():%Y-%m-%d %H:%M:%S %z}",
         "made of": _made_of(concept) + (", as an export says" if concept.imported else ""),
@@ -203,4 +203,4 @@ def _length(concept: cdam.RegisteredConcept) -> str:
 
 
 def _pairs(labels: Mapping[str, str]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in sorted(labels.items()))
+    return printable(", ".join(f"{key}={value}" for key, value in sorted(labels.items())))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,14 @@ class Report:
 def safe(text: str) -> str:
     """The text with what file names can't hold replaced, and of a length that they can."""
     return re.sub(r"[^\w.+-]+", "_", text).strip("._")[:80] or "_"
+
+
+def printable(text: str) -> str:
+    """A text of somebody's with what would steer a terminal, or hide, spelled out."""
+    return "".join(
+        ascii(letter)[1:-1] if unicodedata.category(letter) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else letter
+        for letter in text
+    )
 
 
 def as_json(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None]) -> dict[str, Any]:
