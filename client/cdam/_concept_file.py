@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from cdam._concepts import ConceptExample, RegisteredConcept
+from cdam._encode import Resize
 from cdam._errors import ConceptFileError
 
 FORMAT = "cdam-concept-1"
@@ -82,6 +83,8 @@ def load_concept(path: str | os.PathLike[str]) -> RegisteredConcept:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    if path.is_fifo():  # which would have to be waited for
+        raise ConceptFileError(f"{path}: no file")
     with path.open("rb") as file:  # safetensors tells one OSError from another by the message alone
         size = os.fstat(file.fileno()).st_size
     if size > _LARGEST:
@@ -134,7 +137,7 @@ def _read(fields: Mapping[str, Any], name: str, reader: Callable[[Any], Any]) ->
         raise _WrongError(f"{name!r} is missing")
     try:
         return reader(fields[name])
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
+    except (AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise _WrongError(f"{name!r} can't be {str(fields[name])[:60]!r}") from error
 
 
@@ -147,7 +150,18 @@ def _is(kind: type) -> Callable[[Any], Any]:
     return read
 
 
-_text, _flag = _is(str), _is(bool)
+_flag = _is(bool)
+
+
+def _text(value: Any) -> str:
+    value.encode()  # a lone surrogate is legal in JSON, and nowhere else
+    return str(_is(str)(value))
+
+
+def _resize(value: Any) -> str:
+    if value not in get_args(Resize):
+        raise ValueError
+    return str(value)
 
 
 def _count(value: Any) -> int:
@@ -169,9 +183,9 @@ def _cosine(value: Any) -> float:
 
 
 def _labels(value: Any) -> Mapping[str, str]:
-    if not (isinstance(value, dict) and all(isinstance(word, str) for word in value.values())):
+    if not isinstance(value, dict):
         raise TypeError
-    return MappingProxyType(value)
+    return MappingProxyType({_text(key): _text(word) for key, word in value.items()})
 
 
 def _moment(value: Any) -> datetime:
@@ -183,6 +197,8 @@ def _moment(value: Any) -> datetime:
 
 def _size(value: Any) -> tuple[int, int]:
     height, width = map(_count, value)
+    if max(height, width) >= 2**32:
+        raise ValueError
     return height, width
 
 
@@ -207,7 +223,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "spread": _or_none(_cosine),
     "content_digest": _text,
     "create_time": _moment,
-    "resize": _or_none(_text),
+    "resize": _or_none(_resize),
     "input_size": _or_none(_size),
     "examples": _examples,
     "negatives": _examples,

@@ -44,6 +44,7 @@ from cdam_server.watchdog import Watchdog
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _DECODERS = 4
 _CROWD = 4
+_REGISTRATIONS = 4  # of so many requests one
 _CPU_SLOTS = 4
 _ARRIVALS_SECONDS = 0.2
 # The event loop and the workers want the interpreter in turns, hundreds of times a batch.
@@ -176,7 +177,9 @@ class Application:
         )
         room = Room(settings.max_pending_mib * MIB)
         streams = StreamServer(self._telemetry, self._draining, max_items=settings.max_stream_items, room=room)
-        register = RegisterUseCase(self._catalog, self._store, explain, room)
+        register = RegisterUseCase(
+            self._catalog, self._store, explain, room, most=max(1, settings.max_pending // _REGISTRATIONS)
+        )
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
             ExplainerServicer(explain, concepts, register, limits, streams), self._server
         )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
@@ -37,7 +40,9 @@ from cdam_server.store import (
     VersionMismatchError,
 )
 
+_ROUNDING: Final = 0.02  # bfloat16's
 _WINDOW: Final = 16
+_RETRY_AFTER_SECONDS: Final = 1.0
 _LONGEST_PAUSE_SECONDS: Final = 2.0
 
 
@@ -114,13 +119,18 @@ class RegisterUseCase:
         store: Where concepts are kept.
         explain: Explains an image: without targets and methods, all that it finds is the latent.
         room: For the images in work, those of all callers.
+        most: Registrations at once; a single caller has a quarter of them at most.
     """
 
-    def __init__(self, catalog: Catalog, store: ConceptStore, explain: ExplainUseCase, room: Room) -> None:
+    def __init__(
+        self, catalog: Catalog, store: ConceptStore, explain: ExplainUseCase, room: Room, *, most: int
+    ) -> None:
         self._catalog = catalog
         self._store = store
         self._explain = explain
         self._room = room
+        self._most = most
+        self._under_way: Counter[str] = Counter()
 
     async def __call__(
         self, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
@@ -134,6 +144,27 @@ class RegisterUseCase:
         Raises:
             ServiceError: The request is wrong, or can't be served now.
         """
+        with self._place(order.caller):
+            return await self._register(order, images)
+
+    @contextmanager
+    def _place(self, caller: str) -> Iterator[None]:
+        """One of the places for registrations."""
+        own = self._under_way[caller]
+        if self._under_way.total() >= self._most or own >= math.ceil(self._most / 4):
+            whose = f"{own} registrations of yours" if own >= math.ceil(self._most / 4) else "too many registrations"
+            raise OverloadedError(f"{whose} are under way", _RETRY_AFTER_SECONDS)
+        self._under_way[caller] += 1
+        try:
+            yield
+        finally:
+            self._under_way[caller] -= 1
+            if not self._under_way[caller]:
+                del self._under_way[caller]
+
+    async def _register(
+        self, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
+    ) -> tuple[StoredConcept, bool]:
         served = self._catalog.get(order.model)
         if order.model_fingerprint:
             check_fingerprint(served, order.model_fingerprint, "spec.model_fingerprint: this concept")
@@ -171,7 +202,7 @@ class RegisterUseCase:
         recipe, sides = self._recipe(served, order), (vector.examples, vector.negatives)
         with store_errors():
             seen = await self._store.by_id(recipe.concept_id(_digest_of_images(*sides)))
-        if seen is not None and np.array_equal(seen.content.vector, vector.values):
+        if seen is not None and _close(vector.values, seen.content.vector):
             return seen.content
         said = [[(item.digest, item.cosine) for item in side] for side in sides]
         digest = digest_of_import(vector.values, *said)
@@ -333,6 +364,12 @@ def _facts(
         content_digest=digest,
         imported=imported,
     )
+
+
+def _close(given: NDArray[np.float32], seen: NDArray[np.float32]) -> bool:
+    """Whether both can be of the same images, computed on other devices."""
+    difference = np.linalg.norm(given.astype(np.float64) - seen)
+    return bool(difference <= _ROUNDING * np.linalg.norm(seen.astype(np.float64)))
 
 
 async def _each(images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]) -> AsyncIterator[ExampleImage]:

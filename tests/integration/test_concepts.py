@@ -6,6 +6,8 @@ import hashlib
 import io
 import itertools
 import json
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -539,6 +541,33 @@ def test_wrong_streams(stub: Stub) -> None:
     assert field(spec, good, bad, _end(2)) == "negatives[0].encoded"
     assert field(spec, *[good] * 61) == "examples"
     assert field(message(spec=concept_pb2.ConceptSpec(name="wrong", vector=ONES)), good, _end(1)) == "spec.vector"
+
+
+def test_no_caller_keeps_others_from_registering(stub: Stub, name: str) -> None:
+    spec = concept_pb2.ConceptRegisterStreamRequest(spec=concept_pb2.ConceptSpec(name=name))
+    over = threading.Event()
+
+    def silent() -> Iterator[concept_pb2.ConceptRegisterStreamRequest]:
+        yield spec
+        over.wait()
+
+    begun = [stub.ConceptRegisterStream.future(silent(), timeout=60) for _ in range(2)]
+    for call in begun:
+        call.initial_metadata()
+    call = partial(_register, stub, name, vector=ONES)
+    until = time.monotonic() + 10
+    while time.monotonic() < until:  # the places are taken a moment after the metadata came
+        try:
+            call()
+        except grpc.RpcError:
+            break
+    code, message, (info,) = refused(call, error_details_pb2.RetryInfo)
+    assert (code, info.retry_delay.seconds) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)
+    assert "2 registrations of yours" in message
+    over.set()
+    for upload in begun:
+        assert upload.code() is grpc.StatusCode.INVALID_ARGUMENT  # it stopped without an end
+    assert call().concept.version == 1
 
 
 def test_concepts_that_are_not_there(stub: Stub) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -700,20 +701,24 @@ def _wrong(path: Path, fields: Any, tensors: dict[str, np.ndarray] | None = None
         ("create_time", "yesterday"),
         ("create_time", "2024-05-06T07:08:09"),
         ("create_time", 5),
+        ("labels", {"\ud800": "a"}),
+        ("labels", {"a": "\ud800"}),
+        ("description", "\ud800"),
+        ("model_fingerprint", "\ud800"),
         ("resize", 2),
+        ("resize", "nope"),
         ("input_size", [32]),
+        ("input_size", [2**32, 4]),
         ("input_size", "64"),
         ("examples", [{"digest": "00"}]),
         ("examples", 5),
         ("examples", [{"digest": "0" * 64, "cosine": "1"}] * 2),
         ("negatives", [["0" * 64, 1.0]]),
         ("imported", 1),
-        ("description", "x" * 100 + "\0"),
+        ("description", ["x" * 100 + "\0"]),
     ],
 )
 def test_wrong_fields_are_named(saved: dict[str, Any], tmp_path: Path, name: str, value: Any) -> None:
-    if name == "description":
-        value = [value]
     assert name in _wrong(tmp_path / "file", saved | {name: value})
 
 
@@ -755,6 +760,9 @@ def test_files_that_are_none(saved: dict[str, Any], tmp_path: Path) -> None:
         file.truncate(65 * MEBIBYTE)
     with pytest.raises(cdam.ConceptFileError, match="more than a concept has"):
         cdam.load_concept(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(cdam.ConceptFileError, match="no file"):
+        cdam.load_concept(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError):
         cdam.load_concept(tmp_path / "nowhere")
     with pytest.raises(IsADirectoryError):

@@ -403,6 +403,15 @@ def test_a_bar_on_a_terminal_for_many_images(run: Run, script: Script, tmp_path:
     assert result.stderr == ""  # none elsewhere
 
 
+def test_an_export_of_all_overwrites_nothing_of_its_own(run: Run, photos: Path) -> None:
+    for name, model in (("loops", "a b"), ("LOOPS", "a b"), ("Loops", "a_b")):
+        run("concept", "register", name, "photos", "--model", model)
+    files = [Path(line) for line in run("concept", "export", "--all", "-o", "out").stdout.splitlines()]
+    assert len({str(file).casefold() for file in files}) == 3
+    exported = {(found.name, found.model) for found in map(cdam.load_concept, (photos.parent / file for file in files))}
+    assert exported == {("loops", "a b"), ("LOOPS", "a b"), ("Loops", "a_b")}
+
+
 def test_export_and_import(run: Run, script: Script, photos: Path, tmp_path: Path) -> None:
     run("concept", "register", "loops", "photos", "--label", "team=vision")
     run("concept", "register", "bars", "photos/a.PNG", "--model", "se/cond")

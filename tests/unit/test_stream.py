@@ -432,3 +432,15 @@ async def test_items_of_all_streams_share_their_memory() -> None:
         await asyncio.gather(*(server.serve(items(), write, exchange) for _ in range(5)))
     assert sorted(answers) == sorted([60, 30, 10, 250, 40, 40, 40] * 5)
     assert most == 250
+
+
+async def test_a_stream_that_is_answered_as_a_whole_must_not_fall_silent() -> None:
+    async def requests() -> AsyncIterator[str]:
+        yield "a"
+        await asyncio.sleep(60)
+
+    server = StreamServer(Telemetry(), asyncio.Event(), idle_seconds=0.05)
+    messages = server.messages(requests())
+    assert await anext(messages) == "a"
+    with pytest.raises(DeadlineError, match="nothing came"):
+        await anext(messages)

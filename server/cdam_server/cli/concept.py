@@ -250,12 +250,17 @@ def export(*, name: str | None, everything: bool, model: str, out: Path | None, 
                 client.export_concept(name, target / (name + _SUFFIX) if target.is_dir() else target, model=model)
             )
             return
+        written: set[str] = set()
         for found in client.concepts(model=model):
             if not re.fullmatch(CONCEPT_NAME, found.name):
                 raise Failure(f"{found.name!r} is no name of a concept, and may be a path")
-            folder = (out or Path()) / safe(found.model)
-            folder.mkdir(parents=True, exist_ok=True)
-            click.echo(client.export_concept(found, folder / (found.name + _SUFFIX)))
+            file = (out or Path()) / safe(found.model) / (found.name + _SUFFIX)
+            # Names that differ by letters that file names can't hold, or by their case.
+            if str(file).casefold() in written:
+                file = file.with_name(f"{found.name}_{found.id[:8]}{_SUFFIX}")
+            written.add(str(file).casefold())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            click.echo(client.export_concept(found, file))
 
 
 @concept.command("import")

@@ -16,7 +16,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from cdam.v1 import common_pb2
-from cdam_server.errors import InvalidArgumentError, OverloadedError, ServiceError, UnavailableError
+from cdam_server.errors import DeadlineError, InvalidArgumentError, OverloadedError, ServiceError, UnavailableError
 from cdam_server.rpc.status import Status, status_of
 from cdam_server.scheduling import Room
 from cdam_server.telemetry import Telemetry
@@ -60,14 +60,22 @@ class StreamServer:
         max_items: Most items of one stream that are in work at once; while they are, it reads no more, and HTTP/2's
             flow control holds the client back. An answer that the client has not taken counts as work.
         room: For the items of all streams; while it is full, none reads more than one item.
+        idle_seconds: How long `messages` waits for one.
     """
 
     def __init__(
-        self, telemetry: Telemetry, draining: asyncio.Event, *, max_items: int = 32, room: Room | None = None
+        self,
+        telemetry: Telemetry,
+        draining: asyncio.Event,
+        *,
+        max_items: int = 32,
+        room: Room | None = None,
+        idle_seconds: float = 60.0,
     ) -> None:
         self._telemetry = telemetry
         self._draining = draining
         self._max_items = max_items
+        self._idle_seconds = idle_seconds
         self._room = room or Room(_MAX_BYTES)
 
     async def serve(
@@ -102,10 +110,11 @@ class StreamServer:
 
         Raises:
             InvalidArgumentError: What came is no message.
+            DeadlineError: Nothing came for `idle_seconds`; what was begun keeps a place from others.
             UnavailableError: The server goes down, and won't wait for the rest.
         """
         try:
-            while (request := await _next(requests, self._draining)) is not None:
+            while (request := await _next(requests, self._draining, self._idle_seconds)) is not None:
                 if isinstance(request, ServiceError):
                     raise request
                 yield request
@@ -225,12 +234,18 @@ def _going_down() -> UnavailableError:
     return UnavailableError("the server is going down", _RETRY_AFTER_SECONDS)
 
 
-async def _next(requests: AsyncIterator[Request], draining: asyncio.Event) -> Request | ServiceError | None:
-    """The next message; None after the last, an error in place of one that can't be read, or if the server goes down."""
+async def _next(
+    requests: AsyncIterator[Request], draining: asyncio.Event, longest: float | None = None
+) -> Request | ServiceError | None:
+    """The next message; None after the last, an error in place of one that can't be read or has not come in time, or if the
+    server goes down.
+    """
     reading = asyncio.ensure_future(anext(requests, None))
     waiting = asyncio.create_task(draining.wait())
     try:
-        await asyncio.wait({reading, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({reading, waiting}, timeout=longest, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            return DeadlineError(f"nothing came for {longest:g} s")
         return _going_down() if waiting.done() else reading.result()
     except DecodeError:
         return InvalidArgumentError("request", "is not a message of this API")

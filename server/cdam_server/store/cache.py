@@ -15,6 +15,7 @@ from cdam_server.store.protocol import (
     ConceptStore,
     Content,
     Registration,
+    StoreBusyError,
     StoredConcept,
     StoreError,
     StoreUnavailableError,
@@ -87,9 +88,9 @@ class CachedStore(ConceptStore):
     """A store in front of another.
 
     Content never changes, and is kept. Which version a name or an id stands for is trusted for `fresh_seconds`, then the
-    store is asked again; if it takes longer than `patience_seconds` to say, what is kept is served. For so long a name may still stand for what another replica has replaced or deleted, and an id
-    for an earlier version of the same content. What was not found is not remembered, and what was written through this
-    object is seen at once.
+    store is asked again; if it takes longer than `patience_seconds` to say, what is kept is served. For so long a name may
+    still stand for what another replica has replaced or deleted, and an id for an earlier version of the same content. What
+    was not found is not remembered, and what was written through this object is seen at once.
 
     While the database can't be reached, what is kept is served however old it is, and all else raises
     `StoreUnavailableError`, both at once: it is asked in the background, every `retry_seconds`, until it answers. Only what
@@ -279,7 +280,8 @@ class CachedStore(ConceptStore):
             result = await answer
         except StoreUnavailableError as error:
             outcome = type(error).__name__
-            self._went_down(str(error))
+            if not isinstance(error, StoreBusyError):  # which says nothing about what others ask for
+                self._went_down(str(error))
             raise
         except BaseException as error:
             outcome = type(error).__name__

@@ -4,6 +4,7 @@ StoreError
 ├── NameTakenError         the name has other content
 ├── VersionMismatchError   the name's newest version is not the expected one
 ├── StoreUnavailableError  the database can't be reached; it may be again
+│   └── StoreBusyError     it is there, but can't do this now: occupied, locked, read-only
 ├── StoreFullError         no space left
 ├── StoreUnwritableError   nowhere to write to: its operator must act; what is there can be read
 └── StoreUnusableError     corrupt, of a newer schema, or not to be opened: its operator must act
@@ -234,6 +235,10 @@ class StoreUnavailableError(StoreError):
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class StoreBusyError(StoreUnavailableError):
+    """The database is there, but can't do this now: it is occupied, locked or read-only. It says nothing about all else."""
 
 
 class StoreFullError(StoreError):
