@@ -127,7 +127,8 @@ class ConceptUseCase:
             found = await self.get(selector)
         except NotFoundError as error:
             raise NotFoundError(error.kind, error.name, f"{field}: {error}") from error
-        check_fingerprint(served, found.content.facts.model_fingerprint, f"{field}: concept {found.version.name!r}")
+        fingerprint = found.content.facts.model_fingerprint
+        check_fingerprint(self._catalog, served, fingerprint, f"{field}: concept {found.version.name!r}")
         return found
 
     async def page(self, *, model: str, labels: Mapping[str, str], size: int, token: str) -> Page:
@@ -171,8 +172,14 @@ class ConceptUseCase:
         return name or self._catalog.default.loaded.name
 
 
-def check_fingerprint(served: ServedModel, fingerprint: str, subject: str) -> None:
+def check_fingerprint(catalog: Catalog, served: ServedModel, fingerprint: str, subject: str) -> None:
     """Refuse what was made for other weights: in another latent space a vector means nothing.
+
+    Args:
+        catalog: The models, of which another may be the right one.
+        served: The model.
+        fingerprint: Of the model that it was made for.
+        subject: What it is, for the message.
 
     Raises:
         FailedPreconditionError: The fingerprint is not the model's.
@@ -181,9 +188,14 @@ def check_fingerprint(served: ServedModel, fingerprint: str, subject: str) -> No
     if fingerprint == own:
         return
     name = served.loaded.name
+    right = [repr(other.loaded.name) for other in catalog if other.loaded.fingerprint == fingerprint]
     message = (
-        f"{subject} is of a model of fingerprint {fingerprint[:12]}..., "
-        f"but model {name!r} has {own[:12]}...: register it again with `replace`"
+        f"{subject} is of model {' or '.join(right)}, not of {name!r}"
+        if right
+        else (
+            f"{subject} was made for other weights (fingerprint {fingerprint[:12]}...) than those of model {name!r} "
+            f"({own[:12]}...), and can't be converted: register its images for this model"
+        )
     )
     raise FailedPreconditionError(
         "CONCEPT_OF_ANOTHER_MODEL", message, model=name, model_fingerprint=own, concept_fingerprint=fingerprint

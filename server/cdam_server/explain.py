@@ -54,6 +54,7 @@ from cdam_server.scheduling import (
 )
 from cdam_server.telemetry import Telemetry
 
+_SHORT_ID: Final = 12
 # What turns a logit into what it means.
 _ACTIVATIONS: Final[dict[Task, Activation]] = {
     Task.MULTI_CLASS: "softmax",
@@ -89,7 +90,7 @@ class RegisteredConcept(Concept):
 
     Attributes:
         id: The concept's id.
-        name: Its name.
+        name: What it is called in the answer.
     """
 
     id: str
@@ -294,8 +295,11 @@ class ExplainUseCase:
                 if isinstance(selector, ConceptName):
                     selector = replace(selector, model=model.loaded.name)
                 found = await self._concepts.find(model, selector, f"{field}.concept")
+                concept_id = found.content.facts.id
+                # Content that goes by an id may have any number of names, of anybody's.
+                name = selector.name if isinstance(selector, ConceptName) else concept_id[:_SHORT_ID]
                 vector = torch.from_numpy(found.content.vector.copy())  # which is not for writing
-                return RegisteredConcept(vector, similarity, id=found.content.facts.id, name=found.version.name)
+                return RegisteredConcept(vector, similarity, id=concept_id, name=name)
             case Concept():
                 check_vector(
                     model, target.vector, f"{field}.concept.vector", needs_direction=target.similarity == "cosine"

@@ -40,7 +40,7 @@ from cdam_server.store import (
     VersionMismatchError,
 )
 
-_ROUNDING: Final = 0.02  # bfloat16's
+_ROUNDING: Final = 0.05  # bfloat16's, in a difference of means
 _WINDOW: Final = 16
 _RETRY_AFTER_SECONDS: Final = 1.0
 _LONGEST_PAUSE_SECONDS: Final = 2.0
@@ -54,7 +54,7 @@ class ExampleImage:
         open_image: Decodes it, upright RGB; slow.
         digest: Computes its digest, 64 hexadecimal digits; slow if it is large.
         negative: Whether it is one that doesn't.
-        bytes: Memory that it holds.
+        bytes: Memory that it holds until it is embedded; 0 if it is part of what the order holds.
     """
 
     open_image: Callable[[], Image.Image]
@@ -95,6 +95,7 @@ class Order:
         vector: A ready vector, or None.
         timeout: Seconds that the caller will still wait, or None.
         caller: Who asks; callers take turns.
+        bytes: Memory that is held until the end, besides that of images that come one by one.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Order:
     vector: ReadyVector | None
     timeout: float | None
     caller: str
+    bytes: int
 
 
 class RegisterUseCase:
@@ -144,20 +146,24 @@ class RegisterUseCase:
         Raises:
             ServiceError: The request is wrong, or can't be served now.
         """
-        with self._place(order.caller):
+        with self._place(order):
             return await self._register(order, images)
 
     @contextmanager
-    def _place(self, caller: str) -> Iterator[None]:
-        """One of the places for registrations."""
+    def _place(self, order: Order) -> Iterator[None]:
+        """One of the places for registrations, and memory for what it holds."""
+        caller = order.caller
         own = self._under_way[caller]
         if self._under_way.total() >= self._most or own >= math.ceil(self._most / 4):
             whose = f"{own} registrations of yours" if own >= math.ceil(self._most / 4) else "too many registrations"
             raise OverloadedError(f"{whose} are under way", _RETRY_AFTER_SECONDS)
+        if not self._room.try_take(order.bytes):
+            raise OverloadedError("there is no memory for it now", _RETRY_AFTER_SECONDS)
         self._under_way[caller] += 1
         try:
             yield
         finally:
+            self._room.give_back(order.bytes)
             self._under_way[caller] -= 1
             if not self._under_way[caller]:
                 del self._under_way[caller]
@@ -167,7 +173,7 @@ class RegisterUseCase:
     ) -> tuple[StoredConcept, bool]:
         served = self._catalog.get(order.model)
         if order.model_fingerprint:
-            check_fingerprint(served, order.model_fingerprint, "spec.model_fingerprint: this concept")
+            check_fingerprint(self._catalog, served, order.model_fingerprint, "spec.model_fingerprint: this concept")
         if order.vector is None:
             content = await self._content_of_images(served, order, images)
         else:

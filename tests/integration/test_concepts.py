@@ -28,6 +28,7 @@ from cdam_server.config import Settings
 from cdam_server.demo import model as demo_model
 
 DIGEST = "0" * 64
+_LARGE = [("grpc.max_send_message_length", 1 << 26)]
 MODELS = """models:
 - {name: demo, architecture: demo}
 - {name: twin, architecture: demo}
@@ -223,7 +224,12 @@ def test_a_registered_concept_is_its_vector(stub: Stub, name: str) -> None:
         scores = array(truth.scores)
         np.testing.assert_allclose(array(relevance.scores), scores, atol=1e-6 * np.abs(scores).max())
     assert [item.value for item in answer.targets] == pytest.approx([item.value for item in expected.targets])
-    assert [item.label for item in answer.targets] == [name, name, f"{name} (cosine)", f"{name} (l2)"]
+    assert [item.label for item in answer.targets] == [
+        name,
+        concept.id[:12],
+        f"{name} (cosine)",
+        f"{name} (l2)",
+    ]
     assert {item.target.concept.id for item in answer.targets} == {concept.id}
 
 
@@ -245,7 +251,7 @@ def test_differences_of_concepts_and_outputs(stub: Stub, name: str) -> None:
     tolerance = 1e-5 * max(np.abs(item).max() for item in maps)
     np.testing.assert_allclose(maps[0], maps[2] - maps[3], atol=tolerance)
     np.testing.assert_allclose(maps[1], maps[4] - maps[3], atol=tolerance)
-    assert [item.label for item in answer.targets[:2]] == [f"{name} - {name}-2", f"3 - {name}-2"]
+    assert [item.label for item in answer.targets[:2]] == [f"{name} - {name}-2", f"3 - {second.id[:12]}"]
     sides = answer.targets[0].target.contrast
     assert (sides.positive.concept.id, sides.negative.concept.id) == (first.id, second.id)
 
@@ -300,7 +306,7 @@ def test_deleting_frees_the_name_and_keeps_the_content(stub: Stub, name: str) ->
     assert delete().concept.id == concept.id
     assert refused(delete)[0] is grpc.StatusCode.NOT_FOUND
     assert refused(lambda: stub.Explain(request(_scene(), _by_name(name))))[0] is grpc.StatusCode.NOT_FOUND
-    assert stub.Explain(request(_scene(), _by_id(concept.id))).targets[0].label == name
+    assert stub.Explain(request(_scene(), _by_id(concept.id))).targets[0].label == concept.id[:12]
     assert name not in {item.name for item in stub.ListConcepts(concept_pb2.ListConceptsRequest()).concepts}
     assert _register(stub, name, [_picture(701)], expected_version=0).concept.version == 2
 
@@ -351,6 +357,7 @@ def test_a_concept_belongs_to_one_models_weights(stub: Stub, name: str) -> None:
     code, message, (info,) = refused(wrong, error_details_pb2.ErrorInfo)
     assert (code, info.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CONCEPT_OF_ANOTHER_MODEL")
     assert "targets[0].concept" in message
+    assert "is of model 'demo' or 'twin', not of 'other'" in message
     # Names are looked for in the request's model; the same weights under another name have the same ids.
     code = refused(lambda: stub.Explain(request(_scene(), _by_name(name), model="twin")))[0]
     assert code is grpc.StatusCode.NOT_FOUND
@@ -617,6 +624,16 @@ def test_a_registration_waits_for_room_once_it_has_begun(tmp_path: Path) -> None
                 codes.add(error.code())
         assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert busy.result().maps
+
+
+def test_messages_that_wait_are_counted(tmp_path: Path) -> None:
+    settings = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", data_dir=tmp_path, max_pending_mib=20)
+    large = _request("large", [_picture(seed, 1500) for seed in range(2)])  # some 13 MB
+    with serve_in_background(settings) as address, grpc.insecure_channel(address, _LARGE) as channel:
+        calls = [Stub(channel).ConceptRegister.future(large, timeout=60) for _ in range(4)]
+        codes = {call.code() for call in calls}
+        assert codes == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert Stub(channel).ConceptRegister(large, timeout=60).concept.example_count == 2
 
 
 def test_a_registration_that_is_given_up_stores_nothing(stub: Stub, name: str) -> None:

@@ -226,8 +226,8 @@ class ExplainedTarget(_message.Message):
     output_index: _builtins.int
     """For an output: its index."""
     label: _builtins.str
-    """For people: the output's name or index, the concept's name, "name (cosine)", or "concept (dot)" for a vector, "a - b" for a
-    contrast.
+    """For people: the output's name or index, the concept's name (asked by id: the id's first 12 digits), "name (cosine)",
+    "concept (dot)" for a vector, "a - b" for a contrast.
     """
     value: _builtins.float
     """f: the logit, regression value, similarity, or difference of two of them."""

@@ -18,7 +18,7 @@ _MAX_LABEL_KEY = 128
 _MAX_LABEL_VALUE = 1024
 
 
-def order(spec: concept_pb2.ConceptSpec, limits: Limits, timeout: float | None, caller: str) -> Order:
+def order(spec: concept_pb2.ConceptSpec, limits: Limits, timeout: float | None, caller: str, held: int = 0) -> Order:
     """What is to be registered, apart from the images.
 
     Args:
@@ -26,6 +26,7 @@ def order(spec: concept_pb2.ConceptSpec, limits: Limits, timeout: float | None, 
         limits: Limits of a request.
         timeout: Seconds that the caller will still wait, or None.
         caller: Who asks.
+        held: Bytes that the request holds until it is answered.
 
     Raises:
         InvalidArgumentError: A field is missing or wrong.
@@ -44,6 +45,7 @@ def order(spec: concept_pb2.ConceptSpec, limits: Limits, timeout: float | None, 
         vector=_vector(spec, limits),
         timeout=timeout,
         caller=caller,
+        bytes=held,
     )
 
 
@@ -79,9 +81,8 @@ async def streamed_images(
             case "example" | "negative":
                 # The path that it would have in a message that has them all: a count is what tells one from another.
                 _check_count(sum(counts.values()) + 1, limits, "examples")
-                yield _image(
-                    getattr(request, kind), limits.image, f"{kind}s[{counts[kind]}]", negative=kind == "negative"
-                )
+                field, negative = f"{kind}s[{counts[kind]}]", kind == "negative"
+                yield _image(getattr(request, kind), limits.image, field, negative=negative, size=request.ByteSize())
                 counts[kind] += 1
             case "end":
                 sent = sum(counts.values())
@@ -193,12 +194,12 @@ def _example(example: concept_pb2.ConceptExample, field: str) -> Example:
     return Example(digest(example.digest, f"{field}.digest"), example.cosine)
 
 
-def _image(image: common_pb2.Image, limits: ImageLimits, field: str, *, negative: bool) -> ExampleImage:
+def _image(image: common_pb2.Image, limits: ImageLimits, field: str, *, negative: bool, size: int = 0) -> ExampleImage:
     return ExampleImage(
         open_image=partial(decode_image, image, limits, field),
         digest=partial(_digest, image),
         negative=negative,
-        bytes=image.ByteSize(),
+        bytes=size,
     )
 
 

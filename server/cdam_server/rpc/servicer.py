@@ -110,7 +110,8 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         self, request: concept_pb2.ConceptRegisterRequest, context: _Context
     ) -> concept_pb2.ConceptRegisterResponse:
         """Register a concept from the images, or the vector, of one message."""
-        order = decode_concepts.order(request.spec, self._limits, context.time_remaining(), identity(context))
+        caller, held = identity(context), request.ByteSize()
+        order = decode_concepts.order(request.spec, self._limits, context.time_remaining(), caller, held)
         stored, created = await self._register(order, decode_concepts.images(request, self._limits))
         return concept_pb2.ConceptRegisterResponse(concept=encode.concept(stored), created=created)
 

@@ -70,7 +70,7 @@ class StreamServer:
         *,
         max_items: int = 32,
         room: Room | None = None,
-        idle_seconds: float = 60.0,
+        idle_seconds: float = 120.0,
     ) -> None:
         self._telemetry = telemetry
         self._draining = draining

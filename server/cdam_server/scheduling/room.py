@@ -19,10 +19,16 @@ class Room:
 
     async def take(self, size: int) -> None:
         """Wait until there is room, and have it."""
-        while self._taken and self._taken + size > self._most:
+        while not self.try_take(size):
             self._freed.clear()
             await self._freed.wait()
+
+    def try_take(self, size: int) -> bool:
+        """Have it if there is room now; whether there was."""
+        if self._taken and self._taken + size > self._most:
+            return False
         self._taken += size
+        return True
 
     def give_back(self, size: int, _: object = None) -> None:
         """Have it no more; what comes second is a task that is done."""
