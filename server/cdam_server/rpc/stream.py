@@ -25,6 +25,7 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 _MAX_BYTES = 1 << 28
+_FIRST_SECONDS = 10.0
 _LONGEST_PAUSE_SECONDS = 2.0
 _RETRY_AFTER_SECONDS = 1.0
 _log = structlog.get_logger("cdam.rpc")
@@ -60,7 +61,7 @@ class StreamServer:
         max_items: Most items of one stream that are in work at once; while they are, it reads no more, and HTTP/2's
             flow control holds the client back. An answer that the client has not taken counts as work.
         room: For the items of all streams; while it is full, none reads more than one item.
-        idle_seconds: How long `messages` waits for one.
+        idle_seconds: How long `messages` waits for one; for the first, which clients send at once, at most ten seconds.
     """
 
     def __init__(
@@ -113,11 +114,13 @@ class StreamServer:
             DeadlineError: Nothing came for `idle_seconds`; what was begun keeps a place from others.
             UnavailableError: The server goes down, and won't wait for the rest.
         """
+        longest = min(self._idle_seconds, _FIRST_SECONDS)
         try:
-            while (request := await _next(requests, self._draining, self._idle_seconds)) is not None:
+            while (request := await _next(requests, self._draining, longest)) is not None:
                 if isinstance(request, ServiceError):
                     raise request
                 yield request
+                longest = self._idle_seconds
         except _GoneError as error:
             raise asyncio.CancelledError from error  # as gRPC itself is about to say
 
