@@ -343,7 +343,9 @@ def _store(settings: Settings) -> ConceptStore:
     """
     url = settings.store.get_secret_value()
     if not url:
-        return SqliteStore(settings.data_dir)
+        store = SqliteStore(settings.data_dir)
+        _log.info("store", file=str(store.file))
+        return store
     try:
         from cdam_server.store.postgres import PostgresStore
     except ModuleNotFoundError as error:

@@ -26,6 +26,7 @@ from cdam_server.models import Catalog, ServedModel
 from cdam_server.store import (
     ConceptStore,
     NameTakenError,
+    StoreBusyError,
     StoredConcept,
     StoreFullError,
     StoreUnavailableError,
@@ -219,6 +220,10 @@ def store_errors() -> Iterator[None]:
         if not error.current:
             message = "expected_version: the name is free, its version counts as 0"
         raise AbortedError("VERSION_MISMATCH", message, current_version=str(error.current)) from error
+    except StoreBusyError as error:
+        raise UnavailableError(
+            "the store of concepts is busy, or can't be written to now", error.retry_after
+        ) from error
     except StoreUnavailableError as error:
         raise UnavailableError("the store of concepts can't be reached", error.retry_after) from error
     except StoreFullError as error:

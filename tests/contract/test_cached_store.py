@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import structlog
 
 from cdam_server.store import (
     ConceptStore,
     NameTakenError,
     Registration,
+    StoreBusyError,
     StoredConcept,
     StoreError,
     StoreUnavailableError,
@@ -242,6 +244,53 @@ async def test_a_store_that_hangs_delays_what_is_known_once_and_no_more_than_pat
     assert found is not None
 
 
+@pytest.mark.parametrize("how", ["newest", "by_name", "by_id"])
+async def test_while_a_store_hangs_what_is_kept_is_served(bench: Bench, how: str) -> None:
+    stored, _ = await bench.store.register(registration())
+    look = {
+        "newest": lambda: bench.store.newest("vit", "zebra"),
+        "by_name": lambda: bench.store.by_name("vit", "zebra"),
+        "by_id": lambda: bench.store.by_id(stored.content.facts.id),
+    }[how]
+    bench.now += 1
+    bench.wire.opened.clear()
+    async with asyncio.timeout(10):
+        found = await look()
+    assert (found if how == "newest" else found.version) == stored.version
+    bench.wire.opened.set()
+
+
+async def test_a_store_that_is_busy_is_not_away(bench: Bench) -> None:
+    await bench.store.register(registration())
+    await bench.replica.register(registration("horse", 2))
+    bench.wire.failure = StoreBusyError("locked")
+    for refused in (
+        bench.store.register(registration("ass", 3)),
+        bench.store.delete("vit", "zebra", None),
+        bench.store.by_name("vit", "horse"),
+    ):
+        with pytest.raises(StoreBusyError, match="locked"):
+            await refused
+    bench.now += 1
+    assert await bench.store.by_name("vit", "zebra") is not None  # kept, and served for want of better
+    bench.wire.failure = None
+    assert await bench.store.by_name("vit", "horse") is not None
+    assert bench.told.up == []
+    assert bench.wire.calls["probe"] == 0
+
+
+async def test_a_store_that_is_busy_is_not_back_either(bench: Bench) -> None:
+    bench.wire.failure = StoreUnavailableError("away")
+    with pytest.raises(StoreUnavailableError):
+        await bench.store.by_name("vit", "zebra")
+    bench.wire.failure = StoreBusyError("too many wait for it")
+    with pytest.raises(StoreBusyError):
+        await bench.store.register(registration())
+    with pytest.raises(StoreUnavailableError, match="away"):
+        await bench.store.by_name("vit", "zebra")
+    assert bench.told.up == [False]
+
+
 async def test_while_the_database_is_away_what_is_known_is_served_and_all_else_refused(bench: Bench) -> None:
     await bench.store.register(registration())
     await bench.replica.register(registration("horse", 2))
@@ -284,6 +333,45 @@ async def test_it_notices_by_itself_that_the_database_is_back(bench: Bench) -> N
     probes = bench.wire.calls["probe"]
     await asyncio.sleep(0.1)
     assert bench.wire.calls["probe"] == probes
+
+
+async def test_that_the_database_is_away_is_noticed_and_logged_though_nobody_asks(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, watch_seconds=0.02)
+    with structlog.testing.capture_logs() as logs:
+        await bench.store.open()
+        await bench.store.register(registration())
+        bench.wire.failure = StoreUnavailableError("the cable is cut")
+        await until(lambda: bench.told.up == [False])
+        bench.wire.failure = None
+        await until(lambda: bench.told.up == [False, True])
+    assert [line["event"] for line in logs if line["event"].startswith("store")] == [
+        "store unavailable",
+        "store available",
+    ]
+    assert logs[0]["reason"] == "the cable is cut"
+    await bench.close()
+
+
+async def test_a_name_never_goes_back_to_an_older_version(bench: Bench) -> None:
+    """A write of one's own must not hide what was seen of another replica's later one."""
+    await bench.store.register(registration())
+    bench.now += 1
+    bench.wire.opened.clear()
+    writing = asyncio.create_task(bench.store.register(registration(seed=2, replace=True)))
+    await until(lambda: bench.wire.calls["register"] == 2)
+    await asyncio.sleep(0.05)  # it is stored; the answer is on its way
+    stored, _ = await bench.replica.register(registration(seed=3, replace=True))
+    bench.wire.opened.set()
+    seen = await bench.store.by_name("vit", "zebra")
+    await writing
+    after = await bench.store.by_name("vit", "zebra")
+    assert seen is not None
+    assert after is not None
+    assert seen.version.number <= after.version.number
+    bench.now += 1
+    newest = await bench.store.newest("vit", "zebra")
+    assert newest is not None
+    assert newest.number == stored.version.number == 3
 
 
 async def test_a_write_that_gets_through_ends_the_failure(bench: Bench) -> None:

@@ -17,16 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psycopg
 import pytest
 
 from cdam_server.store import (
     ConceptStore,
     Registration,
+    StoreBusyError,
     StoreFullError,
     StoreUnavailableError,
     StoreUnusableError,
     StoreUnwritableError,
+    sqlite,
 )
+from cdam_server.store import postgres as postgres_store
 from cdam_server.store.sqlite import SqliteStore
 from contract.backends import Place, content, digest_of, registration, same, until
 from contract.workers import CONTEXT
@@ -153,27 +157,91 @@ async def test_a_server_that_comes_later_is_used_then(postgres: PostgresServer) 
     await store.close()
 
 
-async def test_a_server_that_hangs_is_not_waited_for(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdam_server.store.postgres._OPERATION_SECONDS", 0.5)
-    place = Place("postgres", postgres.new_database())
-    store = place.store()
-    await store.register(registration())
-    processes = postgres.processes()
+@contextmanager
+def _hanging(server: PostgresServer) -> Iterator[None]:
+    processes = server.processes()
     for process in processes:
         os.kill(process, signal.SIGSTOP)
     try:
-        async with asyncio.timeout(30):
-            for _ in range(2):
-                with pytest.raises(StoreUnavailableError):
-                    await store.newest("vit", "zebra")
+        yield
     finally:
         for process in processes:
             os.kill(process, signal.SIGCONT)
+
+
+async def test_a_server_that_hangs_is_not_waited_for(postgres: PostgresServer) -> None:
+    place = Place("postgres", postgres.new_database())
+    store, other = place.store(), place.store()
+    await store.register(registration())
+    with _hanging(postgres):
+        for use in (
+            lambda: store.newest("vit", "zebra"),  # with a connection that was well
+            lambda: store.newest("vit", "zebra"),  # with a new one
+            lambda: store.register(registration("horse", 2)),
+            other.open,
+            other.close,
+        ):
+            async with asyncio.timeout(9):  # a request to cancel what hangs would wait for ten by itself
+                with suppress(StoreUnavailableError):
+                    await use()
+                    assert use in (other.open, other.close)
     async with asyncio.timeout(30):
         while True:
             with suppress(StoreUnavailableError):
                 assert await store.newest("vit", "zebra") is not None
                 break
+    await store.close()
+
+
+async def test_closing_cuts_off_what_hangs(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place("postgres", postgres.new_database())
+    store = place.store()
+    await store.register(registration())
+    monkeypatch.setattr("cdam_server.store.postgres_connections._BEGIN_SECONDS", 1000)
+    monkeypatch.setattr("cdam_server.store.postgres._READ", replace(postgres_store._READ, seconds=1000))
+    with _hanging(postgres):
+        reading = [asyncio.create_task(store.newest("vit", "zebra")) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(9):
+            await store.close()
+            answers = await asyncio.gather(*reading, return_exceptions=True)
+    assert all(isinstance(answer, StoreUnavailableError) for answer in answers), answers
+    with pytest.raises(StoreBusyError):
+        await store.newest("vit", "zebra")
+
+
+async def test_a_name_that_another_has_locked_is_busy_and_all_else_goes_on(postgres: PostgresServer) -> None:
+    store = Place("postgres", postgres.new_database()).store()
+    await store.register(registration("hot"))
+    with psycopg.connect(postgres.url(postgres.newest_database)) as other:
+        other.execute("UPDATE cdam.names SET newest = newest")
+        hot = [asyncio.create_task(store.register(registration("hot", 2, replace=True))) for _ in range(8)]
+        await asyncio.sleep(0.2)
+        for seed in range(3, 10):
+            await store.register(registration("cold", seed, replace=True))
+            assert await store.newest("vit", "hot") is not None
+        answers = await asyncio.gather(*hot, return_exceptions=True)
+        assert all(isinstance(answer, StoreBusyError) for answer in answers), answers
+    await store.register(registration("hot", 2, replace=True))
+    await store.close()
+
+
+async def test_a_standby_is_read_and_busy_when_written(postgres: PostgresServer) -> None:
+    place = Place("postgres", postgres.new_database())
+    store = place.store()
+    await store.register(registration())
+    await store.close()
+    postgres.execute(f"ALTER DATABASE {postgres.newest_database} SET default_transaction_read_only = on")
+    store = place.store()
+    await store.open()
+    for _ in range(3):
+        with pytest.raises(StoreBusyError, match="read-only"):
+            await store.register(registration("horse", 2))
+        assert await store.newest("vit", "zebra") is not None
+    postgres.execute(f"ALTER DATABASE {postgres.newest_database} SET default_transaction_read_only = off")
+    with suppress(StoreBusyError):  # by the connection that has read
+        await store.register(registration("horse", 2))
+    await store.register(registration("horse", 2))  # by a new one: the other was let go
     await store.close()
 
 
@@ -203,7 +271,16 @@ async def _open_and_register(place: Place) -> None:
         ("postgresql://cdam:hunter2@127.0.0.1:1/postgres", "127.0.0.1:1/postgres can't be reached"),
         ("host=127.0.0.1 port=1 password=hunter2", "can't be reached"),
         ("postgres//cdam:hunter2@here", "not valid"),
-        ("postgresql://cdam:hunter2@127.0.0.1:port/", "can't be reached"),
+        # Not escaped: libpq takes part of the password for a host, a port or a database.
+        ("postgresql://cdam:s@hunter2@127.0.0.1:{port}/postgres", "%40"),
+        ("postgresql://cdam:s@hunter2:x@127.0.0.1/postgres", "%40"),
+        ("postgresql://cdam:hunter2/t@127.0.0.1:{port}/postgres", "%2F"),
+        ("postgresql://cdam:17/hunter2@127.0.0.1:{port}/postgres", "%2F"),
+        ("postgresql://cdam:17/hunter2:x/postgres", "%2F"),
+        ("postgresql://cdam:hunter2#t@127.0.0.1:1/postgres", "can't be reached"),
+        ("postgresql://cdam:hunter2%t@127.0.0.1:{port}/postgres", "not valid"),
+        ("postgresql://cdam:hunter2@127.0.0.1:port/", "not valid"),
+        ("host=127.0.0.1:5432 password=hunter2", "not valid"),
     ],
 )
 async def test_no_error_tells_the_password(
@@ -213,6 +290,25 @@ async def test_no_error_tells_the_password(
     with pytest.raises((StoreUnavailableError, StoreUnusableError), match=said) as refused:
         await _open_and_register(place)
     assert "hunter2" not in f"{refused.value}{capsys.readouterr()}{caplog.text}"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://cdam:p%40%2F%3A%23%25@db.example:6432/concepts",
+        "postgresql://cdam@[::1]:5432/concepts",
+        "postgresql://cdam@[fe80::1%25eth0]/concepts",
+        "postgresql://cdam@one:5432,two:5433/concepts?target_session_attrs=read-write",
+        "postgresql://cdam@one,two,/concepts",
+        "postgresql://%2Fvar%2Frun%2Fpost%3Agres/concepts",
+        "host=/var/run/postgresql dbname=concepts",
+        "hostaddr=::1,127.0.0.1 port=5432",
+        "service=concepts",
+        "postgresql:///",
+    ],
+)
+def test_urls_that_are_well_formed(url: str) -> None:
+    Place("postgres", url).store()
 
 
 # --- no space left
@@ -405,6 +501,124 @@ async def test_no_flipped_bit_makes_another_concept(tmp_path: Path) -> None:
             refused += 1
         await store.close()
     assert refused > 75
+
+
+# --- files that are locked, or replaced, while they are used
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+async def test_a_locked_file_is_busy_and_a_line_waits_no_longer_than_who_is_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdam_server.store.sqlite.BUSY_SECONDS", 0.5)
+    store = SqliteStore(tmp_path)
+    await store.register(registration())
+    with _locked(store.file):
+        writing = [asyncio.create_task(store.register(registration(f"name{seed}", seed))) for seed in range(60)]
+        assert await store.newest("vit", "zebra") is not None
+        async with asyncio.timeout(15):  # half a second each would be thirty
+            answers = await asyncio.gather(*writing, return_exceptions=True)
+        assert all(isinstance(answer, StoreBusyError) for answer in answers), answers
+    await store.register(registration("horse", 2))
+    await store.close()
+
+
+async def test_closing_refuses_writes_that_have_not_begun(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    await store.register(registration())
+    with _locked(store.file):
+        writing = [asyncio.create_task(store.register(registration(f"name{seed}", seed))) for seed in range(6)]
+        await asyncio.sleep(0.1)
+        closing_it = asyncio.create_task(store.close())
+        refused = await asyncio.gather(*writing[1:], return_exceptions=True)
+        assert all(isinstance(answer, StoreBusyError) for answer in refused), refused
+        assert not writing[0].done()
+    await writing[0]  # it had begun
+    await closing_it
+    with pytest.raises(StoreBusyError):
+        await store.newest("vit", "zebra")
+    store = SqliteStore(tmp_path)
+    assert len(await store.page(model="", labels={}, after=None, limit=10)) == 2
+    await store.close()
+
+
+def _put_another_in_its_place(file: Path) -> None:
+    asyncio.run(_stored(file.parent.parent / "another", 3))
+    (file.parent.parent / "another" / file.name).replace(file)
+
+
+_REPLACEMENTS: dict[str, Callable[[Path], object]] = {
+    "folder deleted": lambda file: shutil.rmtree(file.parent),
+    "folder renamed": lambda file: file.parent.rename(file.parent.parent / "renamed"),
+    "file deleted": Path.unlink,
+    "file renamed": lambda file: file.rename(file.parent / "renamed"),
+    "another file": _put_another_in_its_place,
+}
+
+
+@pytest.mark.parametrize("replace_it", _REPLACEMENTS.values(), ids=_REPLACEMENTS)
+@pytest.mark.parametrize("at", ["between", "before the commit"])
+async def test_nothing_is_written_to_a_file_that_was_replaced(
+    replace_it: Callable[[Path], object],
+    at: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = SqliteStore(tmp_path / "data")
+    await store.register(registration("before", 100))
+    assert await store.newest("vit", "before") is not None
+    expected = ["name0", "name1", "name2"] if replace_it is _put_another_in_its_place else []
+    if at == "between":
+        await asyncio.to_thread(replace_it, store.file)
+        assert await store.newest("vit", "before") is None
+        assert [version.name for version in await store.page(model="", labels={}, after=None, limit=9)] == expected
+        assert store.file.exists() == bool(expected)  # reading makes none
+    else:
+        run, replacements = sqlite._run, [replace_it]
+
+        def run_and_replace(connection: sqlite3.Connection, operation: sqlite.Operation[object]) -> object:
+            result = run(connection, operation)
+            if replacements:
+                replacements.pop()(store.file)
+            return result
+
+        monkeypatch.setattr("cdam_server.store.sqlite._run", run_and_replace)
+    for seed in range(10, 13):
+        _, created = await store.register(registration(f"name{seed}", seed))
+        assert created
+        with closing(sqlite3.connect(store.file)) as connection:  # what another process finds there
+            names = {name for (name,) in connection.execute("SELECT name FROM names WHERE taken")}
+        assert names == {*expected, *(f"name{number}" for number in range(10, seed + 1))}
+        assert await store.newest("vit", "before") is None
+    await store.close()
+    assert capsys.readouterr().out.count("store replaced") == 1
+    _assert_integrity(store.file)
+    for moved in (tmp_path / "renamed" / store.file.name, tmp_path / "data" / "renamed"):
+        if moved.exists():
+            _assert_integrity(moved)
+            with closing(sqlite3.connect(moved)) as connection:
+                assert ("before",) in connection.execute("SELECT name FROM names WHERE taken").fetchall()
+
+
+async def test_a_damaged_file_in_the_place_of_a_good_one_is_refused(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "data")
+    await store.register(registration())
+    (tmp_path / "bad").write_text("not a database\n" * 100)
+    (tmp_path / "bad").replace(store.file)
+    for use in (lambda: store.newest("vit", "zebra"), lambda: store.register(registration("horse", 2))):
+        with pytest.raises(StoreUnusableError):
+            await use()
+    store.file.unlink()
+    await store.register(registration("horse", 2))
+    await store.close()
+    _assert_integrity(store.file)
 
 
 # --- nowhere to write

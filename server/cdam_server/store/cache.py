@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
+import structlog
+
 from cdam_server.store.protocol import (
     ConceptStore,
     Content,
@@ -27,6 +29,7 @@ Key: TypeAlias = tuple[str, str]  # model and name
 
 _NEVER: Final = float("-inf")
 _OBJECT_BYTES: Final = 1500  # of a record without its long parts; of an example, a fifth
+_log = structlog.get_logger("cdam.store")
 
 
 class StoreObserver:
@@ -101,6 +104,7 @@ class CachedStore(ConceptStore):
         fresh_seconds: How long an answer is trusted.
         patience_seconds: How long what is kept and no longer trusted waits for the store to say better.
         retry_seconds: Between two attempts at a database that can't be reached.
+        watch_seconds: How often to see whether it can, whoever asks for something; from `open` on.
         max_bytes: About how much memory to use; what has not been used for longest goes first.
         clock: Seconds that only grow.
         observer: Told what becomes of calls.
@@ -113,6 +117,7 @@ class CachedStore(ConceptStore):
         fresh_seconds: float = 0.5,
         patience_seconds: float = 0.4,
         retry_seconds: float = 1.0,
+        watch_seconds: float = 5.0,
         max_bytes: int = 64 * 2**20,
         clock: Callable[[], float] = time.monotonic,
         observer: StoreObserver | None = None,
@@ -121,6 +126,7 @@ class CachedStore(ConceptStore):
         self._fresh_seconds = fresh_seconds
         self._patience_seconds = patience_seconds
         self._retry_seconds = retry_seconds
+        self._watch_seconds = watch_seconds
         self._clock = clock
         self._observer = observer or StoreObserver()
         self._kept = _Kept(max_bytes)
@@ -129,6 +135,8 @@ class CachedStore(ConceptStore):
         self._writes = 0
         self._probe: asyncio.Task[None] | None = None  # runs while the database can't be reached
         self._reason = ""  # for which it can't
+        self._watching: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def bytes(self) -> int:
@@ -138,9 +146,14 @@ class CachedStore(ConceptStore):
     async def open(self) -> None:
         """See `ConceptStore.open`."""
         await self._store.open()
+        self._watching = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
         """See `ConceptStore.close`."""
+        self._closed = True
+        if self._watching is not None:
+            self._watching.cancel()
+            self._tasks.add(self._watching)
         if self._probe is not None:
             self._probe.cancel()
             self._tasks.add(self._probe)
@@ -233,7 +246,7 @@ class CachedStore(ConceptStore):
     async def _ask_newest(self, key: Key) -> Version | None:
         writes = self._writes
         version = await self._ask("newest", self._store.newest(*key))
-        if writes == self._writes:  # else it may be what was before
+        if writes == self._writes or self._is_newer(key, version):  # else it may be what was before
             self._keep_name(key, version)
         return version
 
@@ -247,8 +260,9 @@ class CachedStore(ConceptStore):
         found = await self._ask("by_name", self._store.by_name(*key))
         if found is not None:
             self._keep_content(found.content)
-        if writes == self._writes:
-            self._keep_name(key, found.version if found is not None else None)
+        version = found.version if found is not None else None
+        if writes == self._writes or self._is_newer(key, version):
+            self._keep_name(key, version)
         return found
 
     async def _ask_by_id(self, concept_id: str) -> StoredConcept | None:
@@ -300,7 +314,8 @@ class CachedStore(ConceptStore):
 
     def _went_down(self, reason: str) -> None:
         self._reason = reason
-        if self._probe is None:
+        if self._probe is None and not self._closed:
+            _log.warning("store unavailable", reason=reason)
             self._probe = asyncio.create_task(self._probe_until_up())
             self._observer.observe_store_up(up=False)
 
@@ -309,6 +324,7 @@ class CachedStore(ConceptStore):
             if self._probe is not asyncio.current_task():
                 self._probe.cancel()
             self._probe = None
+            _log.info("store available")
             self._observer.observe_store_up(up=True)
 
     async def _probe_until_up(self) -> None:
@@ -316,6 +332,13 @@ class CachedStore(ConceptStore):
             await asyncio.sleep(self._retry_seconds)
             with suppress(StoreError):  # of which some say that it is up
                 await self._ask("probe", self._store.newest("", ""))
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._watch_seconds)
+            if self._probe is None:
+                with suppress(StoreError):
+                    await self._ask("probe", self._store.newest("", ""))
 
     # --- what is kept
 
@@ -326,8 +349,16 @@ class CachedStore(ConceptStore):
     def _keep_name(self, key: Key, version: Version | None, asked: float | None = None) -> None:
         if version is None:
             self._kept.remove(("name", key))
-        else:
+        elif not self._is_older(key, version):  # a name's versions only grow
             self._keep_version(("name", key), version, asked)
+
+    def _is_older(self, key: Key, version: Version) -> bool:
+        known: _Known | None = self._kept.get(("name", key))
+        return known is not None and version.number < known.version.number
+
+    def _is_newer(self, key: Key, version: Version | None) -> bool:
+        known: _Known | None = self._kept.get(("name", key))
+        return known is not None and version is not None and version.number > known.version.number
 
     def _keep_id(self, version: Version) -> None:
         self._keep_version(("id", version.facts.id), version)

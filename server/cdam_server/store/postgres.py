@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 import psycopg
-import psycopg_pool
 import structlog
 from psycopg import errors
-from psycopg.conninfo import conninfo_to_dict
-from psycopg.rows import DictRow, dict_row
 
 from cdam_server.store import operations
 from cdam_server.store.migrations import migrations
 from cdam_server.store.operations import Operation
+from cdam_server.store.postgres_connections import Connection, Connections
 from cdam_server.store.protocol import (
     ConceptStore,
     Registration,
+    StoreBusyError,
     StoredConcept,
     StoreError,
     StoreFullError,
@@ -32,26 +32,53 @@ from cdam_server.store.protocol import (
 )
 
 Result = TypeVar("Result")
-Connection: TypeAlias = psycopg.AsyncConnection[DictRow]
+Line: TypeAlias = asyncio.Lock | asyncio.Semaphore
 
 _log = structlog.get_logger("cdam.store")
 
-_CONNECT_SECONDS: Final = 2  # the least that libpq waits
-_POOL_SECONDS: Final = 2.0
-_OPERATION_SECONDS: Final = 5.0
+_READ_SECONDS: Final = 2.5
+_WRITE_SECONDS: Final = 5.0
+_LINE_SECONDS: Final = 2.0  # of these, how long to wait for a turn
+_CLOSE_SECONDS: Final = 2.0  # that what is being done may still take
 _TRIES: Final = 5  # of a transaction that lost a race
 _FULL_HINT: Final = "Check free disk space."  # also where a quota is used up, which has no code
+_UNUSABLE: Final = (  # errors, and what to do about them
+    (errors.InsufficientPrivilege, "The user needs CREATE on the database, or on a schema `cdam` made for it."),
+    (
+        (errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedColumn),
+        "Restore the schema `cdam` from a backup.",
+    ),
+    ((errors.DataCorrupted, errors.IndexCorrupted), "Restore the database from a backup."),
+)
 _LOCK: Final = 0x6364616D  # "cdam": the advisory lock under which migrations are applied
 
-# How soon the kernel gives up a peer that is gone; what the URL says goes before.
-_NETWORK: Final = {
-    "connect_timeout": str(_CONNECT_SECONDS),
-    "keepalives_idle": "10",
-    "keepalives_interval": "5",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "10000",
-    "application_name": "cdam",
-}
+
+@dataclass(frozen=True)
+class _Kind:
+    """Of transactions.
+
+    Attributes:
+        begin: What begins one. The server keeps to limits of its own, a little closer: it knows nothing of ours.
+        seconds: How long one may take.
+        writes: Whether it is of those that write.
+    """
+
+    begin: str
+    seconds: float
+    writes: bool
+
+
+# Whatever the database's defaults: operations lock what they change, and read again after that.
+_READ: Final = _Kind(
+    "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; SET LOCAL statement_timeout = '2s'", _READ_SECONDS, writes=False
+)
+_WRITE: Final = _Kind(
+    "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = '4s'; SET LOCAL lock_timeout = '1s';"
+    # Whoever has switched it off for the database has other data in mind.
+    " SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'",
+    _WRITE_SECONDS,
+    writes=True,
+)
 
 
 class PostgresStore(ConceptStore):
@@ -68,36 +95,15 @@ class PostgresStore(ConceptStore):
     """
 
     def __init__(self, url: str, *, max_connections: int = 4) -> None:
-        try:
-            parameters = conninfo_to_dict(url)
-        except psycopg.ProgrammingError:  # its message holds the URL
-            raise StoreUnusableError(
-                "the URL of the store is not valid: postgresql://USER:PASSWORD@HOST:PORT/DATABASE is expected"
-            ) from None
-        self._where = _where(parameters)
-        self._options: dict[str, Any] = {
-            **_NETWORK,
-            **parameters,
-            "client_encoding": "utf8",
-            "autocommit": True,
-            "prepare_threshold": None,  # PgBouncer gives every transaction another connection
-            "row_factory": dict_row,
-        }
-        self._pool = psycopg_pool.AsyncConnectionPool[Connection](
-            kwargs=self._options,
-            min_size=0,
-            max_size=max_connections,
-            open=False,
-            timeout=_POOL_SECONDS,
-            check=psycopg_pool.AsyncConnectionPool.check_connection,
-            configure=_configure,
-            name="concepts",
-        )
-        self._preparing = asyncio.Lock()
+        self._connections = Connections(url)
+        self._where = self._connections.where
+        self._places = asyncio.Semaphore(max_connections)
+        self._writing = asyncio.Semaphore(max(1, max_connections // 2))  # the other half is for those who read
+        self._names: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._preparing: asyncio.Task[None] | None = None
         self._ready = False
-
-        # It tells of every attempt to connect; what matters comes as an error of the operation that wanted one.
-        logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
+        self._closed = False
 
     async def open(self) -> None:
         """See `ConceptStore.open`."""
@@ -107,68 +113,96 @@ class PostgresStore(ConceptStore):
             _log.warning("store unavailable", store=self._where, reason=str(error))
 
     async def close(self) -> None:
-        """See `ConceptStore.close`."""
-        await self._pool.close()
+        """See `ConceptStore.close`; what hangs is cut off."""
+        self._closed = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_CLOSE_SECONDS)
+        self._connections.cut()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def register(self, registration: Registration) -> tuple[StoredConcept, bool]:
         """See `ConceptStore.register`."""
-        return await self._write(lambda: operations.register(registration))
+        key = (registration.model, registration.name)
+        return await self._write(key, lambda: operations.register(registration))
 
     async def newest(self, model: str, name: str) -> Version | None:
         """See `ConceptStore.newest`."""
-        return await self._read(operations.newest(model, name))
+        return await self._read(lambda: operations.newest(model, name))
 
     async def by_name(self, model: str, name: str) -> StoredConcept | None:
         """See `ConceptStore.by_name`."""
-        return await self._read(operations.by_name(model, name))
+        return await self._read(lambda: operations.by_name(model, name))
 
     async def by_id(self, concept_id: str) -> StoredConcept | None:
         """See `ConceptStore.by_id`."""
-        return await self._read(operations.by_id(concept_id))
+        return await self._read(lambda: operations.by_id(concept_id))
 
     async def page(
         self, *, model: str, labels: Mapping[str, str], after: tuple[str, str] | None, limit: int
     ) -> Sequence[Version]:
         """See `ConceptStore.page`."""
-        return await self._read(operations.page(model, labels, after, limit))
+        return await self._read(lambda: operations.page(model, labels, after, limit))
 
     async def delete(self, model: str, name: str, expected_version: int | None) -> Version | None:
         """See `ConceptStore.delete`."""
-        return await self._write(lambda: operations.delete(model, name, expected_version))
+        return await self._write((model, name), lambda: operations.delete(model, name, expected_version))
 
-    async def _read(self, operation: Operation[Result]) -> Result:
-        """Run an operation of one statement, which is a transaction by itself."""
-        async with self._connection() as connection:
-            return await _run(connection, operation)
+    async def _read(self, operation: Callable[[], Operation[Result]]) -> Result:
+        return await self._run(_READ, operation)
 
-    async def _write(self, operation: Callable[[], Operation[Result]]) -> Result:
-        lost = 0
-        while True:
-            try:
-                async with self._connection() as connection, connection.transaction():
-                    # Whoever has switched it off for the database has other data in mind.
-                    await connection.execute(
-                        "SELECT set_config('synchronous_commit', 'on', true)"
-                        " WHERE current_setting('synchronous_commit') = 'off'"
-                    )
-                    return await _run(connection, operation())
-            except _LostRaceError:
-                lost += 1
-                if lost == _TRIES:
-                    raise
+    async def _write(self, key: tuple[str, str], operation: Callable[[], Operation[Result]]) -> Result:
+        # Who writes a name that another server has locked waits with one connection, and those behind with none.
+        line = self._names.setdefault(key, asyncio.Lock())
+        return await self._run(_WRITE, operation, line, self._writing)
 
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Connection]:
-        """A connection to a database that is up to date; raises what its errors mean."""
+    async def _run(self, kind: _Kind, operation: Callable[[], Operation[Result]], *lines: Line) -> Result:
+        """Run a transaction, once it is its turn in all these lines; who stops waiting then does not stop it."""
         await self._prepare()
-        with_time = asyncio.timeout(_OPERATION_SECONDS)
-        try:
-            async with with_time, self._pool.connection() as connection:
-                yield connection
-        except (psycopg.Error, TimeoutError) as error:
-            if isinstance(error, TimeoutError) and not with_time.expired():
-                raise
-            raise self._meaning(error) from error
+        until = asyncio.get_running_loop().time() + kind.seconds + self._connections.extra_seconds
+        async with AsyncExitStack() as turns:
+            try:
+                async with asyncio.timeout(_LINE_SECONDS):
+                    for line in (*lines, self._places):
+                        await turns.enter_async_context(line)
+            except TimeoutError:
+                raise StoreBusyError(f"{self._where}: too many wait for it") from None
+            task = self._start(self._transact(turns.pop_all(), kind, operation, until))
+        return await asyncio.shield(task)
+
+    async def _transact(
+        self, turns: AsyncExitStack, kind: _Kind, operation: Callable[[], Operation[Result]], until: float
+    ) -> Result:
+        async with turns:
+            for _ in range(_TRIES):
+                begun = False
+                try:
+                    async with self._connections.begun(kind.begin, until) as connection:
+                        begun = True
+                        return await _transaction(connection, operation())
+                except (psycopg.Error, TimeoutError) as error:
+                    found = self._meaning(error, wrote=begun and kind.writes)
+                    if not isinstance(found, _LostRaceError):
+                        raise found from error
+            raise found
+
+    def _start(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """Have it done in a task of its own, which may outlive who waits for it.
+
+        Raises:
+            StoreBusyError: The store has been closed.
+        """
+        if self._closed:
+            work.close()
+            raise StoreBusyError(f"{self._where}: closed")
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # all who waited may have gone
 
     async def _prepare(self) -> None:
         """Bring the schema up to date, once.
@@ -179,59 +213,61 @@ class PostgresStore(ConceptStore):
         """
         if self._ready:
             return
-        async with self._preparing:
-            if not self._ready:
-                try:
-                    async with asyncio.timeout(_OPERATION_SECONDS):
-                        await self._bring_up_to_date()
-                except (psycopg.Error, TimeoutError) as error:
-                    raise self._meaning(error) from error
-                self._ready = True
-                _log.info("store ready", store=self._where)
+        if self._preparing is None or self._preparing.done():
+            self._preparing = self._start(self._bring_up_to_date())
+        await asyncio.shield(self._preparing)
 
     async def _bring_up_to_date(self) -> None:
-        # By a connection of its own: it says why it can't be made, which the pool keeps to itself.
-        async with await Connection.connect(**self._options) as connection:
-            await _configure(connection)
-            await _migrate(connection, self._where)
-        await self._pool.open()
+        until = asyncio.get_running_loop().time() + _WRITE_SECONDS + self._connections.extra_seconds
+        try:
+            async with self._connections.new(until) as connection:
+                await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+                await _migrate(connection, self._where)
+        except (psycopg.Error, TimeoutError) as error:
+            raise self._meaning(error) from error
+        self._ready = True
+        _log.info("store ready", store=self._where)
 
-    def _meaning(self, error: Exception) -> StoreError:
-        """What an error of psycopg's means."""
+    def _meaning(self, error: Exception, *, wrote: bool = False) -> StoreError:
+        """What an error of psycopg's means, if need be of one that came while writing."""
         where, reason = self._where, _first_line(error)
+        for kinds, advice in _UNUSABLE:
+            if isinstance(error, kinds):
+                return StoreUnusableError(f"{where}: {reason}. {advice}")
         match error:
             case errors.SerializationFailure() | errors.DeadlockDetected() | errors.UniqueViolation():
                 return _LostRaceError(f"{where}: {reason}")
             case psycopg.Error() if isinstance(error, errors.DiskFull) or error.diag.message_hint == _FULL_HINT:
                 return StoreFullError(f"{where} has no space left: {reason}")
-            case errors.InsufficientPrivilege():
-                return StoreUnusableError(
-                    f"{where}: {reason}. The user needs CREATE on the database, or on a schema `cdam` made for it."
-                )
-            case errors.UndefinedTable() | errors.InvalidSchemaName() | errors.UndefinedColumn():
-                return StoreUnusableError(f"{where}: {reason}. Restore the schema `cdam` from a backup.")
-            case errors.DataCorrupted() | errors.IndexCorrupted():
-                return StoreUnusableError(f"{where}: {reason}. Restore the database from a backup.")
+            case errors.QueryCanceled() | errors.LockNotAvailable() | errors.ReadOnlySqlTransaction():
+                return StoreBusyError(f"{where}: {reason}")  # read-only as a standby is, until it is promoted
             case (
                 psycopg.OperationalError()
                 | psycopg.InterfaceError()
                 | TimeoutError()
-                | errors.ReadOnlySqlTransaction()  # a standby, until it is promoted
                 | errors.InFailedSqlTransaction()
                 | psycopg.InternalError()
             ):
+                if wrote and (isinstance(error, TimeoutError) or error.sqlstate):
+                    return StoreBusyError(f"{where} can't be written: {reason}")
                 return StoreUnavailableError(f"{where} can't be reached: {reason}")
             case _:
                 raise error
 
 
-class _LostRaceError(StoreUnavailableError):
+class _LostRaceError(StoreBusyError):
     """Another transaction came first; to be tried again."""
 
 
-async def _configure(connection: Connection) -> None:
-    # Whatever the database's default: operations lock what they change, and read again after that.
-    await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+async def _transaction(connection: Connection, operation: Operation[Result]) -> Result:
+    """Run an operation in a transaction that has begun, and end that."""
+    try:
+        result = await _run(connection, operation)
+    except StoreError:
+        await connection.execute("ROLLBACK")
+        raise
+    await connection.execute("COMMIT")
+    return result
 
 
 async def _run(connection: Connection, operation: Operation[Result]) -> Result:
@@ -291,12 +327,6 @@ async def _schema_version(connection: Connection, where: str) -> int:
     assert row is not None
     number: int = row["number"]
     return number
-
-
-def _where(parameters: Mapping[str, Any]) -> str:
-    """What may be said about a database in logs and errors."""
-    host, port = parameters.get("host", "localhost"), parameters.get("port", "5432")
-    return f"PostgreSQL {host}:{port}/{parameters.get('dbname', '')}"
 
 
 def _first_line(error: Exception) -> str:

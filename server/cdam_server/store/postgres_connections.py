@@ -34,7 +34,7 @@ _NETWORK: Final = {
 
 
 class Connections:
-    """Makes connections when they are wanted, and keeps them for the next who wants one; how many at once, others see to.
+    """Makes connections when they are wanted, and keeps them for who wants one next; how many at once, others see to.
 
     Args:
         url: Whatever libpq understands. Never logged.
@@ -62,6 +62,7 @@ class Connections:
         }
         self._free: list[Connection] = []
         self._used: set[Connection] = set()
+        self._connecting: set[asyncio.Timeout] = set()
         self._closed = False
 
     @asynccontextmanager
@@ -77,15 +78,21 @@ class Connections:
             TimeoutError: It was cut off; also from inside.
         """
         connection = await self._begin(begin, min(until, self._soon()))
-        with self._cut_at(connection, until):
-            yield connection
+        try:
+            with self._cut_at(connection, until):
+                yield connection
+        finally:
+            self._put_back(connection)
 
     @asynccontextmanager
     async def new(self, until: float) -> AsyncIterator[Connection]:
-        """A connection of one's own; see `begun`."""
+        """A connection that has not been used; see `begun`."""
         connection = await self._connect(min(until, self._soon()))
-        with self._cut_at(connection, until):
-            yield connection
+        try:
+            with self._cut_at(connection, until):
+                yield connection
+        finally:
+            self._put_back(connection)
 
     def cut(self) -> None:
         """Cut off whatever is being done; connections are kept no longer."""
@@ -93,6 +100,8 @@ class Connections:
         self._drop()
         for connection in self._used:
             _cut(connection)
+        for limit in self._connecting:
+            limit.reschedule(0)
 
     def _soon(self) -> float:
         return asyncio.get_running_loop().time() + _BEGIN_SECONDS + self.extra_seconds
@@ -109,20 +118,31 @@ class Connections:
 
     async def _execute(self, connection: Connection, begin: str, until: float) -> None:
         try:
-            with self._cut_at(connection, until, keep=False):
+            with self._cut_at(connection, until):
                 await connection.execute(begin.encode())
-        except TimeoutError:
-            self._drop()  # the others are no better
+        except BaseException as error:
+            _close(connection)
+            if isinstance(error, TimeoutError):
+                self._drop()  # the others are no better
             raise
 
     async def _connect(self, until: float) -> Connection:
-        async with asyncio.timeout_at(until):
-            return await Connection.connect(**self._options)
+        if self._closed:
+            raise TimeoutError("closed")
+        limit = asyncio.timeout_at(until)
+        self._connecting.add(limit)
+        try:
+            async with limit:
+                return await Connection.connect(**self._options)
+        except TimeoutError:
+            raise TimeoutError("connecting takes too long") from None
+        finally:
+            self._connecting.discard(limit)
 
     @contextmanager
-    def _cut_at(self, connection: Connection, until: float, *, keep: bool = True) -> Iterator[None]:
-        """Use a connection; keep it afterwards, unless it is in the middle of something, or shall not be kept yet."""
-        loop, started, lapsed = asyncio.get_running_loop(), asyncio.get_running_loop().time(), False
+    def _cut_at(self, connection: Connection, until: float) -> Iterator[None]:
+        """While it is used, see that it does not hang; see `begun`."""
+        loop, lapsed = asyncio.get_running_loop(), False
 
         def lapse() -> None:
             nonlocal lapsed
@@ -131,21 +151,18 @@ class Connections:
 
         timer = loop.call_at(until, lapse)
         self._used.add(connection)
-        failed = True
         try:
             yield
-            failed = False
         except psycopg.Error as error:
             if not lapsed:
                 raise
-            raise TimeoutError(f"no answer within {until - started:.1f} s") from error
+            raise TimeoutError("no answer in time") from error
         finally:
             timer.cancel()
             self._used.discard(connection)
-            if keep or failed:
-                self._put_back(connection)
 
     def _put_back(self, connection: Connection) -> None:
+        """Keep it, unless it is in the middle of something."""
         if connection.pgconn.transaction_status == TransactionStatus.IDLE and not self._closed:
             self._free.append(connection)
         else:

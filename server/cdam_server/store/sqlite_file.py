@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from cdam_server.store import records
 from cdam_server.store.migrations import migrations
 from cdam_server.store.protocol import (
+    StoreBusyError,
     StoreError,
     StoreFullError,
     StoreUnavailableError,
@@ -21,7 +22,9 @@ from cdam_server.store.protocol import (
 )
 
 APPLICATION_ID: Final = 0x6364616D  # "cdam"
-BUSY_SECONDS: Final = 10.0  # that another process may keep the file locked
+BUSY_SECONDS: Final = 5.0  # that another process may keep the file locked
+
+Identity: TypeAlias = tuple[int, int]  # device and inode
 
 _MAGIC: Final = b"SQLite format 3\0"
 _FULL: Final = {
@@ -50,7 +53,7 @@ def check(file: Path) -> None:
 
     Raises:
         StoreUnusableError: It is damaged, of a newer schema, not a store, or may not be read or written.
-        StoreUnavailableError: Another process keeps it locked.
+        StoreBusyError: Another process keeps it locked.
     """
     if not os.access(file, os.R_OK | os.W_OK) or not os.access(file.parent, os.W_OK | os.X_OK):
         raise StoreUnusableError(
@@ -75,8 +78,27 @@ def check(file: Path) -> None:
             return
 
 
-def connect(file: Path) -> sqlite3.Connection:
-    """Open the file for reading and writing; make it, and its folder, if it is not there.
+def identity(file: Path) -> Identity | None:
+    """What tells a file from another that takes its place; None if there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def log(file: Path) -> Path:
+    """Its write-ahead log, which is there while it is in use."""
+    return _beside(file, "-wal")
+
+
+def index(file: Path) -> Path:
+    """The index of its log."""
+    return _beside(file, "-shm")
+
+
+def make(file: Path) -> None:
+    """Make the file, and its folder, if it is not there, and bring its schema up to date.
 
     Raises:
         StoreError: As `translated` says.
@@ -85,7 +107,13 @@ def connect(file: Path) -> sqlite3.Connection:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(file, error.strerror or "") from error
-    return _connect(file, "rwc")
+    with closing(_connect(file, "rwc")) as connection:
+        migrate(connection, file)
+
+
+def connect(file: Path) -> sqlite3.Connection:
+    """Open the file, which exists, for reading and writing."""
+    return _connect(file, "rw")
 
 
 def connect_reader(file: Path) -> sqlite3.Connection:
@@ -93,6 +121,11 @@ def connect_reader(file: Path) -> sqlite3.Connection:
     connection = _connect(file, "rw")  # readers, too, write to the index of the log
     connection.execute("PRAGMA query_only = ON")
     return connection
+
+
+def wait_at_most(connection: sqlite3.Connection, seconds: float) -> None:
+    """How long it waits from now on while another process keeps the file locked."""
+    connection.execute(f"PRAGMA busy_timeout = {max(1, round(1000 * seconds))}")
 
 
 def migrate(connection: sqlite3.Connection, file: Path) -> None:
@@ -148,7 +181,8 @@ def translated(file: Path) -> Iterator[None]:
         StoreFullError: No space is left.
         StoreUnwritableError: The file or its folder can't be written.
         StoreUnusableError: The file is damaged.
-        StoreUnavailableError: Another process keeps it locked, or the disk failed.
+        StoreBusyError: Another process keeps it locked.
+        StoreUnavailableError: The disk failed.
     """
     try:
         yield
@@ -179,8 +213,8 @@ def _meaning(file: Path, error: sqlite3.Error) -> StoreError | None:
         sqlite3.SQLITE_READONLY: lambda: unwritable(file, str(error)),
         sqlite3.SQLITE_PERM: lambda: unwritable(file, str(error)),
         sqlite3.SQLITE_CANTOPEN: lambda: unwritable(file, str(error)),
-        sqlite3.SQLITE_BUSY: lambda: StoreUnavailableError(f"another process keeps {file} locked"),
-        sqlite3.SQLITE_LOCKED: lambda: StoreUnavailableError(f"another process keeps {file} locked"),
+        sqlite3.SQLITE_BUSY: lambda: StoreBusyError(f"another process keeps {file} locked"),
+        sqlite3.SQLITE_LOCKED: lambda: StoreBusyError(f"another process keeps {file} locked"),
         sqlite3.SQLITE_IOERR: lambda: StoreUnavailableError(f"{file}: {error} ({error.sqlite_errorname})"),
     }
     meaning = meanings.get(code & 0xFF)
@@ -196,10 +230,9 @@ def _damaged(file: Path, reason: str) -> StoreUnusableError:
 
 
 def _check_content(file: Path) -> None:
-    log, index = _beside(file, "-wal"), _beside(file, "-shm")
     # Without a log nobody has the file open, and SQLite can read it without making one.
-    mode = "mode=ro" if exists(log) else "immutable=1"
-    had_index = index.exists()
+    mode = "mode=ro" if exists(log(file)) else "immutable=1"
+    had_index = index(file).exists()
     try:
         with closing(
             sqlite3.connect(f"{file.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_SECONDS)
@@ -207,7 +240,7 @@ def _check_content(file: Path) -> None:
             _check_connection(connection, file)
     except BaseException:
         if mode == "mode=ro" and not had_index:  # made by us, to read the log
-            index.unlink(missing_ok=True)
+            index(file).unlink(missing_ok=True)
         raise
 
 
@@ -229,7 +262,7 @@ def _check_connection(connection: sqlite3.Connection, file: Path) -> None:
 def _state(file: Path) -> tuple[object, ...]:
     """What changes if another process writes."""
     found: list[object] = []
-    for path in (file, _beside(file, "-wal")):
+    for path in (file, log(file)):
         try:
             status = path.stat()
         except FileNotFoundError:
