@@ -47,9 +47,12 @@ class PostgresServer:
         self._numbers = count(1)
         self.newest_database = "postgres"
         self._user = _unprivileged()  # PostgreSQL refuses to be run by root
-        self._groups: list[str] | None = None if self._user is None else []
+        # Not by subprocess's `user`, which has to fork: this process may have gRPC's threads, which don't bear it.
+        self._as_user: list[str] = []
         if self._user is not None:
             shutil.chown(folder, self._user)
+            entry = pwd.getpwnam(self._user)
+            self._as_user = ["setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups", "--"]
         self._run(
             "initdb",
             "--auth=trust",
@@ -122,20 +125,18 @@ class PostgresServer:
         """Limit how large a file its processes can make, to some bytes or (None) not at all."""
         limit = "unlimited" if size is None else size
         for process in self.processes():
-            command = ["prlimit", f"--pid={process}", f"--fsize={limit}:"]
-            done = subprocess.run(command, user=self._user, extra_groups=self._groups, check=False)
+            command = [*self._as_user, "prlimit", f"--pid={process}", f"--fsize={limit}:"]
+            done = subprocess.run(command, check=False)
             assert done.returncode == 0 or not _lives(process)
 
     def _run(self, program: str, *arguments: str) -> None:
         # Output goes to a file: the server would keep a pipe open.
         with (self.folder / "programs.log").open("a+b") as log:
             done = subprocess.run(
-                [self._programs / program, *arguments, f"--pgdata={self.data}"],
+                [*self._as_user, self._programs / program, *arguments, f"--pgdata={self.data}"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                user=self._user,
-                extra_groups=self._groups,
                 cwd=self.folder,
                 env={**os.environ, "LC_ALL": "C.UTF-8"},
                 timeout=120,
