@@ -44,6 +44,7 @@ class Script(explainer_service_pb2_grpc.ExplainerServiceServicer):
     address: str = ""
     hasty: bool = False  # whether uploads are answered without their end
     created: bool = True  # what registrations are told
+    unknown_models: tuple[str, ...] = ()
     concepts: dict[str, concept_pb2.Concept] = field(default_factory=dict)  # by name
     uploads: list[list[Any]] = field(default_factory=list)  # the messages of each ConceptRegisterStream but the end
 
@@ -61,6 +62,9 @@ class Script(explainer_service_pb2_grpc.ExplainerServiceServicer):
 
     def GetModel(self, request: Any, context: Any) -> Any:
         self._heed(request, context)
+        if request.name in self.unknown_models:
+            info = error_details_pb2.ResourceInfo(resource_type="cdam.v1.model", resource_name=request.name)
+            fail(context, Failure(grpc.StatusCode.NOT_FOUND, f"there is no model {request.name!r}", [info]))
         return model_pb2.GetModelResponse(model=model(request.name or "first"))
 
     def ConceptRegister(self, request: Any, context: Any) -> Any:
@@ -116,7 +120,9 @@ class Script(explainer_service_pb2_grpc.ExplainerServiceServicer):
         return concept_pb2.DeleteConceptResponse(concept=self.concepts.pop(request.name))
 
     def _store(self, spec: Any, examples: Sequence[Any], negatives: Sequence[Any]) -> concept_pb2.Concept:
-        version = self.concepts[spec.name].version + self.created if spec.name in self.concepts else 1
+        if not self.created and spec.name in self.concepts:
+            return self.concepts[spec.name]
+        version = self.concepts[spec.name].version + 1 if spec.name in self.concepts else 1
         self.concepts[spec.name] = concept(spec, examples, negatives, version)
         return self.concepts[spec.name]
 
@@ -179,14 +185,19 @@ def answer(request: explain_pb2.ExplainRequest) -> explain_pb2.ExplainResponse:
 
 
 def _add(response: explain_pb2.ExplainResponse, target: target_pb2.Target, index: int) -> None:
-    output = target.output
-    label = output.name or str(output.index) if target.WhichOneof("kind") == "output" else _label(target.concept)
+    label = _label(target)
     explained = response.targets.add(target=target, request_index=index, label=label, value=1.5 + len(response.targets))
     if target.WhichOneof("kind") == "output":
-        explained.output_index, explained.probability = output.index, 0.25
+        explained.output_index, explained.probability = target.output.index, 0.25
 
 
-def _label(concept: target_pb2.ConceptTarget) -> str:
+def _label(target: target_pb2.Target | target_pb2.ScalarTarget) -> str:
+    match target.WhichOneof("kind"):
+        case "output":
+            return target.output.name or str(target.output.index)
+        case "contrast":
+            return f"{_label(target.contrast.positive)} - {_label(target.contrast.negative)}"
+    concept = target.concept
     name = concept.name or concept.id[:12] or "concept"
     return f"{name} (cosine)" if concept.similarity == target_pb2.SIMILARITY_COSINE else name
 

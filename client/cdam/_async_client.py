@@ -25,7 +25,7 @@ from cdam._models import Model
 from cdam._register import PATH as UPLOAD_PATH
 from cdam._register import Images, register
 from cdam._stream import Item, ItemResult, explain_stream
-from cdam._targets import Concept, TargetLike
+from cdam._targets import Concept, TargetLike, as_targets
 from cdam.v1 import concept_pb2
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class AsyncClient(BaseClient):
             request_id=request_id,
             priority=priority,
         )
-        return await self._run(_flow.explain(request, as_methods(methods)), timeout)
+        return await self._run(_flow.explain(request, as_methods(methods), as_targets(targets)), timeout)
 
     def explain_stream(
         self,
@@ -121,6 +121,7 @@ class AsyncClient(BaseClient):
         expected_version: int | None = None,
         model_fingerprint: str = "",
         timeout: float | None = None,  # noqa: ASYNC109 - as above
+        retries: int = 10,
         progress: Callable[[int], object] | None = None,
     ) -> RegisteredConcept:
         """As `Client.register_concept`."""
@@ -128,6 +129,7 @@ class AsyncClient(BaseClient):
             name,
             examples,
             negatives,
+            retries,
             progress,
             vector=vector,
             model=model,

@@ -65,7 +65,6 @@ class BaseClient:
         )
         self._credentials = self._connection.tls.credentials() if self._connection.tls else None
         self._max_message_bytes = max_message_bytes
-        self._retries = retries
         self._closed = False
         self._lock = threading.Lock()
 
@@ -115,6 +114,7 @@ class BaseClient:
         name: str,
         examples: Images,
         negatives: Images,
+        retries: int,
         progress: Callable[[int], object] | None,
         **settings: Any,
     ) -> Registration:
@@ -123,7 +123,7 @@ class BaseClient:
             spec=encode_spec(name, **settings),
             examples=examples,
             negatives=negatives,
-            retries=self._retries,
+            retries=retries,
             max_message_bytes=self._max_message_bytes,
             progress=progress,
         )

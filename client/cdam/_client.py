@@ -24,7 +24,7 @@ from cdam._models import Model
 from cdam._register import PATH as UPLOAD_PATH
 from cdam._register import register
 from cdam._stream import Item, ItemResult, explain_stream
-from cdam._targets import Concept, TargetLike
+from cdam._targets import Concept, TargetLike, as_targets
 from cdam.v1 import concept_pb2
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Client(BaseClient):
             request_id=request_id,
             priority=priority,
         )
-        return self._run(_flow.explain(request, as_methods(methods)), timeout)
+        return self._run(_flow.explain(request, as_methods(methods), as_targets(targets)), timeout)
 
     def explain_stream(
         self,
@@ -164,14 +164,15 @@ class Client(BaseClient):
         expected_version: int | None = None,
         model_fingerprint: str = "",
         timeout: float | None = None,
+        retries: int = 10,
         progress: Callable[[int], object] | None = None,
     ) -> RegisteredConcept:
         """Register a concept: of example images the mean latent, or a vector as it is.
 
         The result may be given as a target, and `Concept(name)` finds its newest version. To register the same content
-        again is harmless. Any number of images travels with flow control and a few at a time in memory. If the server
-        goes down or the connection is lost, they are sent again, unless they came from an iterator, which can't begin
-        again, of anything but paths.
+        again is harmless. Many images travel with flow control and a few at a time in memory. If the server goes down or
+        the connection is lost, they are sent again, unless they came from an iterator, which can't begin again, of
+        anything but paths.
 
         Args:
             name: 1 to 128 of letters, digits, '.', '_' and '-'; unique within a model.
@@ -189,6 +190,8 @@ class Client(BaseClient):
             model_fingerprint: Only if the model has this fingerprint; else `FailedPrecondition`.
             timeout: Seconds, retries and the taking of images included; None: the client's for what fits into one
                 message, and as long as it takes for more.
+            retries: How often in a row a broken upload is taken up again; 10 times take about 25 seconds. What fits into one
+                message has the client's.
             progress: Called with the number of images sent so far; it begins again if a broken stream does.
 
         Returns:
@@ -204,6 +207,7 @@ class Client(BaseClient):
             name,
             examples,
             negatives,
+            retries,
             progress,
             vector=vector,
             model=model,

@@ -62,6 +62,8 @@ def save_concept(concept: RegisteredConcept, path: str | os.PathLike[str]) -> Pa
             file.flush()
             os.fsync(file.fileno())
         draft.replace(target)
+    except OSError as error:  # which would name the draft
+        raise OSError(error.errno, error.strerror, os.fspath(target)) from error
     finally:
         draft.unlink(missing_ok=True)
     return target

@@ -1,9 +1,11 @@
 """From the API's messages to the caller's words."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from datetime import UTC
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -16,9 +18,10 @@ from cdam._explanation import ExplainedTarget, Explanation, Geometry, Parts, Rel
 from cdam._methods import Cdam, Method
 from cdam._models import Model
 from cdam._overlay import Region
-from cdam._targets import Concept, Contrast, Output, Similarity
+from cdam._targets import Concept, Contrast, Output, Similarity, Target
 from cdam.v1 import common_pb2, concept_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
 
+_SHORT_ID = 12  # digits of an id that stand for a concept in a label
 _SIMILARITIES: dict[int, Similarity] = {
     target_pb2.SIMILARITY_DOT: "dot",
     target_pb2.SIMILARITY_COSINE: "cosine",
@@ -27,15 +30,20 @@ _SIMILARITIES: dict[int, Similarity] = {
 
 
 def decode_explanation(
-    response: explain_pb2.ExplainResponse, methods: tuple[Method, ...], request: explain_pb2.ExplainRequest
+    response: explain_pb2.ExplainResponse,
+    methods: tuple[Method, ...],
+    request: explain_pb2.ExplainRequest,
+    asked: Sequence[Target] = (),
 ) -> Explanation:
-    """The answer to a request with these methods.
+    """The answer to a request with these methods, and these targets in the caller's words.
 
     Raises:
         MalformedResponse: if the answer contradicts itself or the request.
     """
     geometry = _geometry(response.geometry)
     targets = tuple(_explained_target(target, request.targets) for target in response.targets)
+    if asked:
+        targets = tuple(_named(target, asked[target.request_index]) for target in targets)
     return Explanation(
         request_id=response.request_id,
         model=response.model,
@@ -168,6 +176,40 @@ def _target(target: target_pb2.Target, asked: target_pb2.Target) -> Output | Con
             return Contrast(_scalar(found.positive, wanted.positive), _scalar(found.negative, wanted.negative))
         case kind:
             raise MalformedResponse(f"an explained target of kind {kind}")
+
+
+def _named(found: ExplainedTarget, asked: Target) -> ExplainedTarget:
+    """With concepts called as the caller calls them, where the server knows them by their ids alone."""
+    target, label = found.target, found.label
+    match target, asked:
+        case Concept(), Concept():
+            its, own = _labels(asked)
+            return dataclasses.replace(found, target=_labelled(target, asked), label=own if label == its else label)
+        case Contrast(positive=positive, negative=negative), Contrast():
+            its, own = _labels(asked.positive)
+            if label.startswith(f"{its} - "):
+                label = own + label.removeprefix(its)
+            its, own = _labels(asked.negative)
+            if label.endswith(f" - {its}"):
+                label = label.removesuffix(its) + own
+            both = Contrast(_labelled(positive, asked.positive), _labelled(negative, asked.negative))
+            return dataclasses.replace(found, target=both, label=label)
+        case _:
+            return found
+
+
+def _labelled(found: Any, asked: Any) -> Any:
+    if isinstance(found, Concept) and found.id is not None and isinstance(asked, Concept):
+        return Concept(id=found.id, similarity=found.similarity, label=asked.label)
+    return found
+
+
+def _labels(asked: Any) -> tuple[str, str]:
+    """What the server and what the caller calls a concept that goes by its id."""
+    if not isinstance(asked, Concept) or asked.id is None or asked.label is None:
+        return "", ""
+    measure = "" if asked.similarity == "dot" else f" ({asked.similarity})"
+    return asked.id[:_SHORT_ID] + measure, asked.label + measure
 
 
 def _scalar(target: target_pb2.ScalarTarget, asked: target_pb2.ScalarTarget) -> Output | Concept:

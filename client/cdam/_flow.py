@@ -5,7 +5,7 @@ their own way. All decisions, and all translation, stand in the flow.
 """
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,7 +17,7 @@ from cdam._errors import Unavailable, Unimplemented
 from cdam._explanation import Explanation
 from cdam._methods import Method
 from cdam._models import Model
-from cdam._targets import Concept
+from cdam._targets import Concept, Target
 from cdam.v1 import concept_pb2, explain_pb2, model_pb2
 
 T = TypeVar("T")
@@ -60,10 +60,12 @@ Flow: TypeAlias = Generator[Call | Pause, Any, T]
 """Yields calls and pauses, gets answers (errors are thrown into it), returns the result."""
 
 
-def explain(request: explain_pb2.ExplainRequest, methods: tuple[Method, ...]) -> Flow[Explanation]:
+def explain(
+    request: explain_pb2.ExplainRequest, methods: tuple[Method, ...], asked: Sequence[Target] = ()
+) -> Flow[Explanation]:
     """Explain one image."""
     response = yield unary("Explain", request, explain_pb2.ExplainResponse)
-    return decode_explanation(response, methods, request)
+    return decode_explanation(response, methods, request, asked)
 
 
 def models() -> Flow[tuple[Model, ...]]:

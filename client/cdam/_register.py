@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -54,11 +55,15 @@ class Registration:
     progress: Callable[[int], object] | None
 
     def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise ValueError(f"retries is at least 0, got {self.retries}")
         for name in ("examples", "negatives"):
             images = getattr(self, name)
             alone = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
             # The rows of an image would each pass for a grey one.
             if alone or (isinstance(images, np.ndarray) and images.ndim < 4):
+                if isinstance(images, str | os.PathLike) and Path(images).is_dir():
+                    raise TypeError(f"{name} are images: of a folder, give Path({os.fspath(images)!r}).glob('*.jpg')")
                 raise TypeError(f"{name} are several images: put a single one, or an array of them, in a list")
 
 

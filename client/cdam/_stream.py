@@ -27,7 +27,7 @@ from cdam._explanation import Explanation
 from cdam._flow import SERVICE, Pause
 from cdam._images import ImageLike
 from cdam._methods import Method, MethodLike, as_methods
-from cdam._targets import Target, TargetLike
+from cdam._targets import Target, TargetLike, as_targets
 from cdam.v1 import common_pb2, explain_pb2
 
 PATH = f"/{SERVICE}/ExplainStream"
@@ -184,6 +184,7 @@ StreamFlow: TypeAlias = Generator[Step, Any, None]
 class _Sent:
     key: Any
     request: explain_pb2.ExplainRequest
+    targets: tuple[Target, ...]
     methods: tuple[Method, ...]
 
 
@@ -290,10 +291,11 @@ def wrapped(request: explain_pb2.ExplainRequest) -> bytes:
 def _encode(common: Common, item: Item, key: Any, request_id: str) -> _Sent | ItemResult:
     """The item's request, or, if it can't be made, its result."""
     methods = common.methods if item.methods is None else item.methods
+    targets = common.targets if item.targets is None else item.targets
     try:
         request = encode_explain(
             item.image,
-            common.targets if item.targets is None else item.targets,
+            targets,
             methods=methods,
             model=common.model,
             resize=common.resize,
@@ -305,7 +307,7 @@ def _encode(common: Common, item: Item, key: Any, request_id: str) -> _Sent | It
         if size > common.max_message_bytes:
             message = f"a request of {size} bytes; max_message_bytes is {common.max_message_bytes}"
             raise ResourceExhausted(message, code=grpc.StatusCode.RESOURCE_EXHAUSTED)
-        return _Sent(key, request, as_methods(methods))
+        return _Sent(key, request, as_targets(targets), as_methods(methods))
     except (CdamError, OSError, TypeError, ValueError) as error:
         return ItemResult(key, error=error)
 
@@ -314,7 +316,7 @@ def _result(sent: _Sent, answer: explain_pb2.ExplainStreamResponse) -> ItemResul
     if answer.WhichOneof("outcome") == "error":
         return ItemResult(sent.key, error=_item_error(answer.error))
     try:
-        return ItemResult(sent.key, decode_explanation(answer.response, sent.methods, sent.request))
+        return ItemResult(sent.key, decode_explanation(answer.response, sent.methods, sent.request, sent.targets))
     except MalformedResponse as error:
         return ItemResult(sent.key, error=error)
 

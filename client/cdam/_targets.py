@@ -1,7 +1,7 @@
 """What to explain."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -57,12 +57,15 @@ class Concept:
         id: Id of a registered concept, or None.
         vector: The vector itself, length `Model.latent_size`, or None.
         similarity: How similarity is measured.
+        label: What answers call it: its name, or, for one that goes by its id, what the caller does; None: the id's first
+            digits. Two concepts that differ in this alone are equal.
     """
 
     name: str | None
     id: str | None
     vector: tuple[float, ...] | None
     similarity: Similarity
+    label: str | None = field(compare=False, repr=False)
 
     def __init__(
         self,
@@ -71,16 +74,20 @@ class Concept:
         id: str | None = None,  # noqa: A002 - the API's name for it
         vector: Sequence[float] | NDArray[Any] | None = None,
         similarity: Similarity = "dot",
+        label: str | None = None,
     ) -> None:
         if sum(selector is not None for selector in (name, id, vector)) != 1:
             raise ValueError("a concept goes by exactly one of name, id and vector")
+        if label is not None and id is None:
+            raise ValueError("a label is for a concept that goes by its id")
         if vector is not None:
             array = np.asarray(vector, np.float32)
             if array.ndim != 1:
                 raise ValueError(f"a concept vector has one axis, got shape {array.shape}")
             vector = tuple(array.tolist())
-        for field, value in (("name", name), ("id", id), ("vector", vector), ("similarity", similarity)):
-            object.__setattr__(self, field, value)
+        given = {"name": name, "id": id, "vector": vector, "similarity": similarity, "label": name or label}
+        for attribute, value in given.items():
+            object.__setattr__(self, attribute, value)
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ def as_target(target: TargetLike) -> Target: ...
 def as_target(target: TargetLike) -> Target:
     """The target that is meant."""
     if isinstance(target, RegisteredConcept):
-        return Concept(id=target.id)
+        return Concept(id=target.id, label=target.name)
     return target if isinstance(target, Target) else Output(target)
 
 

@@ -134,6 +134,13 @@ def test_concepts_explain(client: cdam.Client) -> None:
     by_name, by_its_vector = explanation.maps[1].scores, explanation.maps[3].scores
     np.testing.assert_allclose(by_name, by_its_vector, atol=1e-5 * np.abs(by_its_vector).max())
     np.testing.assert_array_equal(explanation["scenes"].scores, by_name)
+    client.register_concept("everybody", others[:3])  # another name of the same content
+    rust = dataclasses.replace(concept, name="rust")
+    targets = [rust, own, cdam.Contrast(concept, rust), cdam.Contrast("3", concept)]
+    labels = ["rust", concept.id[:12], "scenes - rust", "3 - scenes"]
+    assert [target.label for target in client.explain(image, targets).targets] == labels
+    (streamed,) = client.explain_stream([image], targets)
+    assert [target.label for target in streamed.result().targets] == labels
     assert -1 <= explanation.targets[2].value <= 1
 
 
@@ -266,9 +273,10 @@ def test_the_commands(run: Cdam, client: cdam.Client, other_address: str, tmp_pa
     assert (done.returncode, done.stderr) == (0, "")
     concept = client.concept("loops")
     assert concept.id in done.stdout
-    worst = min(concept.examples, key=lambda example: example.cosine)
-    assert f"{worst.cosine:.3f}  loops/" in done.stdout
-    assert "nothing changed" in run("concept", "register", "loops", "loops", "--negatives", "others").stdout
+    assert "loops/" in done.stdout  # the example that fits worst
+    again = ("concept", "register", "loops", "loops", "--negatives", "others")
+    assert "nothing changed" in run(*again).stdout
+    assert "registered, with another description; --replace takes yours" in run(*again, "--description", "x").stdout
     taken = run("concept", "register", "loops", "others")
     assert (taken.returncode, taken.stdout) == (1, "")
     assert taken.stderr == "Error: loops is there already, with other content; --replace makes a new version\n"
@@ -276,6 +284,7 @@ def test_the_commands(run: Cdam, client: cdam.Client, other_address: str, tmp_pa
     broken = run("concept", "register", "others", "others")
     assert broken.returncode == 1
     assert broken.stderr.startswith("Error: example others/broken.png: ")
+    assert "there is no model 'nope'" in run("concept", "list", "--model", "nope").stderr
     (listed,) = json.loads(run("concept", "list", "--json", "--label", "team=vision").stdout)
     assert (listed["name"], listed["example_count"], listed["negative_count"]) == ("loops", 70, 10)
     shown = run("concept", "show", "loops").stdout
@@ -287,9 +296,12 @@ def test_the_commands(run: Cdam, client: cdam.Client, other_address: str, tmp_pa
     assert [relevance["label"] for relevance in maps] == ["loops", "loops (cosine)"]
     minus = run("explain", scene, "-t", "7", "--minus", "concept:loops", "--json")
     assert json.loads(minus.stdout)["maps"][0]["label"] == "7 - loops"
-    unknown = run("explain", scene, "-t", "concept:strokes", "--json")
+    assert maps[1]["target"] == {"concept": {"id": concept.id, "name": "loops", "similarity": "cosine"}}
+    unknown = run("explain", scene, scene, "-t", "concept:lops", "--json")
     assert (unknown.returncode, len(unknown.stderr.splitlines())) == (1, 1)
-    assert "--target concept:strokes: " in unknown.stderr
+    assert unknown.stderr.startswith("Error: --target concept:lops: ")
+    assert unknown.stderr.endswith("; did you mean 'loops'?\n")
+    assert "; for the concept: -t concept:loops" in run("explain", scene, "-t", "loops").stderr
 
     assert run("concept", "export", "--all", "-o", "out").stdout == "out/demo/loops.safetensors\n"
     imported = run("concept", "import", "out", "--name", "circles", server=other_address)

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2 as details
 from PIL import Image
 
 import cdam
-from cdam_server.cli.explain import explain
+from cdam_server.cli.explain import describe, explain
 from cdam_server.cli.models import models
 from cdam_server.cli.spelling import parse_method, parse_size, parse_target, spelled
 from scripted_server import Failure, Script, scores, serving
@@ -132,10 +132,17 @@ def test_file_names_are_tame(run: Run, image: Path, tmp_path: Path) -> None:
     result = run(explain, image, "-t", "../../etc/passwd", "-t", "x" * 300, "-t", "naïve: 50/50?", "-o", "out")
     assert result.exit_code == 0
     names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
-    assert names[0] == "scene.etc_passwd.cdam.png"
+    assert names[0] == "scene._etc_passwd.cdam.png"
     assert names[1] == "scene.naïve_50_50.cdam.png"
     assert all(len(name.encode()) < 255 for name in names)
     assert len(names) == 3
+
+
+def test_names_that_begin_with_a_dot_or_an_underscore_are_three(run: Run, image: Path, tmp_path: Path) -> None:
+    for label in ("loops", ".loops", "_rings", "rings"):
+        run(explain, image, "-t", label, "-o", "out")
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
+    assert names == [f"scene.{name}.cdam.png" for name in ("_loops", "_rings", "loops", "rings")]
 
 
 def test_a_sheet_a_shared_scale_and_blocks(run: Run, image: Path, tmp_path: Path) -> None:
@@ -180,8 +187,43 @@ def test_wrong_fields_are_named_as_the_command_line_does(
 def test_without_a_server_nothing_is_tried_twice(run: Run, image: Path) -> None:
     result = run(explain, image, image, "--server", "127.0.0.1:1")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: 127.0.0.1:1: no server answers there (")
-    assert len(result.stderr.splitlines()) == 1
+    said = "no server answers there (Connection refused); start one: cdam serve"
+    assert result.stderr == f"Error: 127.0.0.1:1: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (
+            "last error: UNKNOWN: ipv6:%5B::1%5D:1: Failed to connect to remote host: connect: Connection refused (111)",
+            "no server answers there (Connection refused); start one: cdam serve",
+        ),
+        (
+            "last error: UNKNOWN: unix:/x: Failed to connect to remote host: No such file or directory",
+            "no server answers there (No such file or directory); start one: cdam serve",
+        ),
+        (
+            "DNS resolution failed for far:1: C-ares status is not ARES_SUCCESS qtype=A name=far: Domain name not found]",
+            "no host has this name",
+        ),
+        ("Ssl handshake failed: WRONG_VERSION_NUMBER: OK", "no server answers there (Ssl handshake failed: {})"),
+    ],
+)
+def test_the_transports_words_are_cut_where_the_systems_say_it(told: str, said: str) -> None:
+    error = cdam.Unavailable(told, code=grpc.StatusCode.UNAVAILABLE)
+    assert describe(error) == said.format("WRONG_VERSION_NUMBER: OK")
+
+
+def test_what_is_wrong_with_all_images_is_said_once(run: Run, script: Script, image: Path) -> None:
+    script.failures = [Failure(grpc.StatusCode.FAILED_PRECONDITION, "not this model")]
+    result = run(explain, image, image, image)
+    assert (result.exit_code, result.stderr) == (1, "Error: not this model\n")
+    assert len(script.requests) == 1
+
+
+def test_the_admin_port(run: Run, script: Script, image: Path) -> None:
+    script.failures = [Failure(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")]
+    assert "is it the admin port?" in run(explain, image).stderr
 
 
 @pytest.mark.parametrize(

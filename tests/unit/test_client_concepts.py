@@ -287,17 +287,19 @@ def test_retries_end(script: Hearing, call: Call) -> None:
     script.breaks = [(5, UNAVAILABLE)] * 9
     images = [jpeg(n) for n in range(100)]
     with pytest.raises(cdam.Unavailable) as caught:
-        call(script.address, "register_concept", "loops", images, settings={"retries": 2})
+        call(script.address, "register_concept", "loops", images, retries=2)
     assert caught.value.retry_after == 0.001
     assert len(script.uploads) == 3
     with pytest.raises(cdam.Unavailable):
-        call(script.address, "register_concept", "loops", images, settings={"retries": 0})
+        call(script.address, "register_concept", "loops", images, retries=0)
     assert len(script.uploads) == 4
+    with pytest.raises(ValueError, match="retries"):
+        call(script.address, "register_concept", "loops", images, retries=-1)
 
 
 def test_nobody_there(call: Call) -> None:
     with pytest.raises(cdam.Unavailable):
-        call("127.0.0.1:1", "register_concept", "loops", [jpeg(n) for n in range(100)], settings={"retries": 1})
+        call("127.0.0.1:1", "register_concept", "loops", [jpeg(n) for n in range(100)], retries=1)
 
 
 def test_a_refusal_ends_it_at_once(script: Hearing, call: Call) -> None:
@@ -464,6 +466,14 @@ def test_what_can_not_be_registered(
     assert not script.uploads
 
 
+def test_a_folder_is_no_images(script: Hearing, call: Call, tmp_path: Path) -> None:
+    for folder in (tmp_path, str(tmp_path)):
+        with pytest.raises(TypeError, match=r"Path\('.*'\)\.glob\('\*\.jpg'\)"):
+            call(script.address, "register_concept", "loops", folder)
+    with pytest.raises(TypeError, match="in a list"):
+        call(script.address, "register_concept", "loops", str(tmp_path / "a.jpg"))
+
+
 def test_arrays_of_several_images(script: Hearing, call: Call) -> None:
     assert call(script.address, "register_concept", "x", np.zeros((3, 4, 5, 3), np.uint8)).example_count == 3
 
@@ -545,6 +555,37 @@ def test_a_concept_is_a_target(script: Hearing, call: Call) -> None:
     )
     assert explanation["loops"] is explanation.maps[0]
     assert explanation["loops (cosine)"] is explanation.maps[1]
+
+
+def test_concepts_by_id_are_called_what_the_caller_calls_them(script: Hearing, call: Call) -> None:
+    stock(script, "loops")
+    loops = call(script.address, "concept", "loops")
+    rust = dataclasses.replace(loops, name="rust")
+    cosine = cdam.Concept(id=loops.id, similarity="cosine", label="rings")
+    unnamed = cdam.Concept(id=loops.id)
+    targets = [
+        *(loops, rust, cosine, unnamed, cdam.Concept("loops")),
+        *(cdam.Contrast(loops, rust), cdam.Contrast("3", loops), cdam.Contrast(cosine, unnamed)),
+    ]
+    image = np.zeros((4, 4, 3), np.uint8)
+    explanation = call(script.address, "explain", image, targets)
+    short = loops.id[:12]
+    labels = [
+        "loops",
+        "rust",
+        "rings (cosine)",
+        short,
+        "loops",
+        "loops - rust",
+        "3 - loops",
+        f"rings (cosine) - {short}",
+    ]
+    assert [target.label for target in explanation.targets] == labels
+    assert explanation["rust"] is explanation.maps[1]
+    assert [target.target.label for target in explanation.targets[:5]] == ["loops", "rust", "rings", None, "loops"]
+    assert explanation.targets[5].target.negative.label == "rust"
+    with pytest.raises(ValueError, match="by its id"):
+        cdam.Concept("loops", label="rings")
 
 
 def test_it_is_shown_briefly(script: Hearing, call: Call) -> None:
@@ -651,8 +692,9 @@ def test_what_can_not_be_written_leaves_what_was_there(script: Hearing, call: Ca
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
         call(script.address, "export_concept", "loops", tmp_path / "folder")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError) as caught:
         call(script.address, "export_concept", "loops", tmp_path / "nowhere" / "file")
+    assert caught.value.filename == str(tmp_path / "nowhere" / "file")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 

@@ -1,35 +1,37 @@
 """`cdam concept`."""
 
-import hashlib
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 
 import cdam
-from cdam._images import encode_image
 from cdam_server.cli import concept_report
 from cdam_server.cli.explain import Failure, Server, connection_options, describe, server_from
-from cdam_server.cli.images import find_images
+from cdam_server.cli.hints import hint
+from cdam_server.cli.images import digests, find_images, some
 from cdam_server.cli.report import safe
-from cdam_server.cli.spelling import CONCEPT_NAME, model_option, parse_size
+from cdam_server.cli.spelling import CONCEPT_ID, CONCEPT_NAME, WHOLE_ID, model_option, parse_size
 
 _SUFFIX = ".safetensors"
+_ONE_MESSAGE = 64  # images that the client sends in one message, at most
 _MANY = 16  # images from which on a bar shows how far they are
 
-_REGISTER = """Register the concept NAME: of the IMAGEs the mean, as the model sees them; less the mean of the negatives.
+_REGISTER = """Register the concept NAME: the mean of what the model makes of the IMAGEs, less that of the negatives.
 
-IMAGE is a JPEG, PNG or WebP file, a folder, which stands for all images below, or a pattern in quotes. Any number will
-do; many travel one by one, without a --timeout. With --vector FILE.npy the concept is that vector instead.
+IMAGE is a JPEG, PNG or WebP file, a folder, which stands for all such files below it, or a pattern in quotes; up to the
+server's --max-concept-images, negatives counted in. Many travel one by one, without a --timeout. With --vector FILE.npy
+the concept is that vector instead.
 
-What is registered already is not registered again. If NAME has other content, --replace makes a new version of it.
+To repeat a registration is harmless. If NAME has other content, --replace makes a new version of it.
 
 \b
 Examples
@@ -41,13 +43,62 @@ Examples
 """
 
 
+_LIST = """List concepts, the newest version of each name.
+
+\b
+Examples
+  cdam concept list
+  cdam concept list --model demo --label team=vision
+  cdam concept list --json | jq -r '.[] | [.name, .id] | @tsv'
+"""
+
+_SHOW = """Show the concept NAME: its whole id, and how well its examples fit.
+
+\b
+Examples
+  cdam concept show loops
+  cdam concept show --id 1f0c...     (64 digits)
+  cdam concept show loops --json | jq '.examples | min_by(.cosine)'
+"""
+
+_DELETE = """Delete the name NAME. Its versions stay available by their ids.
+
+\b
+Example
+  cdam concept delete loops --model demo
+"""
+
+_EXPORT = """Write the concept NAME, or all, to files for other servers of the same model. Files that are there are replaced.
+
+\b
+Examples
+  cdam concept export loops
+  cdam concept export --all -o concepts/
+"""
+
+_IMPORT = """Register concepts that were exported. A DIR stands for all .safetensors files below it.
+
+\b
+Examples
+  cdam concept import loops.safetensors
+  cdam concept import concepts/ --server other:8001
+"""
+
+
 @click.group()
 def concept() -> None:
-    """Register concepts, and see which there are.
+    """Register, list, show, delete, export and import concepts.
 
     A concept is a direction in what a model makes of images, named, and learned from examples. `cdam explain -t
     concept:NAME` shows where in an image it is.
     """
+
+
+class _Aborted(click.ClickException):
+    """Ends the run as the user told it to."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"Aborted: {self.message}.", err=file is None, file=file)
 
 
 @contextmanager
@@ -55,6 +106,10 @@ def _failures(server: Server, request: dict[str, Any] | None = None) -> Iterator
     """Ends the run with one line that says what is wrong."""
     try:
         yield
+    except cdam.NotFound as error:
+        with server.client() as client:
+            meant = hint(client, error, (request or {}).get("model", ""))
+        raise Failure(describe(error, request) + meant) from error
     except (cdam.Unavailable, cdam.Unauthenticated, cdam.PermissionDenied) as error:
         raise Failure(f"{server.address}: {describe(error)}") from error
     except cdam.RpcError as error:
@@ -71,6 +126,8 @@ def _labels(_context: click.Context, _parameter: click.Parameter, words: Sequenc
         key, equals, value = word.partition("=")
         if not (key and equals):
             raise click.BadParameter(f"{word!r} is not KEY=VALUE")
+        if key in labels:
+            raise click.BadParameter(f"{key!r} is given twice")
         labels[key] = value
     return labels
 
@@ -89,7 +146,7 @@ _replace = click.option("--replace", is_flag=True, help="If NAME has other conte
 _json = click.option("--json", "as_json", is_flag=True, help="Print everything that is known, as JSON.")
 
 
-@concept.command(help=_REGISTER)
+@concept.command(help=_REGISTER, short_help="Register a concept, of images or a vector.")
 @click.argument("name")
 @click.argument("images", nargs=-1, metavar="IMAGE...")
 @click.option(
@@ -109,12 +166,16 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print everything t
 @model_option
 @click.option("--description", default="", help="For people.")
 @_label_option("For finding it again; repeatable.")
-@click.option("--resize", type=click.Choice(get_args(cdam.Resize)), help="As for `cdam explain`.")
+@click.option(
+    "--resize",
+    type=click.Choice(get_args(cdam.Resize)),
+    help="model: as it was evaluated, mostly the centre of each image; squash: all of it.",
+)
 @click.option(
     "--input-size",
     metavar="HxW",
     callback=lambda _ctx, _param, text: parse_size(text) if text else None,
-    help="As for `cdam explain`.",
+    help="The model's input in pixels, where it is flexible; `cdam explain` may use another.",
 )
 @_replace
 @_expected_version
@@ -127,22 +188,74 @@ def register(
         raise click.UsageError("a concept is made of IMAGEs, or of a --vector alone")
     settings = ("model", "description", "labels", "resize", "input_size", "replace", "expected_version")
     request = {setting: options.pop(setting) for setting in settings}
-    files = {"examples": find_images(images), "negatives": find_images(negatives)}
+    found, against = find_images(images), find_images(negatives)
+    files = {"examples": found.images, "negatives": against.images}
     if twice := set(files["examples"]) & set(files["negatives"]):
         raise click.UsageError(f"{min(twice)}: both an example and a negative")
     values = None if vector is None else _read_vector(vector)
     server = server_from(**options)
+    known = digests([*files["examples"], *files["negatives"]])
+    _tell_what_is_left_out([*found.left_out, *against.left_out], files, known)
     with (
-        _failures(server, {**request, **files}),
+        _failures(server, {"name": name, **request, **files}),
         server.client() as client,
-        _progress(len(files["examples"]) + len(files["negatives"])) as progress,
+        _progress(len(known)) as progress,
+        _ending(name, len(known), server, progress) as sent,
     ):
-        found = client.register_concept(
-            name, files["examples"], negatives=files["negatives"], vector=values, **request, progress=progress
+        client.model(request["model"])  # fails at once where an upload would be tried again and again
+        concept = client.register_concept(
+            name, files["examples"], negatives=files["negatives"], vector=values, **request, progress=sent
         )
-    with _failures(server):
-        names = {_digest(file): file for file in files["examples"]}
-    click.echo(concept_report.registered(found, names))
+    names = {known[file]: file for file in reversed(files["examples"])}
+    words = {word: request[word] for word in ("description", "labels")}
+    click.echo(concept_report.registered(concept, names, **words))
+
+
+def _tell_what_is_left_out(
+    others: Sequence[Path], files: Mapping[str, Sequence[Path]], known: Mapping[Path, str]
+) -> None:
+    if others:
+        are = "1 file that is" if len(others) == 1 else f"{len(others)} files that are"
+        click.echo(f"left out: {are} no JPEG, PNG or WebP: {some(others)}", err=True)
+    if twice := [file for side in files.values() for file in _repeated(side, known)]:
+        click.echo(f"left out: {len(twice)} duplicate{'s' * (len(twice) > 1)}: {some(twice)}", err=True)
+
+
+def _repeated(files: Sequence[Path], known: Mapping[Path, str]) -> Iterator[Path]:
+    """Files with the content of one before them."""
+    seen: set[str] = set()
+    for file in files:
+        if known[file] in seen:
+            yield file
+        seen.add(known[file])
+
+
+@contextmanager
+def _ending(
+    name: str, count: int, server: Server, progress: Callable[[int], None] | None
+) -> Iterator[Callable[[int], None]]:
+    """Says what came of a registration that ends early; yields what is to be told how many images were sent."""
+    sent = 0
+
+    def tell(done: int) -> None:
+        nonlocal sent
+        sent = max(sent, done)  # of all attempts: the first may have been whole, and its answer lost
+        if progress is not None:
+            progress(done)
+
+    def nothing() -> bool:  # the last image, and in one message every one, may have been all that the server needed
+        return sent < count and (sent > 0 or count > _ONE_MESSAGE)
+
+    try:
+        yield tell
+    except KeyboardInterrupt:
+        doubtful = f"probably nothing was registered; `cdam concept show {name}` tells"
+        raise _Aborted("nothing was registered" if nothing() else doubtful) from None
+    except cdam.Unavailable as error:
+        if not sent:
+            raise
+        registered = "nothing was registered; " if nothing() else ""
+        raise Failure(f"{server.address}: {describe(error)}; {registered}repeat the command") from error
 
 
 def _read_vector(file: Path) -> NDArray[Any]:
@@ -165,59 +278,55 @@ def _progress(count: int) -> Iterator[Callable[[int], None] | None]:
         yield lambda done: bar.update(done - bar.pos)
 
 
-def _digest(file: Path) -> str:
-    """The digest by which the server knows an image of this file."""
-    image = encode_image(file)
-    if image.WhichOneof("source") == "encoded":
-        return hashlib.sha256(image.encoded).hexdigest()
-    raw = image.raw
-    return hashlib.sha256(f"{raw.height} {raw.width} {raw.channels}\n".encode() + raw.data).hexdigest()
-
-
-@concept.command("list")
+@concept.command("list", help=_LIST)
 @click.option("--model", default="", metavar="NAME", help="Only concepts of this model.")
 @_label_option("Only those that have it; repeatable.")
 @_json
 @connection_options
 def list_concepts(*, model: str, labels: dict[str, str], as_json: bool, **connection: Any) -> None:
-    """List the newest versions of all concepts."""
+    """List concepts."""
     server = server_from(**connection)
     with _failures(server), server.client() as client:
         found = list(client.concepts(model=model, labels=labels))
+        if not found:
+            _check_model(client, model)
     if as_json:
         click.echo(json.dumps([concept_report.as_json(one) for one in found], indent=2))
     else:
         click.echo(concept_report.table(found) if found else "no concepts")
 
 
-@concept.command()
+@concept.command(help=_SHOW, short_help="Show what is known of a concept.")
 @click.argument("name", required=False)
-@click.option("--id", "concept_id", metavar="ID", help="The version of this id, by whatever name.")
+@click.option("--id", "concept_id", metavar="ID", help="A version by its whole id, of 64 digits.")
 @model_option
 @_json
 @connection_options
 def show(*, name: str | None, concept_id: str | None, model: str, as_json: bool, **connection: Any) -> None:
-    """Show all that is known of the concept NAME, and how well its examples fit."""
+    """Show a concept."""
     if (name is None) == (concept_id is None):
         raise click.UsageError("NAME or --id, one of them")
     if concept_id is not None and model:
         raise click.UsageError("--id goes without --model")
+    if concept_id is not None and not re.fullmatch(CONCEPT_ID, concept_id):
+        raise click.UsageError(f"--id: {WHOLE_ID}")
     server = server_from(**connection)
-    with _failures(server), server.client() as client:
+    with _failures(server, {"model": model}), server.client() as client:
         found = client.concept(name, id=concept_id, model=model)
     click.echo(json.dumps(concept_report.as_json(found)) if as_json else concept_report.shown(found))
 
 
-@concept.command()
+@concept.command(help=_DELETE)
 @click.argument("name")
-@click.option("--model", required=True, metavar="NAME", help="Its model.")
+@click.option("--model", required=True, metavar="NAME", help="Its model; for safety, none by default.")
 @_expected_version
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @connection_options
 def delete(*, name: str, model: str, expected_version: int | None, yes: bool, **connection: Any) -> None:
-    """Free the name NAME. Its versions can still be shown, and explained with, by their ids."""
+    """Delete a concept."""
     server = server_from(**connection)
-    with _failures(server), server.client() as client:
+    request = {"name": name, "model": model, "expected_version": expected_version}
+    with _failures(server, request), server.client() as client:
         if not yes:
             if not sys.stdin.isatty():
                 raise click.UsageError("there is no terminal to ask on: --yes deletes without")
@@ -228,49 +337,69 @@ def delete(*, name: str, model: str, expected_version: int | None, yes: bool, **
     click.echo(f"{name} of model {model} is deleted; version {gone.version} has the id {gone.id}")
 
 
-@concept.command()
+@concept.command(help=_EXPORT, short_help="Write concepts to files, for other servers.")
 @click.argument("name", required=False)
 @click.option("--all", "everything", is_flag=True, help="All concepts, into DIR/MODEL/NAME.safetensors.")
 @click.option(
     "--model", default="", metavar="NAME", help="Its model; without it, the server's default, with --all all."
 )
-@click.option("-o", "--out", metavar="FILE|DIR", type=click.Path(path_type=Path), help="[NAME.safetensors; --all: .]")
+@click.option(
+    "-o", "--out", metavar="FILE|DIR/", help="A file, or a folder, made if need be.  [NAME.safetensors; --all: .]"
+)
 @connection_options
-def export(*, name: str | None, everything: bool, model: str, out: Path | None, **connection: Any) -> None:
-    """Write the concept NAME to a file, to be imported by another server of the same model."""
+def export(*, name: str | None, everything: bool, model: str, out: str | None, **connection: Any) -> None:
+    """Export a concept, or all."""
     if (name is None) != everything:
         raise click.UsageError("NAME or --all, one of them")
-    if everything and out is not None and out.exists() and not out.is_dir():
+    target = Path(out or ".")
+    if everything and target.exists() and not target.is_dir():
         raise click.UsageError(f"-o {out}: with --all, a folder")
     server = server_from(**connection)
-    with _failures(server), server.client() as client:
+    with _failures(server, {"model": model}), server.client() as client:
         if name is not None:
-            target = out or Path(name + _SUFFIX)
-            click.echo(
-                client.export_concept(name, target / (name + _SUFFIX) if target.is_dir() else target, model=model)
-            )
+            folder = out is None or out.endswith(("/", os.sep)) or target.is_dir()
+            # The concept comes first, so that a name that is none leaves no folder behind.
+            _export(client, client.concept(name, model=model), target / _file_name(name) if folder else target)
             return
         written: set[str] = set()
         for found in client.concepts(model=model):
             if not re.fullmatch(CONCEPT_NAME, found.name):
                 raise Failure(f"{found.name!r} is no name of a concept, and may be a path")
-            file = (out or Path()) / safe(found.model) / (found.name + _SUFFIX)
+            file = target / safe(found.model) / _file_name(found.name)
             # Names that differ by letters that file names can't hold, or by their case.
             if str(file).casefold() in written:
                 file = file.with_name(f"{found.name}_{found.id[:8]}{_SUFFIX}")
             written.add(str(file).casefold())
-            file.parent.mkdir(parents=True, exist_ok=True)
-            click.echo(client.export_concept(found, file))
+            _export(client, found, file)
+        if not written:
+            _check_model(client, model)
+            click.echo("no concepts", err=True)
 
 
-@concept.command("import")
+def _check_model(client: cdam.Client, model: str) -> None:
+    """Fail if there is no model of this name: where no concept was found, a typo may be why."""
+    if model:
+        client.model(model)
+
+
+def _file_name(name: str) -> str:
+    """What a concept's file is called; never one that is hidden."""
+    return ("_" if name.startswith(".") else "") + name + _SUFFIX
+
+
+def _export(client: cdam.Client, found: cdam.RegisteredConcept, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    click.echo(client.export_concept(found, file))
+
+
+@concept.command("import", help=_IMPORT)
 @click.argument("files", nargs=-1, required=True, metavar="FILE|DIR...", type=click.Path(exists=True, path_type=Path))
 @click.option("--name", metavar="NAME", help="Another name; for a single FILE.")
 @click.option("--model", default="", metavar="NAME", help="The model; without it, the one that the concept is of.")
 @_replace
 @connection_options
 def import_concepts(*, files: tuple[Path, ...], name: str | None, model: str, replace: bool, **connection: Any) -> None:
-    """Register concepts that were exported; of a DIR, all below it."""
+    """Import concepts."""
     every = [file for path in files for file in (sorted(path.rglob("*" + _SUFFIX)) if path.is_dir() else [path])]
     if not every:
         raise click.UsageError(f"no {_SUFFIX} file below {', '.join(map(str, files))}")

@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdam
-from cdam_server.cli.report import columns, printable
+from cdam_server.cli.report import SHORT_ID, columns, printable
 
-_SHORT_ID: Final = 12
-_WORST: Final = 5
+_MOST_OUTLIERS: Final = 5
 _BINS: Final = 12
 _STEPS: Final = (1, 2, 5, 10, 20)
-_LOOSE: Final = 0.1  # mean cosine of two examples
+_UNCHANGED: Final = ": already registered, nothing changed"
 _LONG: Final = ("vector", "examples", "negatives")
 
 
@@ -44,9 +43,9 @@ def table(concepts: Iterable[cdam.RegisteredConcept]) -> str:
             printable(concept.model),
             str(concept.example_count or "vector"),
             str(concept.negative_count or "-"),
-            "-" if concept.spread is None else f"{concept.spread:.3f}",
+            f"{concept.spread:.3f}" if concept.spread is not None and concept.example_count > 1 else "-",
             f"{concept.create_time.astimezone():%Y-%m-%d %H:%M}",
-            concept.id[:_SHORT_ID],
+            concept.id[:SHORT_ID],
             _pairs(concept.labels),
         )
         for concept in concepts
@@ -55,26 +54,33 @@ def table(concepts: Iterable[cdam.RegisteredConcept]) -> str:
 
 
 def summary(concept: cdam.RegisteredConcept) -> str:
-    """One line on what came of a registration."""
-    unchanged = "" if concept.created else ": already registered, nothing changed"
-    return f"{concept.name}  version {concept.version} of model {concept.model}, id {concept.id[:_SHORT_ID]}{unchanged}"
+    """One line on what came of an import."""
+    return f"{_version(concept)}, id {concept.id[:SHORT_ID]}{'' if concept.created else _UNCHANGED}"
 
 
-def registered(concept: cdam.RegisteredConcept, names: Mapping[str, Path]) -> str:
-    """What was registered, and which examples fit worst.
+def registered(
+    concept: cdam.RegisteredConcept, names: Mapping[str, Path], *, description: str = "", labels: Mapping[str, str] = {}
+) -> str:
+    """What was registered, and which examples hardly belong to the others.
 
     Args:
         concept: The concept.
         names: The images' files, by digest.
+        description: What was given as such.
+        labels: What was given as such.
     """
+    unchanged = _UNCHANGED
+    if other := _others(concept, description, labels):
+        unchanged = f": already registered, with {other}; --replace takes yours"
     lines = [
-        summary(concept),
+        f"{_version(concept)}{'' if concept.created else unchanged}",
         f"  id      {concept.id}",
         f"  made of {_made_of(concept)}",
     ]
     if concept.spread is not None and concept.example_count > 1:
-        lines += [f"  spread  {_spread(concept)}", *_hint(concept)]
-        lines += ["  the examples that fit worst", *_worst(concept.examples, names)]
+        lines += [f"  spread  {_spread(concept)}", *_fit(concept.examples, names)]
+    if concept.example_count == 1:
+        lines.append("  one example: this is that image, not yet a concept")
     return "\n".join(lines)
 
 
@@ -87,7 +93,8 @@ def shown(concept: cdam.RegisteredConcept) -> str:
         "description": printable(concept.description),
         "labels": _pairs(concept.labels),
         "stored": f"{concept.create_time.astimezone():%Y-%m-%d %H:%M:%S %z}",
-        "made of": _made_of(concept) + (", as an export says" if concept.imported else ""),
+        "made of": _made_of(concept)
+        + (", imported: as the export says, not verified here" if concept.imported else ""),
         "brought to": _preparation(concept),
         "content": concept.content_digest,
         "vector": _length(concept),
@@ -95,7 +102,7 @@ def shown(concept: cdam.RegisteredConcept) -> str:
     }
     lines = [concept.name, *columns([fact for fact in facts.items() if fact[1]])]
     if concept.examples:
-        lines += [*_hint(concept), "", *histogram(concept)]
+        lines += ["", *histogram(concept)]
     return "\n".join(lines)
 
 
@@ -110,10 +117,13 @@ def histogram(concept: cdam.RegisteredConcept, width: int | None = None) -> Iter
     sides = [np.array([example.cosine for example in side]) for side in (concept.examples, concept.negatives) if side]
     edges = _edges(np.concatenate(sides))
     counts = [np.histogram(side, edges)[0] for side in sides]
-    names = [f"{side.size} {name}" for side, name in zip(sides, ("examples", "negatives"), strict=False)]
-    label = "cosine to their mean"
+    names = [
+        f"{_count(side.size, name)}, to the {name}s' mean"
+        for side, name in zip(sides, ("example", "negative"), strict=False)
+    ]
+    label = "cosine".rjust(len("-0.00 to -0.00"))
     digits = len(str(max(map(np.max, counts))))
-    room = max(8, (width - len(label) - 4) // len(sides) - digits - 3)
+    room = max(*map(len, names), 8, (width - len(label) - 4) // len(sides) - digits - 3)
     unit = max(1.0, max(map(np.max, counts)) / room)
     yield "  ".join([f"  {label}", *(name.ljust(room + digits + 1) for name in names)]).rstrip()
     for row in reversed(range(len(edges) - 1)):
@@ -148,34 +158,44 @@ def _inks() -> Sequence[str]:
     return "█░"
 
 
-def _worst(examples: Sequence[cdam.ConceptExample], names: Mapping[str, Path]) -> Iterator[str]:
-    for example in sorted(examples, key=lambda example: example.cosine)[:_WORST]:
-        yield f"    {example.cosine:.3f}  {names.get(example.digest, example.digest)}"
+def _fit(examples: Sequence[cdam.ConceptExample], names: Mapping[str, Path]) -> Iterator[str]:
+    """The lowest cosine, or, if there are any, those far below the others."""
+    far = outliers(examples)
+    if not far:
+        least = min(examples, key=lambda example: example.cosine)
+        yield f"  lowest cosine {least.cosine:.3f}: {names.get(least.digest, least.digest)}"
+        return
+    yield f"  far from the others, by cosine to the mean: {len(far)} of {len(examples)} examples"
+    for example in far[:_MOST_OUTLIERS]:
+        yield f"    {example.cosine: .3f}  {names.get(example.digest, example.digest)}"
+
+
+def outliers(examples: Sequence[cdam.ConceptExample]) -> list[cdam.ConceptExample]:
+    """Those that hardly belong to the others, the worst first."""
+    # Below 0, or by 0.3 and three robust standard deviations below the median: on the demo's digits this finds an odd
+    # one among its like, and none in what varies evenly, be its cosines all low or all high.
+    cosines = np.array([example.cosine for example in examples])
+    middle = np.median(cosines)
+    deviation = 1.4826 * np.median(abs(cosines - middle))
+    least = max(0.0, middle - max(3 * deviation, 0.3))
+    return sorted((example for example in examples if example.cosine < least), key=lambda example: example.cosine)
 
 
 def _spread(concept: cdam.RegisteredConcept) -> str:
-    unrelated = concept.example_count**-0.5  # of so many latents in random directions
-    return (
-        f"{concept.spread:.3f}, the mean cosine of the examples to their mean; of unrelated ones, about {unrelated:.2f}"
-    )
+    return f"{concept.spread:.3f}, the mean cosine of the examples to their mean"
 
 
-def _hint(concept: cdam.RegisteredConcept) -> list[str]:
-    if is_loose(concept):
-        return [
-            "  This is low: to this model the examples have next to nothing in common, and no direction stands for them."
-        ]
-    return []
+def _version(concept: cdam.RegisteredConcept) -> str:
+    return f"{concept.name}  version {concept.version} of model {printable(concept.model)}"
 
 
-def is_loose(concept: cdam.RegisteredConcept) -> bool:
-    """Whether the examples lie about as far from each other as what has nothing in common.
-
-    For n directions whose pairs have the mean cosine p, the length s of their mean, which is also their mean cosine to
-    it, has s^2 = 1/n + (n - 1)/n p.
-    """
-    spread, n = concept.spread, concept.example_count
-    return spread is not None and n > 1 and (n * spread * abs(spread) - 1) / (n - 1) < _LOOSE
+def _others(concept: cdam.RegisteredConcept, description: str, labels: Mapping[str, str]) -> str:
+    """Which of the words that were given are not those that are stored."""
+    differ = {
+        "another description": description not in {"", concept.description},
+        "other labels": bool(labels) and dict(labels) != dict(concept.labels),
+    }
+    return " and ".join(what for what, differs in differ.items() if differs)
 
 
 def _made_of(concept: cdam.RegisteredConcept) -> str:

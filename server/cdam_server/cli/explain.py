@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 import cdam
+from cdam_server.cli.hints import hint
 from cdam_server.cli.report import Report
 from cdam_server.cli.spelling import (
     Given,
@@ -41,7 +42,7 @@ A TARGET is one of
   name:top:3   the output that is really called so
   concept:loops          the concept of this name (`cdam concept list`), compared by the dot product
   concept:loops:cosine   by the cosine, or l2
-  concept:id=1f0c...     a version of it, by its id
+  concept:id=1f0c...     a version of it, by its whole id (`cdam concept show` prints it)
 
 Without any, the output with the highest value is explained. With --minus, each TARGET is explained minus that output
 or concept: what speaks for the one and against the other.
@@ -220,7 +221,8 @@ def _plain(error: Exception) -> str:
 @click.option(
     "--local",
     is_flag=True,
-    help="Explain in this process, without a server; CDAM_CHECKPOINT and so on say with what (cdam serve --help).",
+    help="Explain in this process, without a server: with CDAM_CHECKPOINT and so on, and the concepts of this machine's "
+    "--data-dir, CDAM_DATA_DIR (cdam serve --help).",
 )
 @connection_options
 def explain(
@@ -269,6 +271,9 @@ def _explain_all(images: Sequence[Path], server: Server, request: dict[str, Any]
                 report.add(path, client.explain(path, **request))
             except (cdam.Unavailable, cdam.Unauthenticated, cdam.PermissionDenied) as error:
                 raise Failure(f"{server.address}: {describe(error)}") from error  # the next image would fare no better
+            except (cdam.NotFound, cdam.FailedPrecondition) as error:  # likewise
+                meant = hint(client, error, request["model"]) if isinstance(error, cdam.NotFound) else ""
+                raise Failure(describe(error, request) + meant) from error
             except cdam.RpcError as error:
                 failed += 1
                 click.echo(f"Error: {path}: {describe(error, request)}", err=True)
@@ -296,7 +301,6 @@ _OPTIONS = {
     "description": "--description",
     "vector": "--vector",
     "expected_version": "--expected-version",
-    "model_fingerprint": "--model",
 }
 
 
@@ -304,13 +308,13 @@ def describe(error: cdam.RpcError, request: dict[str, Any] | None = None) -> str
     """One line for people: what is wrong with which option, or with the server."""
     match error:
         case cdam.InvalidArgument() if error.violations:
-            return "; ".join(f"{_option(v.field, request or {})}: {v.description}" for v in error.violations)
+            return "; ".join(_blamed(v.field, v.description, request or {}) for v in error.violations)
         case cdam.Unavailable() if error.retry_after is None:
-            return f"no server answers there ({_first_line(error)})"
+            return _nobody(error)
         case cdam.Unauthenticated():
             return f"wants other credentials, see --token-file ({_first_line(error)})"
         case cdam.AlreadyExists() | cdam.VersionMismatch():
-            return _conflict(error)
+            return _conflict(error, request or {})
         case cdam.DeadlineExceeded():
             return "no answer in time, see --timeout"
         case _:
@@ -318,18 +322,30 @@ def describe(error: cdam.RpcError, request: dict[str, Any] | None = None) -> str
 
 
 def _said(error: cdam.RpcError, request: dict[str, Any]) -> str:
+    if isinstance(error, cdam.Unimplemented) and not error.reason:
+        return (
+            "this port does not serve cdam's API; is it the admin port? The API's is 8001 if it was not told otherwise"
+        )
     line = _first_line(error) or error.code.name.lower().replace("_", " ")
     if found := re.match(r"([\w.[\]]+): ", line):  # the path of a field
-        return f"{_option(found[1], request)}: {line[found.end() :]}"
+        return _blamed(found[1], line[found.end() :], request)
     return line
 
 
-def _conflict(error: cdam.AlreadyExists | cdam.VersionMismatch) -> str:
+def _blamed(path: str, wrong: str, request: dict[str, Any]) -> str:
+    """What is wrong with a field of the request; of some it speaks for itself."""
+    return wrong if path in {"examples", "negatives", "model_fingerprint"} else f"{_option(path, request)}: {wrong}"
+
+
+def _conflict(error: cdam.AlreadyExists | cdam.VersionMismatch, request: dict[str, Any]) -> str:
     if isinstance(error, cdam.AlreadyExists):
         return f"{error.name} is there already, with other content; --replace makes a new version"
+    name, expected = request.get("name", "the name"), request.get("expected_version")
     if error.current_version == 0:
-        return "the name is free, and has no version as expected"
-    return f"the newest version is {error.current_version}, not the expected one"
+        return f"{name} is free, and has no version {expected}"
+    if expected == 0:
+        return f"{name} is at version {error.current_version}, not free"
+    return f"{name} is at version {error.current_version}, not {expected}"
 
 
 def _option(path: str, request: dict[str, Any]) -> str:
@@ -339,8 +355,18 @@ def _option(path: str, request: dict[str, Any]) -> str:
             values = request.get(prefix, ())
             if found[1] and int(found[1]) < len(values):
                 return f"{option} {spelled(values[int(found[1])])}"
-            return option
+            return f"{option} {values!r}" if values and prefix == "name" else option
     return path
+
+
+def _nobody(error: cdam.RpcError) -> str:
+    """The transport's words, cut to the system's where these say it: no server there, or no such host."""
+    line = _first_line(error)
+    if found := re.search(r"Failed to connect to remote host: (?:connect: )?([^:()]+?)(?: \(\d+\))?$", line):
+        return f"no server answers there ({found[1]}); start one: cdam serve"
+    if "Domain name not found" in line:
+        return "no host has this name"
+    return f"no server answers there ({line})"
 
 
 def _first_line(error: cdam.RpcError) -> str:

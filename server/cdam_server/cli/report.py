@@ -14,6 +14,7 @@ import click
 import cdam
 from cdam_server.cli.spelling import parameters
 
+SHORT_ID = 12  # digits of an id that stand for it
 _LARGE = 512  # longer side of an overlay of a small image, in pixels
 
 
@@ -86,8 +87,9 @@ class Report:
 
 
 def safe(text: str) -> str:
-    """The text with what file names can't hold replaced, and of a length that they can."""
-    return re.sub(r"[^\w.+-]+", "_", text).strip("._")[:80] or "_"
+    """The text with what file names can't hold replaced, and of a length that they can; never a hidden file's."""
+    tame = re.sub(r"[^\w.+-]+", "_", text)
+    return re.sub(r"^_*\.[._]*", "_", tame).rstrip("._")[:80] or "_"
 
 
 def printable(text: str) -> str:
@@ -120,6 +122,7 @@ def as_json(path: Path, explanation: cdam.Explanation, files: Sequence[Path | No
                     name: dataclasses.asdict(value) if isinstance(value, cdam.Noise) else value
                     for name, value in parameters(relevance.method).items()
                 },
+                "target": _target(relevance.target.target) if relevance.target else None,
                 "output_index": relevance.target.output_index if relevance.target else None,
                 "value": relevance.target.value if relevance.target else None,
                 "probability": relevance.target.probability if relevance.target else None,
@@ -139,8 +142,17 @@ def as_json(path: Path, explanation: cdam.Explanation, files: Sequence[Path | No
 
 def table(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None]) -> str:
     """A line for each map: the target, the model's answer to it, and how much speaks for and against it."""
-    probabilities = any(target.probability is not None for target in explanation.targets)
-    rows = [("target", "method", "logit" if probabilities else "value", "probability", "for", "against", "file")]
+    logits = all(target.probability is not None for target in explanation.targets)
+    concepts = any(_ids(relevance) for relevance in explanation)
+    heads = (
+        "target",
+        "method",
+        "logit" if logits and explanation.targets else "value",
+        "probability",
+        "for",
+        "against",
+    )
+    rows = [(*heads, *(["concept"] if concepts else []), "file")]
     for relevance, file in zip(explanation, files, strict=True):
         target, scores = relevance.target, relevance.scores
         probability = target.probability if target else None
@@ -152,6 +164,7 @@ def table(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None
                 f"{probability:.1%}" if probability is not None else "-",
                 f"{scores.clip(min=0).sum():+.4f}",
                 f"{scores.clip(max=0).sum():+.4f}",
+                *([_ids(relevance) or "-"] if concepts else []),
                 str(file or "-"),
             )
         )
@@ -159,6 +172,24 @@ def table(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None
     milliseconds = 1000 * explanation.timing.total
     head = f"{path}  {explanation.model}, {height} x {width} patches, {milliseconds:.1f} ms"
     return "\n".join([head, *columns(rows, right={2, 3, 4, 5}), ""])
+
+
+def _target(target: cdam.Output | cdam.Concept | cdam.Contrast) -> dict[str, Any]:
+    """What was explained, in JSON's types."""
+    match target:
+        case cdam.Contrast():
+            return {"contrast": {side: _target(getattr(target, side)) for side in ("positive", "negative")}}
+        case cdam.Concept():
+            return {"concept": {"id": target.id, "name": target.label, "similarity": target.similarity}}
+        case _:
+            return {"output": target.selector}
+
+
+def _ids(relevance: cdam.RelevanceMap) -> str:
+    """The first digits of the ids of concepts that were explained."""
+    target = relevance.target.target if relevance.target else None
+    sides = (target.positive, target.negative) if isinstance(target, cdam.Contrast) else (target,)
+    return " - ".join(side.id[:SHORT_ID] for side in sides if isinstance(side, cdam.Concept) and side.id)
 
 
 def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> Iterator[str]:

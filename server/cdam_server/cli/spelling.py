@@ -15,6 +15,9 @@ Given: TypeAlias = cdam.Output | cdam.TopK | cdam.Concept
 CONCEPT_NAME: Final = r"[A-Za-z0-9._-]{1,128}"
 """What a concept can be called, as a regular expression."""
 
+CONCEPT_ID: Final = r"[0-9a-f]{64}"
+WHOLE_ID: Final = "the whole id, 64 digits; `cdam concept show NAME` prints it"
+
 
 def parse_target(text: str) -> Given:
     """The target that the command line spells so; see the help of `cdam explain`.
@@ -113,7 +116,9 @@ def parameters(method: cdam.Method) -> dict[str, Any]:
 
 
 def _concept(spelling: str, text: str) -> cdam.Concept:
-    found = re.fullmatch(rf"(?:id=([0-9a-f]{{64}})|({CONCEPT_NAME}))(?::([a-z0-9]*))?", spelling)
+    if spelling.startswith("id=") and not re.match(rf"id={CONCEPT_ID}(:|$)", spelling):
+        raise click.BadParameter(f"{text!r}: {WHOLE_ID}")
+    found = re.fullmatch(rf"(?:id=({CONCEPT_ID})|({CONCEPT_NAME}))(?::([a-z0-9]*))?", spelling)
     if not found:
         raise click.BadParameter(
             f"{text!r}: a concept goes by its name, letters, digits, '.', '_' and '-', or by id= and 64 hexadecimal "
