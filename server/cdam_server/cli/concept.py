@@ -365,10 +365,11 @@ def export(*, name: str | None, everything: bool, model: str, out: str | None, *
         for found in client.concepts(model=model):
             if not re.fullmatch(CONCEPT_NAME, found.name):
                 raise Failure(f"{found.name!r} is no name of a concept, and may be a path")
-            file = target / safe(found.model) / _file_name(found.name)
-            # Names that differ by letters that file names can't hold, or by their case.
-            if str(file).casefold() in written:
-                file = file.with_name(f"{found.name}_{found.id[:8]}{_SUFFIX}")
+            file = plain = target / safe(found.model) / _file_name(found.name)
+            number = 1
+            while str(file).casefold() in written:  # by names that differ in case, or in what file names can't hold
+                number += 1
+                file = plain.with_name(f"{plain.stem}_{number}{_SUFFIX}")
             written.add(str(file).casefold())
             _export(client, found, file)
         if not written:
