@@ -154,9 +154,10 @@ class RegisterUseCase:
         """One of the places for registrations, and memory for what it holds."""
         caller = order.caller
         own = self._under_way[caller]
-        if self._under_way.total() >= self._most or own >= math.ceil(self._most / 4):
-            whose = f"{own} registrations of yours" if own >= math.ceil(self._most / 4) else "too many registrations"
-            raise OverloadedError(f"{whose} are under way", _RETRY_AFTER_SECONDS)
+        if own >= math.ceil(self._most / 4):
+            raise OverloadedError(f"{own} registrations of yours are under way", _RETRY_AFTER_SECONDS)
+        if self._under_way.total() >= self._most:
+            raise OverloadedError("too many registrations are under way", _RETRY_AFTER_SECONDS)
         if not self._room.try_take(order.bytes):
             raise OverloadedError("there is no memory for it now", _RETRY_AFTER_SECONDS)
         self._under_way[caller] += 1
