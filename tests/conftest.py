@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import structlog
 
 from postgres import PostgresServer, postgres_server
 
@@ -13,6 +14,15 @@ def _no_concepts_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
         yield
+
+
+@pytest.fixture
+def default_logs() -> Iterator[None]:
+    """Logs as they are by default: a server that another test runs in this process lets errors through alone."""
+    configured = structlog.get_config()
+    structlog.reset_defaults()
+    yield
+    structlog.configure(**configured)
 
 
 @pytest.fixture(scope="session")

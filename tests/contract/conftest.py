@@ -8,6 +8,11 @@ from cdam_server.store.cache import CachedStore
 from contract.backends import Place
 
 
+@pytest.fixture(autouse=True)
+def _default_logs(default_logs: None) -> None:
+    """Every test here starts from them."""
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """An empty database of each kind."""

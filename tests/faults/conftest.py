@@ -7,6 +7,11 @@ import pytest
 from postgres import PostgresServer, postgres_server
 
 
+@pytest.fixture(autouse=True)
+def _default_logs(default_logs: None) -> None:
+    """Every test here starts from them."""
+
+
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[PostgresServer]:
     """A PostgreSQL server of the module's own: one that has made many databases takes long to recover."""

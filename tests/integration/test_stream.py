@@ -99,7 +99,7 @@ def test_every_kind_of_bad_item_fails_alone(stub: Stub) -> None:
         "no targets": (request(good), code.INVALID_ARGUMENT, "targets"),
         "output": (request(good, output("unicorn")), code.NOT_FOUND, "output"),
         "model": (request(good, output(3), model="unicorn"), code.NOT_FOUND, "model"),
-        "concept": (request(good, named), code.UNIMPLEMENTED, ""),
+        "concept": (request(good, named), code.NOT_FOUND, "concept"),
     }
     requests = [request(good, output(3), request_id="first")]
     for name, (wrong, _, _) in bad.items():
@@ -117,7 +117,7 @@ def test_every_kind_of_bad_item_fails_alone(stub: Stub) -> None:
         if expected is code.INVALID_ARGUMENT:
             violation = item_detail(error, error_details_pb2.BadRequest).field_violations[0]
             assert violation.field == fact
-        elif expected is code.NOT_FOUND:
+        else:
             assert item_detail(error, error_details_pb2.ResourceInfo).resource_type == f"cdam.v1.{fact}"
     violation = item_detail(found["é" * 200].error, error_details_pb2.BadRequest).field_violations[0]
     assert violation.field == "request_id"
