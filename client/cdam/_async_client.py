@@ -51,7 +51,7 @@ class AsyncClient(BaseClient):
         input_size: tuple[int, int] | None = None,
         request_id: str = "",
         priority: Priority | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - it travels to the server as the call's deadline
+        timeout: float | None = None,
     ) -> Explanation:
         """As `Client.explain`."""
         request = await asyncio.to_thread(  # it may read a file
@@ -97,11 +97,11 @@ class AsyncClient(BaseClient):
         line = _lines.AsyncLine(lambda requests: self._start_stream(self._open(), requests, deadline))
         return _lines.run_async(explain_stream(common), _lines.each(items), line)
 
-    async def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:  # noqa: ASYNC109 - as above
+    async def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         """As `Client.models`."""
         return await self._run(_flow.models(), timeout)
 
-    async def model(self, name: str = "", *, timeout: float | None = None) -> Model:  # noqa: ASYNC109 - as above
+    async def model(self, name: str = "", *, timeout: float | None = None) -> Model:
         """As `Client.model`."""
         return await self._run(_flow.model(name), timeout)
 
@@ -120,7 +120,7 @@ class AsyncClient(BaseClient):
         replace: bool = False,
         expected_version: int | None = None,
         model_fingerprint: str = "",
-        timeout: float | None = None,  # noqa: ASYNC109 - as above
+        timeout: float | None = None,
         retries: int = 10,
         progress: Callable[[int], object] | None = None,
     ) -> RegisteredConcept:
@@ -151,7 +151,7 @@ class AsyncClient(BaseClient):
         *,
         id: str | None = None,  # noqa: A002 - the API's name for it
         model: str = "",
-        timeout: float | None = None,  # noqa: ASYNC109 - as above
+        timeout: float | None = None,
     ) -> RegisteredConcept:
         """As `Client.concept`."""
         return await self._run(_flow.concept_of(concept_request(name, id, model)), timeout)
@@ -162,7 +162,7 @@ class AsyncClient(BaseClient):
         model: str = "",
         labels: Mapping[str, str] | None = None,
         page_size: int = 0,
-        timeout: float | None = None,  # noqa: ASYNC109 - as above
+        timeout: float | None = None,
     ) -> AsyncGenerator[RegisteredConcept, None]:
         """As `Client.concepts`."""
         request = concept_pb2.ListConceptsRequest(model=model, labels=labels, page_size=page_size)
@@ -179,7 +179,7 @@ class AsyncClient(BaseClient):
         *,
         model: str = "",
         expected_version: int | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - as above
+        timeout: float | None = None,
     ) -> RegisteredConcept:
         """As `Client.delete_concept`."""
         return await self._run(_flow.delete_concept(name, model, expected_version), timeout)
@@ -190,7 +190,7 @@ class AsyncClient(BaseClient):
         path: str | os.PathLike[str],
         *,
         model: str = "",
-        timeout: float | None = None,  # noqa: ASYNC109 - as above
+        timeout: float | None = None,
     ) -> Path:
         """As `Client.export_concept`."""
         found = await self._run(_flow.whole_concept(concept, model), timeout)
@@ -206,7 +206,7 @@ class AsyncClient(BaseClient):
         labels: Mapping[str, str] | None = None,
         replace: bool = False,
         expected_version: int | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - as above
+        timeout: float | None = None,
     ) -> RegisteredConcept:
         """As `Client.import_concept`."""
         found = source if isinstance(source, RegisteredConcept) else await asyncio.to_thread(load_concept, source)
@@ -214,7 +214,7 @@ class AsyncClient(BaseClient):
         spec = import_spec(found, name, model, description=description, labels=labels, **changes)
         return await self._run(_flow.import_concept(spec, found.model), timeout)
 
-    async def wait_until_ready(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
+    async def wait_until_ready(self, timeout: float | None = None) -> None:
         """As `Client.wait_until_ready`."""
         await self._run(_flow.wait_until_ready(), timeout)
 
@@ -248,7 +248,7 @@ class AsyncClient(BaseClient):
         )
         return call(**self._upload_arguments(deadline))
 
-    async def _run(self, flow: Flow[T], timeout: float | None) -> T:  # noqa: ASYNC109 - as above
+    async def _run(self, flow: Flow[T], timeout: float | None) -> T:
         deadline = self._deadline(timeout)
         try:
             step = next(flow)

@@ -82,7 +82,8 @@ _WRITE: Final = _Kind(
 
 
 class PostgresStore(ConceptStore):
-    """Tables in a schema `cdam`, which is made at the first opportunity. Works behind PgBouncer, too.
+    """Tables in a schema `cdam`, which is made at the first opportunity. Nothing is kept in a session, as PgBouncer wants it;
+    behind one it has not been tried.
 
     A server that can't be reached is asked again at every operation, and used as soon as it is back.
 

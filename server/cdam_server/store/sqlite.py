@@ -21,7 +21,6 @@ from cdam_server.store.protocol import (
     Registration,
     StoreBusyError,
     StoredConcept,
-    StoreError,
     Version,
 )
 from cdam_server.store.sqlite_file import BUSY_SECONDS, Identity
@@ -291,6 +290,3 @@ def _run(connection: sqlite3.Connection, operation: Operation[Result]) -> Result
 def _close(connection: sqlite3.Connection) -> None:
     with suppress(sqlite3.Error):
         connection.close()
-
-
-__all__ = ["FILE_NAME", "SqliteStore", "StoreError"]
