@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from uuid import uuid4
 
 import numpy as np
@@ -24,8 +24,8 @@ from cdam_engine.families import Grid, TailOutput
 from cdam_engine.methods import Cdam
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.preprocess import DataConfig, normalise, prepare
-from cdam_engine.tail import ClsTail
 from cdam_engine.proof import prove
+from cdam_engine.tail import ClsTail
 from cdam_engine.targets import Output, Scalar, Target, TopK, check, count
 from cdam_engine.trunk import Trunk, resolve_precision
 from cdam_engine.vit import SplitViT
@@ -177,8 +177,7 @@ class Explainer:
         if not isinstance(image, Image.Image):
             raise TypeError(f"the image is a PIL image, not {type(image).__name__}; `explain` takes tensors")
         pixels = torch.from_numpy(prepare(image.convert("RGB"), self.data_config).pixels)[None]
-        several = [targets] if _is_one(targets) else targets
-        its_targets = [target if isinstance(target, Target) else Output(target) for target in several]
+        its_targets = _as_targets(targets)
         its_methods = [methods] if isinstance(methods, Method) else list(methods)
         (explanation,) = self.explain(pixels, [its_targets], [its_methods])
         return explanation
@@ -291,10 +290,7 @@ class Explainer:
     def _prove_again_if_changed(self) -> None:
         """What was proven holds for the hooks, the head and the blocks that were there."""
         parts = self.vit.parts()
-        if len(parts) != len(self._proven) or any(
-            its is not was for its, was in zip(parts, self._proven, strict=True)
-        ):
-            self.vit.refresh()
+        if len(parts) != len(self._proven) or any(its is not was for its, was in zip(parts, self._proven, strict=True)):
             prove(self.vit)
             self._proven = parts
 
@@ -346,9 +342,11 @@ class Explainer:
         return [place not in missing for place in range(len(keys))]
 
 
-def _is_one(targets: object) -> bool:
-    """Whether it is one target, or one index, and no sequence of them; arrays may be either."""
-    return isinstance(targets, Target) or (hasattr(targets, "__index__") and getattr(targets, "ndim", 0) == 0)
+def _as_targets(targets: object) -> list[Target]:
+    """One target or several, or their indices; an array may be either."""
+    one = isinstance(targets, Target) or (hasattr(targets, "__index__") and getattr(targets, "ndim", 0) == 0)
+    several: list[Any] = [targets] if one else list(cast("Sequence[Any]", targets))
+    return [target if isinstance(target, Target) else Output(target) for target in several]
 
 
 class _Found:
