@@ -10,7 +10,7 @@ from platformdirs import user_data_path
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
-from cdam_server.loading import ModelSpec, load_models_file
+from cdam_server.specs import ModelSpec, load_models_file
 
 MIB = 1024 * 1024
 _ONE_MODEL = {
