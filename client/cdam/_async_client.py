@@ -26,6 +26,7 @@ from cdam._items import Item, ItemResult
 from cdam._methods import MethodLike, as_methods
 from cdam._metrics import EvaluatedLike, MetricLike
 from cdam._models import Model
+from cdam._numbers import whole
 from cdam._outcome import AsyncEvaluation
 from cdam._register import PATH as UPLOAD_PATH
 from cdam._register import Images, register
@@ -70,6 +71,7 @@ class AsyncClient(BaseClient):
             input_size=input_size,
             request_id=request_id,
             priority=priority,
+            max_message_bytes=self._max_message_bytes,
         )
         return await self._run(_flow.explain(request, as_methods(methods), as_targets(targets)), timeout)
 
@@ -208,7 +210,7 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> AsyncGenerator[RegisteredConcept, None]:
         """As `Client.concepts`."""
-        request = concept_pb2.ListConceptsRequest(model=model, labels=labels, page_size=page_size)
+        request = concept_pb2.ListConceptsRequest(model=model, labels=labels, page_size=whole(page_size, "page_size"))
         while True:
             page, request.page_token = await self._run(_flow.concept_page(request), timeout)
             for found in page:

@@ -33,6 +33,7 @@ from cdam_engine.methods import (
 from cdam_engine.pauses import interruptible
 from cdam_engine.targets import Concept, Contrast, Output, Target, TopK
 from cdam_engine.vit import Grid, Readout, SplitViT
+from cdam_images import upright_rgb
 
 __all__ = [
     "METHODS",
@@ -69,4 +70,5 @@ __all__ = [
     "UnsupportedMethodError",
     "interruptible",
     "mean_concept",
+    "upright_rgb",
 ]
