@@ -93,13 +93,15 @@ def _colours(image: Image.Image) -> Image.Image:
     """The pixels as they lie in memory: RGBA where there is transparency, else RGB."""
     if not (image.width and image.height):
         raise ValueError(f"the image has no pixels: {image.height} x {image.width} (height x width)")
+    depth = _depth(image)  # known before the pixels are loaded
+    image.load()  # a PNG's transparency may follow the pixels
     match image.mode:
         case "I" | "F":
             raise UndefinedRangeError(
                 f"an image of mode {image.mode!r} has no defined range of values; scale it to 8 bits, 0..255, first"
             )
         case "1" | "L" | "RGB" | "I;16" | "I;16L" | "I;16B" | "I;16N":
-            return _of_samples(image)
+            return _of_samples(image, depth)
         case "P" if image.has_transparency_data:
             return image.convert("RGBA")
         case "LA" | "PA" | "RGBA" | "RGBa":
@@ -109,11 +111,10 @@ def _colours(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _of_samples(image: Image.Image) -> Image.Image:
+def _of_samples(image: Image.Image, depth: int | None) -> Image.Image:
     """Of grey and RGB, where one value may stand for transparent pixels."""
     if image.info.get("transparency") is None and not image.mode.startswith("I"):
         return image.convert("RGB")
-    depth = _depth(image)  # known before the pixels are loaded
     samples = np.asarray(image)
     transparent = _is_transparent(samples, image, depth)
     if samples.dtype == np.bool_:
@@ -170,7 +171,8 @@ def _turn(image: Image.Image, orientation: int | None) -> Image.Transpose | None
     if orientation is not None:
         return _UPRIGHT.get(orientation)
     try:
-        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        said = image.getexif().get(ExifTags.Base.Orientation)
+        return _UPRIGHT.get(said) if isinstance(said, int) else None
     except Exception:  # noqa: BLE001 - the pixels are good, and Pillow promises no set of exceptions here
         return None
 
