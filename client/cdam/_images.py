@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,12 +15,15 @@ from PIL import Image, UnidentifiedImageError
 from cdam._errors import ImageError, ResourceExhausted
 from cdam.v1 import common_pb2 as pb
 from cdam_images import UndefinedRangeError, upright_mask, upright_rgb
+from cdam_images.files import find_picture
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8]
 """An image: a path, an encoded file's bytes, a PIL image, or uint8 pixels of shape (H, W), (H, W, 1) or (H, W, 3)."""
 
 MaskLike: TypeAlias = ImageLike | NDArray[np.bool_]
 """A mask: an image that is neither black nor transparent inside, or a bool array of shape (H, W)."""
+
+_Convert: TypeAlias = Callable[..., Image.Image]  # of an image, and its orientation if that is known
 
 _WRAPPING = 16  # bytes that a request weighs more in a stream than alone, at most
 _GREY = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -84,7 +88,7 @@ def fit(request: Any, images: Iterable[pb.Image], largest: int) -> None:
         )
 
 
-def _encode(image: Any, convert: Callable[[Image.Image], Image.Image]) -> pb.Image:
+def _encode(image: Any, convert: _Convert) -> pb.Image:
     match image:
         case str() | os.PathLike():
             return _encode_file(Path(image).read_bytes(), os.fspath(image), convert)
@@ -97,22 +101,22 @@ def _encode(image: Any, convert: Callable[[Image.Image], Image.Image]) -> pb.Ima
     raise TypeError(f"an image is a path, bytes, a PIL image or an array, not {type(image).__name__}")
 
 
-def _encode_file(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image]) -> pb.Image:
+def _encode_file(data: bytes, name: str, convert: _Convert) -> pb.Image:
     if data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n" or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
         return pb.Image(encoded=data)
     return _encode_pixels(np.asarray(_opened(data, name, convert)))
 
 
-def _opened(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _opened(data: bytes, name: str, convert: _Convert) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
+        picture = find_picture(data)
+        image = Image.open(io.BytesIO(picture.data))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: not an image that can be read, send a JPEG, PNG or WebP file") from error
-    return _converted(image, name, convert)
+    return _converted(image, name, partial(convert, orientation=picture.orientation))
 
 
-def _converted(image: Image.Image, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _converted(image: Image.Image, name: str, convert: _Convert) -> Image.Image:
     try:
         return convert(image)
     except UndefinedRangeError as error:
@@ -121,9 +125,9 @@ def _converted(image: Image.Image, name: str, convert: Callable[[Image.Image], I
         raise ImageError(f"{name}: not an image that can be read: {error}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, orientation: int | None = None) -> Image.Image:
     """Mode L if the image is grey, else RGB."""
-    rgb = upright_rgb(image)
+    rgb = upright_rgb(image, orientation)
     return rgb.getchannel("R") if image.mode in _GREY else rgb
 
 

@@ -3,7 +3,7 @@
 Everything here assumes hostile input: limits are checked on the header, before pixels are decoded, and whatever PIL
 raises on bad bytes becomes an `InvalidArgumentError`. Nothing here touches global state, so it may run in threads.
 
-What an image is, upright, opaque and of 8 bits, `cdam_images` says; where it is in a file, `image_files`.
+What an image is, upright, opaque and of 8 bits, `cdam_images` says, and `cdam_images.files` where it is in a file.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, 
 
 from cdam.v1 import common_pb2
 from cdam_images import UndefinedRangeError, upright_mask, upright_rgb
+from cdam_images.files import OverLimitError, Picture, find_picture
 from cdam_server.errors import InvalidArgumentError
-from cdam_server.rpc.image_files import OverLimitError, Picture, find_picture
 
 FORMATS: Final = (
     JpegImagePlugin.JpegImageFile.format,
@@ -32,7 +32,7 @@ FORMATS: Final = (
 # write about ten; so many are allowed at `max_pixels`, and more in smaller pictures.
 _MAX_JPEG_SCANS: Final = 25
 
-_Convert = Callable[[Image.Image, int], Image.Image]
+_Convert = Callable[[Image.Image, int | None], Image.Image]
 """From an image and its orientation to what is wanted of it."""
 
 

@@ -48,13 +48,14 @@ class Picture:
 
     Attributes:
         data: A file of the same format with the picture's pixels in it, and little else.
-        orientation: 1 to 8, as EXIF counts them; 1 where there is none, or it is broken.
+        orientation: 1 to 8, as EXIF counts them; 1 where there is none, or it is broken. None: of another format, whose
+            metadata are left in it.
         size: (width, height) in pixels by the header; None if it has none.
         scans: The scans of a JPEG: how often a decoder passes over the picture. 1 in other files.
     """
 
     data: bytes
-    orientation: int = 1
+    orientation: int | None = None
     size: tuple[int, int] | None = None
     scans: int = 1
 
@@ -242,6 +243,7 @@ def _webp(data: bytes) -> Picture:
     kept: list[bytes | memoryview] = []
     seen: set[bytes] = set()
     notes = {b"EXIF": b"", b"XMP ": b""}
+    announced = data[20] if data[12:16] == b"VP8X" and len(data) > 20 else 0
     parts, position = 0, 12
     stop = min(len(data), 8 + int.from_bytes(view[4:8], "little"))
     while position + 8 <= stop:
@@ -249,7 +251,8 @@ def _webp(data: bytes) -> Picture:
         kind, length = data[position : position + 4], int.from_bytes(view[position + 4 : position + 8], "little")
         end = position + 8 + length
         if kind in notes:
-            notes[kind] = notes[kind] or bytes(view[position + 8 : min(end, stop)])
+            if announced & _WEBP_NOTES[kind]:  # libwebp passes over others
+                notes[kind] = notes[kind] or bytes(view[position + 8 : min(end, stop)])
         elif kind in _WEBP_PIXELS and kind not in seen:
             seen.add(kind)
             chunk = view[position : min(end, stop)]
@@ -260,12 +263,13 @@ def _webp(data: bytes) -> Picture:
     return Picture(picture, _orientation(notes[b"EXIF"], notes[b"XMP "]), _webp_canvas(picture))
 
 
+_WEBP_NOTES: Final = {b"EXIF": 0x08, b"XMP ": 0x04}
 _WEBP_PIXELS: Final = frozenset({b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L"})
 
 
 def _without_notes(header: memoryview) -> bytes:
     """An extended header that announces no profile, EXIF and XMP."""
-    return bytes(header[:8]) + bytes(flags & ~0x2C for flags in header[8:9]) + bytes(header[9:])
+    return bytes(header[:8]) + bytes(flags & 0xD3 for flags in header[8:9]) + bytes(header[9:])
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int] | None:
