@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -38,14 +38,17 @@ T = TypeVar("T")
 
 
 class AsyncClient(BaseClient):
-    """A client for asyncio: the methods of `Client`, to be awaited. It belongs to the event loop of its first call.
+    """A client for asyncio: the methods of `Client`, to be awaited.
+
+    It may be used from one event loop after another, or from several at once: each has a connection of its own.
 
     async with cdam.AsyncClient("localhost:8001") as client:
         explanation = await client.explain("scene.png", "7")
     """
 
     _blocking = False
-    _channel: grpc.aio.Channel | None = None
+    # grpc.aio's channels belong to the loop in which they were made.
+    _channels: Mapping[asyncio.AbstractEventLoop, grpc.aio.Channel] = MappingProxyType({})
 
     async def explain(
         self,
@@ -264,10 +267,15 @@ class AsyncClient(BaseClient):
         await self._run(_flow.wait_until_ready(), timeout)
 
     async def close(self) -> None:
-        """Close the connection, for good; calls under way fail."""
-        self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
+        """Close the connections, for good; calls under way fail."""
+        with self._lock:
+            self._closed = True
+            channels, self._channels = self._channels, {}
+        for loop, channel in channels.items():
+            if loop is asyncio.get_running_loop():
+                await channel.close()
+            elif loop.is_running():  # in another thread
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(channel.close(), loop))
 
     async def __aenter__(self) -> Self:
         return self
@@ -278,14 +286,18 @@ class AsyncClient(BaseClient):
         await self.close()
 
     def _open(self) -> grpc.aio.Channel:
-        self._check_open()
-        if self._channel is None:
-            its = self._connection
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(its.address, its.options)
-            else:
-                self._channel = grpc.aio.secure_channel(its.address, self._credentials, its.options)
-        return self._channel
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._check_open()
+            if loop not in self._channels:
+                its = self._connection
+                if self._credentials is None:
+                    channel = grpc.aio.insecure_channel(its.address, its.options)
+                else:
+                    channel = grpc.aio.secure_channel(its.address, self._credentials, its.options)
+                others = {at: other for at, other in self._channels.items() if not at.is_closed()}
+                self._channels = {**others, loop: channel}
+            return self._channels[loop]
 
     def _start_upload(self, deadline: float | None) -> Any:
         call: grpc.aio.StreamUnaryMultiCallable[bytes, Any] = self._open().stream_unary(

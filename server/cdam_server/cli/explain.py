@@ -3,7 +3,7 @@
 import glob
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,10 +193,16 @@ def local_server(model: str) -> Iterator[tuple[str, str]]:
             logs.configure(settings.log_format, settings.log_level)
             address = stack.enter_context(bootstrap.serve_in_background(settings))
         except ValidationError as error:
-            raise Failure("--local: " + "; ".join(item["msg"] for item in error.errors())) from error
+            raise Failure("--local: " + "; ".join(map(_blamed_variable, error.errors()))) from error
         except (LoadError, ValueError, OSError) as error:
             raise Failure(f"--local: {_plain(error)}") from error
         yield address, model
+
+
+def _blamed_variable(error: Mapping[str, Any]) -> str:
+    """What is wrong with a setting, which --local reads from the environment alone."""
+    said = str(error["msg"]).removeprefix("Value error, ")
+    return f"CDAM_{str(error['loc'][0]).upper()}: {said}" if error["loc"] else said
 
 
 def _plain(error: Exception) -> str:
