@@ -27,6 +27,8 @@ MAX_INFLATED: Final = 32 * 1024 * 1024
 _MAX_TEXT: Final = 1024 * 1024
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
+_JPEG_END: Final = b"\xff\xd9"
+_SEQUENTIAL: Final = frozenset({0xC0, 0xC1, 0xC9})
 _JPEG_MARKER: Final = re.compile(rb"\xff([\x01-\xfe])")
 # Entropy-coded data hold stuffed zeros and restart markers; any other marker ends them.
 _SCAN_END: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -93,40 +95,91 @@ def _jpeg(data: bytes) -> Picture:
 
     Source: ISO/IEC 10918-1, annex B.
     """
-    view = memoryview(data)
-    kept: list[bytes | memoryview] = [b"\xff\xd8"]
-    exif, xmp = bytearray(), b""
-    size: tuple[int, int] | None = None
-    parts = scans = 0
-    position = 2
-    while (found := _JPEG_MARKER.search(data, position)) is not None:
+    found = _JpegParts(data)
+    parts = 0
+    while found.step():
         parts = _count(parts)
+    return Picture(
+        b"".join(found.kept), _orientation(bytes(found.exif), found.xmp), found.size, scans=max(found.scans, 1)
+    )
+
+
+class _JpegParts:
+    """A walk from segment to segment.
+
+    Attributes:
+        kept: What the picture needs; nothing more once it is complete.
+        exif: As it stands in one segment, or in several.
+        xmp: An XML file, or nothing.
+        size: (width, height) in pixels.
+        scans: How many there are.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._view = memoryview(data)
+        self._position = 2
+        self._complete = False
+        self._single = -1  # components of a scan that is the whole picture, if one can be
+        self.kept: list[bytes | memoryview] = [b"\xff\xd8"]
+        self.exif = bytearray()
+        self.xmp = b""
+        self.size: tuple[int, int] | None = None
+        self.scans = 0
+
+    def step(self) -> bool:
+        """Take the next segment; False if there are no more."""
+        found = _JPEG_MARKER.search(self._data, self._position)
+        if found is None:
+            return False
+        # Some cameras forget to mark the end: what does not follow at once on a complete picture is none of it.
+        if self._complete and self._data[self._position : found.start()].strip(b"\xff"):
+            return False
         marker, start = found[1][0], found.end()
-        position = start
-        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # stand alone
-            continue
-        if marker in {0xD8, 0xD9}:
-            kept.append(b"\xff\xd9" if marker == 0xD9 else b"")
-            break
-        end = start + max(int.from_bytes(view[start : start + 2], "big"), 2)
-        if end > len(data):
-            break
-        position = end
-        if _is_metadata(marker, body := view[start + 2 : end]):
-            if marker == 0xE1 and data.startswith(_EXIF, start + 2):
-                exif += body[len(_EXIF) :] if exif else body
-            elif marker == 0xE1 and data.startswith(_JPEG_XMP, start + 2):
-                xmp = bytes(body[len(_JPEG_XMP) :])
-            continue
-        kept.append(view[start - 2 : end])
-        if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC} and len(body) >= 5:  # a frame's header
-            size = size or (int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big"))
+        if marker in {0xD8, 0xD9}:  # another picture's beginning, the end
+            if marker == 0xD9 and not self._complete:
+                self.kept.append(_JPEG_END)
+            return False
+        self._position = start
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # these stand alone
+            return True
+        end = start + max(int.from_bytes(self._view[start : start + 2], "big"), 2)
+        if end > len(self._data):
+            return False
+        self._position = end
+        self._segment(marker, start, end)
+        return True
+
+    def _segment(self, marker: int, start: int, end: int) -> None:
+        body = self._view[start + 2 : end]
+        if _is_metadata(marker, body):
+            if not self.scans:  # Pillow reads none behind
+                self._metadata(marker, bytes(body))
+            return
+        if not self._complete:
+            self.kept.append(self._view[start - 2 : end])
+        if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC} and len(body) > 5 and self.size is None:
+            self.size = (int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big"))
+            self._single = body[5] if marker in _SEQUENTIAL else -1
         elif marker == 0xDA:
-            scans += 1
-            after = _SCAN_END.search(data, end)
-            position = after.start() if after else len(data)
-            kept.append(view[end:position])
-    return Picture(b"".join(kept), _orientation(bytes(exif), xmp), size, max(scans, 1))
+            self._scan(components=body[0] if body else 0, start=end)
+
+    def _scan(self, components: int, start: int) -> None:
+        self.scans += 1
+        after = _SCAN_END.search(self._data, start)
+        self._position = after.start() if after else len(self._data)
+        if self._complete:
+            return
+        self.kept.append(self._view[start : self._position])
+        if after and components == self._single:
+            self._complete = True
+            self.kept.append(_JPEG_END)
+
+    def _metadata(self, marker: int, body: bytes) -> None:
+        if marker == 0xE1 and body.startswith(_EXIF):
+            self.exif += body[len(_EXIF) :] if self.exif else body
+        elif marker == 0xE1 and body.startswith(_JPEG_XMP):
+            self.xmp = body[len(_JPEG_XMP) :]
 
 
 def _is_metadata(marker: int, body: memoryview) -> bool:
