@@ -29,6 +29,7 @@ from cdam_engine.tail import ClsTail
 from cdam_engine.targets import Output, Scalar, Target, TopK, check, count
 from cdam_engine.trunk import Trunk, resolve_precision
 from cdam_engine.vit import SplitViT
+from cdam_images import upright_rgb
 
 
 class _Unit(NamedTuple):
@@ -164,19 +165,20 @@ class Explainer:
         """Explain one image, resized and cropped as the model was evaluated.
 
         Args:
-            image: The image; in other modes than RGB it is converted.
+            image: The image, of any mode; it is brought upright, opaque and to 8-bit RGB, see `upright_rgb`.
             targets: What to explain, one or several; an int is an output's index.
             methods: How, one or several.
 
         Raises:
             UnsupportedMethodError: The model can't serve a method.
             IndexError: A target names an output that the model does not have.
-            ValueError: A concept's vector is not one of the model's latent space.
+            ValueError: A concept's vector is not one of the model's latent space, or the image's values have no defined
+                range (modes I and F).
             TypeError: The image, a target or a method is something else.
         """
         if not isinstance(image, Image.Image):
             raise TypeError(f"the image is a PIL image, not {type(image).__name__}; `explain` takes tensors")
-        pixels = torch.from_numpy(prepare(image.convert("RGB"), self.data_config).pixels)[None]
+        pixels = torch.from_numpy(prepare(upright_rgb(image), self.data_config).pixels)[None]
         its_targets = _as_targets(targets)
         its_methods = [methods] if isinstance(methods, Method) else list(methods)
         (explanation,) = self.explain(pixels, [its_targets], [its_methods])
