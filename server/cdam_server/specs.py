@@ -52,7 +52,7 @@ class Preprocessing(BaseModel):
     """How a model wants its images, where it is not as its architecture's own weights do.
 
     Attributes:
-        mean: Of each channel, on a scale where white is 1.
+        mean: Of each channel, on a scale where white is 1: three for RGB, one for grey.
         std: Likewise.
         interpolation: Filter of the resize.
         crop_pct: Input size over resized size.
@@ -62,10 +62,8 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mean: tuple[float, float, float] | None = None
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = (
-        None
-    )
+    mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=3)] | None = None
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=3)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
     crop_pct: float | None = Field(default=None, gt=0, le=1)
     crop_mode: Literal["center", "squash", "border"] | None = None
