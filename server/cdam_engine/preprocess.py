@@ -99,20 +99,16 @@ class DataConfig:
         return len(self.mean)
 
     @classmethod
-    def from_timm(cls, model: torch.nn.Module, **changes: Any) -> DataConfig:
+    def from_timm(cls, model: torch.nn.Module) -> DataConfig:
         """The configuration that comes with a timm model.
 
         The input size is the one that the model was built with (`img_size`), which timm leaves out of the
         configuration.
 
-        Args:
-            model: The model.
-            changes: Attributes in the place of timm's.
-
         Raises:
             ValueError: The model takes neither RGB nor grey images, or is configured in a way that is not served.
         """
-        config: dict[str, Any] = timm.data.resolve_model_data_config(model) | changes
+        config: dict[str, Any] = timm.data.resolve_model_data_config(model)
         _, *size = config["input_size"]
         embedding = getattr(model, "patch_embed", None)
         channels = input_channels(model)

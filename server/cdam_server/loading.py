@@ -330,10 +330,14 @@ def _count_outputs(module: nn.Module, split: SplitViT | None) -> int:
 
 
 def _data_config(spec: ModelSpec, module: nn.Module) -> DataConfig:
+    given = spec.preprocessing.given()
+    config: Any = getattr(module, "pretrained_cfg", None) or {}
+    module.pretrained_cfg = {**config, **given}  # type: ignore[assignment]
     try:
-        return DataConfig.from_timm(module, **spec.preprocessing.given())
+        return DataConfig.from_timm(module)
     except ValueError as error:
-        raise LoadError("preprocessing", str(error)) from error
+        setting = "preprocessing" if given or "mean" in str(error) else "architecture"
+        raise LoadError(setting, str(error)) from error
 
 
 def _settings(spec: ModelSpec, module: nn.Module, data_config: DataConfig) -> dict[str, object]:

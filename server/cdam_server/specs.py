@@ -23,7 +23,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from cdam_server.load_error import LoadError
 from cdam_server.output_names import IMAGENETS, read_names
@@ -48,6 +57,12 @@ class Task(StrEnum):
     REGRESSION = "regression"
 
 
+def _for_channels(values: list[float]) -> list[float]:
+    if len(values) not in {1, 3}:
+        raise ValueError(f"must have a value for each channel, 3 (RGB) or 1 (grey), not {len(values)}")
+    return values
+
+
 class Preprocessing(BaseModel):
     """How a model wants its images, where it is not as its architecture's own weights do.
 
@@ -62,8 +77,8 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=3)] | None = None
-    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=3)] | None = None
+    mean: Annotated[list[float], AfterValidator(_for_channels)] | None = None
+    std: Annotated[list[Annotated[float, Field(gt=0)]], AfterValidator(_for_channels)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
     crop_pct: float | None = Field(default=None, gt=0, le=1)
     crop_mode: Literal["center", "squash", "border"] | None = None

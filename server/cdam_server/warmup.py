@@ -32,11 +32,9 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanatio
     Raises:
         ValueError: A model can't be used, or not be compiled.
     """
-    models = list(catalog)
+    models = [served for served in catalog if served.unsupported is None and served.trunk_of is None]
     for number, served in enumerate(models, 1):
         name = served.loaded.name
-        if served.unsupported is not None or served.trunk_of is not None:
-            continue
         _log.info("warming up", model=name, number=number, of=len(models), compiled=bool(served.compiled_batch_sizes))
         started = perf_counter()
         try:
