@@ -16,7 +16,9 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=random, dtype=torch.float64).to(parameter.dtype)
-            is_scale = parameter.ndim == 1 and ("norm" in name or ".ln_" in name or ".ln." in name) and "bias" not in name
+            is_scale = (
+                parameter.ndim == 1 and ("norm" in name or ".ln_" in name or ".ln." in name) and "bias" not in name
+            )
             if is_scale or "lambda" in name or name.endswith("gamma"):
                 parameter.copy_(1 + 0.3 * noise)
             elif parameter.ndim > 1 and parameter.shape[0] > 1:

@@ -56,7 +56,7 @@ def convert(request: Request) -> Converted:
         model_kwargs={
             **kwargs,
             "mlp_ratio": mlp_ratio(config.count("intermediate_size"), kwargs["embed_dim"]),
-            "init_values": 1.0 if "blocks.0.gamma_1" in weights else None,
+            "init_values": 1.0 if "blocks.0.gamma_1" in weights else 0.0,  # 0: no layer scale
             "use_abs_pos_emb": bool(config["use_absolute_position_embeddings"]),
             "use_rel_pos_bias": bool(config["use_relative_position_bias"]),
             "use_shared_rel_pos_bias": bool(config["use_shared_relative_position_bias"]),

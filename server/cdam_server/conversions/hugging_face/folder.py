@@ -88,7 +88,9 @@ def _processor(path: Path) -> Mapping[str, Any] | None:
 def _tensors(path: Path) -> StateDict:
     name = next((name for name in _WEIGHTS if (path / name).is_file()), None)
     if name is None:
-        raise ConversionError(f"there are no weights in {path}: none of {', '.join(_WEIGHTS)}, but {few(_listed(path))}")
+        raise ConversionError(
+            f"there are no weights in {path}: none of {', '.join(_WEIGHTS)}, but {few(_listed(path))}"
+        )
     if not name.endswith(".index.json"):
         return _read(path / name)
     index = _json(path / name).get("weight_map")
