@@ -38,7 +38,7 @@ class Converted:
         source: The class that it was, and its library.
         architecture: The factory of timm's that makes its code; sizes are in `model_kwargs`.
         model_kwargs: Of `timm.create_model`, all representable in JSON.
-        norm_eps: Of every LayerNorm.
+        norm_eps: Of every LayerNorm; None: the architecture's own.
         weights: Exactly the timm model's names and shapes.
         readout: What stands in the place of timm's own, or None.
         data_config: How the model wants its images; None: the files don't say.
@@ -51,7 +51,7 @@ class Converted:
     source: str
     architecture: str
     model_kwargs: Mapping[str, Any]
-    norm_eps: float
+    norm_eps: float | None
     weights: StateDict
     readout: Readout | None = None
     data_config: DataConfig | None = None
@@ -69,11 +69,12 @@ class Converted:
         Raises:
             ConversionError: The weights are not of the sizes that the configuration says.
         """
+        norm = {} if self.norm_eps is None else {"norm_layer": partial(LayerNorm, eps=self.norm_eps)}
         with torch.random.fork_rng(devices=[]):
             model: nn.Module = timm.create_model(
                 self.architecture,
                 pretrained=False,
-                norm_layer=partial(LayerNorm, eps=self.norm_eps),
+                **norm,
                 pretrained_cfg_overlay={**self._overlay(), **(overlay or {})},
                 **self.model_kwargs,
             )

@@ -26,14 +26,17 @@ class Projection:
 
     Attributes:
         size: Of the embedding, which becomes the latent.
+        bias: Whether it adds one.
     """
 
     size: int
+    bias: bool = False
 
     def install(self, model: nn.Module) -> None:
-        """Puts itself after the pooling, in place of an identity; its weight is ``fc_norm.weight``, (size, width)."""
+        """Puts itself behind the pooling and its norm, as ``fc_norm``, or ``fc_norm.1`` where there is such a norm."""
         its = cast("Any", model)
-        its.fc_norm = nn.Linear(its.embed_dim, self.size, bias=False)
+        projection = nn.Linear(its.embed_dim, self.size, bias=self.bias)
+        its.fc_norm = projection if isinstance(its.fc_norm, nn.Identity) else nn.Sequential(its.fc_norm, projection)
         its.num_features = its.head_hidden_size = self.size
 
 

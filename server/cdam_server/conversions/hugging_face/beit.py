@@ -7,9 +7,10 @@ from typing import Final
 import torch
 
 from cdam_server.conversions.converted import Converted
-from cdam_server.conversions.hugging_face.common import Request, mlp_ratio, put, qkv, with_bias
+from cdam_server.conversions.hugging_face.common import Request
 from cdam_server.conversions.hugging_face.vit import LAYERS
 from cdam_server.conversions.hugging_face.vit import RENAMINGS as VIT_RENAMINGS
+from cdam_server.conversions.layers import mlp_ratio, put, qkv, with_bias
 from cdam_server.conversions.tensors import ConversionError, StateDict
 
 RENAMINGS: Final = (

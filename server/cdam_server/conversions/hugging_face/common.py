@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-from torch import Tensor, nn
-
 from cdam_engine.preprocess import DataConfig, Size
+from cdam_server.conversions.layers import with_bias
 from cdam_server.conversions.tensors import ConversionError, StateDict, Tensors
 
 # What timm calls transformers' activations. Those whose formula is another one, by ever so little, are not here.
@@ -229,55 +227,3 @@ class Request:
         if problem not in _TASKS:
             raise ConversionError(f"problem_type is {problem!r}; known are {', '.join(_TASKS)}")
         return _TASKS[problem]
-
-
-def mlp_ratio(hidden: int, width: int) -> float:
-    """The ratio of which timm makes `hidden` again by ``int(width * ratio)``."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
-
-
-def with_bias(layer: StateDict) -> StateDict:
-    """The layer with a bias of zeros if it has none, where timm's always has one."""
-    return {"bias": layer["weight"].new_zeros(len(layer["weight"])), **layer}
-
-
-def put(weights: StateDict, name: str, layer: Mapping[str, Tensor]) -> None:
-    """Adds a layer's tensors under its name."""
-    weights.update({f"{name}.{part}": tensor for part, tensor in layer.items()})
-
-
-def qkv(tensors: Tensors, names: tuple[str, str, str]) -> StateDict:
-    """One layer of three: queries, keys, values. Biases are zeros for those that have none, if any has one."""
-    layers = [tensors.take_layer(name) for name in names]
-    if any("bias" in layer for layer in layers):
-        layers = [with_bias(layer) for layer in layers]
-    return {part: torch.cat([layer[part] for layer in layers]) for part in layers[0]}
-
-
-def resample_positions(
-    positions: Tensor, prefix: int, own: tuple[int, int], grid: tuple[int, int], *, antialias: bool
-) -> Tensor:
-    """Positions of another patch grid, as transformers' `interpolate_pos_encoding` makes them.
-
-    Args:
-        positions: Shape (1, prefix + own height * own width, D).
-        prefix: How many come before the patches'; they stay.
-        own: The grid that the positions are for.
-        grid: The grid that is wanted.
-        antialias: Whether transformers' class does.
-
-    Raises:
-        ConversionError: There are not as many positions as patches, or `own` is no square, which transformers takes
-            for granted here.
-    """
-    if positions.shape[1] != prefix + own[0] * own[1]:
-        raise ConversionError(f"there are {positions.shape[1]} positions for {own[0]} x {own[1]} patches")
-    if own == grid:
-        return positions
-    if own[0] != own[1]:
-        raise ConversionError(f"positions of {own[0]} x {own[1]} patches, no square, can't be resampled")
-    planes = positions[:, prefix:].reshape(1, *own, -1).permute(0, 3, 1, 2).float()
-    planes = nn.functional.interpolate(planes, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
-    patches = planes.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
-    return torch.cat((positions[:, :prefix], patches), dim=1)

@@ -7,14 +7,8 @@ from typing import Any, Final
 import torch
 
 from cdam_server.conversions.converted import Converted
-from cdam_server.conversions.hugging_face.common import (
-    Request,
-    mlp_ratio,
-    put,
-    qkv,
-    resample_positions,
-    with_bias,
-)
+from cdam_server.conversions.hugging_face.common import Request
+from cdam_server.conversions.layers import mlp_ratio, put, qkv, resample_positions, with_bias
 from cdam_server.conversions.readouts import ClassTokenAndPatchMean
 from cdam_server.conversions.tensors import ConversionError, StateDict, Tensors
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cdam_engine.preprocess import DataConfig
+from cdam_server.conversions.layers import crop_fraction
 from cdam_server.conversions.tensors import ConversionError
 
 _HALF: Final = (0.5, 0.5, 0.5)
@@ -161,18 +162,9 @@ def _geometry(
     if whole != taken:
         if crop is not None:
             raise ConversionError(f"the input size {taken} is no multiple of the patch size {patch_size}")
-        return whole, _crop_pct(whole, resized), "squash_top_left"
+        return whole, crop_fraction(whole, resized), "squash_top_left"
     if "shortest_edge" in size:
-        return taken, _crop_pct(taken, resized), "center_floor"
+        return taken, crop_fraction(taken, resized), "center_floor"
     if any((edge - part) % 4 == 3 for edge, part in zip(resized, taken, strict=True)):
         raise ConversionError(f"crop_size {taken} lies between pixels of size {resized}")
-    return taken, _crop_pct(taken, resized), "squash"
-
-
-def _crop_pct(taken: tuple[int, int], resized: tuple[int, int]) -> float:
-    """The fraction that gives back `resized` as ``floor(taken / fraction)``."""
-    for offset in (0.0, 1e-9, 0.5):
-        fraction = max(part / (edge + offset) for part, edge in zip(taken, resized, strict=True))
-        if all(math.floor(part / fraction) == edge for part, edge in zip(taken, resized, strict=True)):
-            return fraction
-    raise ConversionError(f"no single crop fraction makes {taken} of {resized}")
+    return taken, crop_fraction(taken, resized), "squash"

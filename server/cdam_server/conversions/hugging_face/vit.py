@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from cdam_server.conversions.converted import Converted
-from cdam_server.conversions.hugging_face.common import (
-    Request,
-    mlp_ratio,
-    put,
-    qkv,
-    resample_positions,
-    with_bias,
-)
+from cdam_server.conversions.hugging_face.common import Request
+from cdam_server.conversions.layers import mlp_ratio, put, qkv, resample_positions, with_bias
 from cdam_server.conversions.tensors import StateDict, Tensors
 
 # From transformers 4's names, which are those of most files, to 5's.
