@@ -100,7 +100,7 @@ def test_the_text_tower_and_openais_extras_are_left_out_by_name() -> None:
         "left out: sizes that OpenAI's archives repeat",
     ]
     assert converted.text.logit_bias == pytest.approx(model.logit_bias.item())
-    with pytest.raises(ConversionError, match="holds more than the model: visual.extra"):
+    with pytest.raises(ConversionError, match=r"holds more than the model: visual\.extra"):
         convert({**tensors, "visual.extra": torch.zeros(1)}, Description.from_config({"model_cfg": config}))
 
 

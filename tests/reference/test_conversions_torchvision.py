@@ -119,9 +119,9 @@ def test_refusals() -> None:
     tensors = _theirs({**SIZES, "num_classes": 2}).state_dict()
     with pytest.raises(ConversionError, match="how many heads it has is not in the file: say num_heads"):
         torchvision.convert(tensors, None)
-    with pytest.raises(ConversionError, match="name the model vit_b_16"):
+    with pytest.raises(ConversionError, match=r"name the model vit_b_16$"):
         torchvision.convert(_named("vit_b_16", 224), None)
-    with pytest.raises(ConversionError, match="vit_b_32 has width 768 and patches of 32 pixels, but .* 48 and 8"):
+    with pytest.raises(ConversionError, match=r"vit_b_32 has width 768 and patches of 32 pixels, but .* 48 and 8"):
         torchvision.convert(tensors, "vit_b_32")
     with pytest.raises(ConversionError, match="num_heads is 5, which does not divide the width 48"):
         torchvision.convert(tensors, None, num_heads=5)
@@ -129,7 +129,7 @@ def test_refusals() -> None:
         torchvision.convert(_named("vit_b_16", 224), "vit_b_16.V2")
     with pytest.raises(ConversionError, match="takes 384 pixels, but the checkpoint 224"):
         torchvision.convert(_named("vit_b_16", 224), "vit_b_16.IMAGENET1K_SWAG_E2E_V1")
-    with pytest.raises(ConversionError, match="holds more than the model: heads.extra"):
+    with pytest.raises(ConversionError, match=r"holds more than the model: heads\.extra"):
         torchvision.convert({**tensors, "heads.extra": torch.zeros(1)}, None, num_heads=3)
     stem = {name.replace("conv_proj.", "conv_proj.conv_last."): tensor for name, tensor in tensors.items()}
     with pytest.raises(ConversionError, match="models with a convolutional stem are not known"):

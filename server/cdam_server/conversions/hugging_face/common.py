@@ -122,7 +122,10 @@ class Request:
         """(height, width) of the input."""
         if self.input_size is not None:
             return self.input_size
-        return self.config.pair("image_size") if self.processor is None else self.processor.input_size
+        if self.processor is not None:
+            return self.processor.input_size
+        grid, patch = self.own_grid, self.config.pair("patch_size")
+        return grid[0] * patch[0], grid[1] * patch[1]
 
     @property
     def data_config(self) -> DataConfig | None:
