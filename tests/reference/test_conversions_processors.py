@@ -78,7 +78,9 @@ def test_pixels_are_within_a_level_of_the_torchvision_processors(family: str, tm
     for size in SIZES:
         picture = _picture(*size, low=80, high=176)
         expected = processor(picture, return_tensors="pt").pixel_values[0]
-        difference = (_ours(content, picture) - expected).abs() * torch.tensor(content["image_std"])[:, None, None] * 255
+        difference = (
+            (_ours(content, picture) - expected).abs() * torch.tensor(content["image_std"])[:, None, None] * 255
+        )
         assert difference.max() < 2.01
         assert difference.mean() < 0.5
 

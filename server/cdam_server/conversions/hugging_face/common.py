@@ -10,8 +10,7 @@ from cdam_engine.preprocess import DataConfig, Size
 from cdam_server.conversions.layers import with_bias
 from cdam_server.conversions.tensors import ConversionError, StateDict, Tensors
 
-# What timm calls transformers' activations. Those whose formula is another one, by ever so little, are not here.
-_ACTIVATIONS: Final = {
+ACTIVATIONS: Final = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
@@ -21,6 +20,8 @@ _ACTIVATIONS: Final = {
     "silu": "silu",
     "swish": "silu",
 }
+"""What timm calls transformers' activations. Those whose formula is another one, by ever so little, are not here."""
+
 _TASKS: Final = {
     "regression": "regression",
     "single_label_classification": "multi_class",
@@ -74,10 +75,10 @@ class Config:
             ConversionError: Timm has no equal one.
         """
         name = self["hidden_act"]
-        if name not in _ACTIVATIONS:
-            known = ", ".join(sorted(_ACTIVATIONS))
+        if name not in ACTIVATIONS:
+            known = ", ".join(sorted(ACTIVATIONS))
             raise ConversionError(f"hidden_act is {name!r}; timm has equals of {known}")
-        return _ACTIVATIONS[name]
+        return ACTIVATIONS[name]
 
     def check_plain(self) -> None:
         """Refuses what no conversion expects.

@@ -49,7 +49,7 @@ def convert(request: Request) -> Converted:
     if distilled:
         weights["dist_token" if both else "reg_token"] = tensors.take("embeddings.distillation_token")
     tensors.leave_out(r"embeddings\.mask_token", "the mask token, which is for pretraining")
-    tensors.leave_out(r"pooler\.", "the pooler: the latent is last_hidden_state[:, 0], not pooler_output")
+    tensors.leave_out(r"pooler\.", "the pooler; the latent is last_hidden_state[:, 0]")
     count = len(head.get("weight", ()))
     return Converted(
         source=f"{request.model_class} (transformers)",
