@@ -32,7 +32,8 @@ from cdam_engine.methods import (
 )
 from cdam_engine.pauses import interruptible
 from cdam_engine.targets import Concept, Contrast, Output, Target, TopK
-from cdam_engine.vit import Grid, Readout, SplitViT
+from cdam_engine.families import Grid, Readout
+from cdam_engine.vit import SplitViT
 
 __all__ = [
     "METHODS",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cdam_engine.tail import Tail
-from cdam_engine.vit import TrunkOutput
+from cdam_engine.families import TrunkOutput
 
 
 def digest(image: Tensor) -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdam_engine.targets import Output, Scalar
-from cdam_engine.vit import Grid
+from cdam_engine.families import Grid
 
 
 @dataclass(frozen=True, eq=False)
