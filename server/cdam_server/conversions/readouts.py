@@ -37,7 +37,7 @@ class Projection:
         its = cast("Any", model)
         projection = nn.Linear(its.embed_dim, self.size, bias=self.bias)
         its.fc_norm = projection if isinstance(its.fc_norm, nn.Identity) else nn.Sequential(its.fc_norm, projection)
-        its.num_features = its.head_hidden_size = self.size
+        its.head_hidden_size = self.size
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class HiddenLayer:
         """Puts itself between pooling and head; its weights are ``fc_norm.0.weight`` and ``fc_norm.0.bias``."""
         its = cast("Any", model)
         its.fc_norm = nn.Sequential(nn.Linear(its.embed_dim, self.size), nn.Tanh())
-        its.num_features = its.head_hidden_size = self.size
+        its.head_hidden_size = self.size
         if isinstance(its.head, nn.Linear):
             its.head = nn.Linear(self.size, its.head.out_features)
 
@@ -68,7 +68,7 @@ class ClassTokenAndPatchMean:
         its = cast("Any", model)
         its.attn_pool = _ClassTokenAndPatchMean(its.num_prefix_tokens)
         its.pool_include_prefix = True
-        its.num_features = its.head_hidden_size = 2 * its.embed_dim
+        its.head_hidden_size = 2 * its.embed_dim
         if isinstance(its.head, nn.Linear):
             its.head = nn.Linear(2 * its.embed_dim, its.head.out_features)
 
