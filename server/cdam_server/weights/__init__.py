@@ -94,14 +94,18 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
     own = [name for name in model.state_dict() if name.rpartition(".")[0] not in names]
     found = select(checkpoint, own, setting, wish.key)
     left_out, weights = found.left_out, found.weights
+    heads = {f"{name}.{rest}": tensor for name, its in found.classifiers.items() for rest, tensor in its.items()}
+    _refuse_unfit(weights | heads, checkpoint.source, setting)
+    file, architecture = geometry_of(weights), geometry_of(model.state_dict())
+    if file.width != architecture.width and (wrong := misfit(file, architecture)):
+        raise LoadError(setting, f"these are not weights of this architecture: {wrong}")
     if found.native and wish.num_outputs == 0:
-        left_out += [f"{name}.{rest}" for name, tensors in found.classifiers.items() for rest in tensors]
+        left_out += heads
     elif found.native:
         asked, latent = wish.asked or bool(wish.num_outputs), int(getattr(model, "num_features", 0))
         latent = int(getattr(model, "head_hidden_size", 0) or latent)
         head, pretext = classifier_weights(found.classifiers, names, latent, asked=asked, setting=setting)
         weights, left_out = weights | head, left_out + pretext
-    _refuse_unfit(weights, checkpoint.source, setting)
     count = wish.num_outputs if wish.num_outputs is not None else _outputs_in(weights, names)
     if count:
         model.reset_classifier(count)  # type: ignore[operator]  # nn.Module's attributes are untyped

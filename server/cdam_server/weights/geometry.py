@@ -22,6 +22,7 @@ Size = tuple[int, int]
 
 _PATCHES: Final = re.compile(r"(patch_embed(ding|dings)?\.(proj|projection)|(^|visual\.)conv1|conv_proj)\.weight$")
 _POSITIONS: Final = re.compile(r"(^|\.)(pos_embed|positional_embedding|pos_embedding|position_embeddings?(\.weight)?)$")
+_PREFIX_TOKENS: Final = re.compile(r"(^|\.)(cls_token|dist_token|reg(ister)?_tokens?|storage_tokens)$")
 _TABLE: Final = "relative_position_bias_table"
 _EXTRA_ROWS: Final = 3  # of BEiT's table: [CLS] to patch, patch to [CLS], [CLS] to itself
 # Widths of the common sizes, with their names and depths.
@@ -107,8 +108,8 @@ def compare(
         LoadError: The geometries differ, and resampling was not asked for; the message has the settings that match.
     """
     embedding: Any = getattr(model, "patch_embed", None)
-    if embedding is None or not hasattr(embedding, "grid_size"):
-        return None
+    if embedding is None or not hasattr(embedding, "grid_size") or _other_prefix(model.state_dict(), weights):
+        return None  # in the last case the names differ, which says more
     file, own = geometry_of(weights), geometry_of(model.state_dict())
     stride: Size = tuple(embedding.feat_ratio(as_scalar=False)) if hasattr(embedding, "feat_ratio") else (16, 16)
     same_patch = file.patch is None or own.patch is None or file.patch == own.patch
@@ -130,6 +131,12 @@ def compare(
             f"architecture: set {_paste(input_size=size)}",
         )
     return Resampling(size, patch, "; ".join(_texts(same_patch, patch, stride, source, grid)))
+
+
+def _other_prefix(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
+    """Whether the file, in the model's own naming, has other prefix tokens."""
+    kinds = [{match[2][:3] for name in names if (match := _PREFIX_TOKENS.search(name))} for names in (own, weights)]
+    return kinds[0] != kinds[1] and bool(kinds[1])
 
 
 def _grid(

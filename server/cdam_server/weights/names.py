@@ -31,7 +31,8 @@ _WRAPPERS: Final = frozenset(
 _AVERAGES: Final = {"state_dict_ema": "state_dict", "model_ema": "model"}
 # Counters of averages, which are no weights.
 _COUNTERS: Final = {"n_averaged", "num_updates", "decay", "initted", "step", "epoch", "global_step", "iteration"}
-_LOSSES: Final = {"criterion", "loss", "loss_fn", "loss_func", "loss_function"}
+_LOSSES: Final = {"criterion", "loss", "loss_fct", "loss_fn", "loss_func", "loss_function"}
+_CHUNK: Final = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")  # DINOv2 trains blocks in chunks, numbered through
 _TRAINING: Final = re.compile(r"optim|sched|scaler|^amp$|^loops$|callback|rng|^args$|config|hyper|metric|history")
 # Heads of self-supervised training, and decoders of masked images.
 _PRETEXT_HEADS: Final = {"dino_head", "ibot_head", "projector", "projection_head", "predictor", "prototypes"}
@@ -97,6 +98,7 @@ def _transparent_off(tensors: Mapping[str, Tensor], setting: str) -> StateDict:
     origins: dict[str, str] = {}
     for name, tensor in tensors.items():
         short = ".".join(part for part in name.split(".") if part not in _TRANSPARENT)
+        short = _CHUNK.sub(r"\1blocks.\2.", short)
         if short in plain and not _equal(plain[short], tensor):
             raise LoadError(setting, f"there are two sources for {short}: {origins[short]} and {name}")
         plain[short], origins[short] = tensor, name
