@@ -35,7 +35,7 @@ class Converted:
     """A model of another library as timm has it.
 
     Attributes:
-        source: The class that it was, and its library.
+        source: Its library, and what it is there: ``transformers:ViTModel``, ``torchvision:vit_b_16``.
         architecture: The factory of timm's that makes its code; sizes are in `model_kwargs`.
         model_kwargs: Of `timm.create_model`, all representable in JSON.
         norm_eps: Of every LayerNorm; None: the architecture's own.
@@ -46,6 +46,7 @@ class Converted:
         task: multi_class, multi_label or regression; None: the files don't say.
         text: Of models that were trained with texts, or None.
         notes: What was left out or decided, one line each.
+        resampled: What was resampled to another geometry, in words; "" if nothing.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Converted:
     task: str | None = None
     text: TextSide | None = None
     notes: tuple[str, ...] = ()
+    resampled: str = ""
 
     def build(self, overlay: Mapping[str, Any] | None = None) -> nn.Module:
         """The model in float32, in training mode, with its weights.

@@ -72,6 +72,15 @@ def resample_positions(
     return torch.cat((positions[:, :prefix], patches), dim=1)
 
 
+def resampled(own: tuple[int, int], size: tuple[int, int]) -> str:
+    """What `resample_positions` did, in words, from the inputs' sizes; "" if nothing."""
+    return "" if own == size else f"positions from those for {_times(own)} pixels to those for {_times(size)}"
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
 def crop_fraction(taken: tuple[int, int], resized: tuple[int, int]) -> float:
     """The fraction that gives back `resized` as ``floor(taken / fraction)``, which is how it is used.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cdam_engine.preprocess import DataConfig, Size
 from cdam_server.conversions.converted import Converted, TextSide
-from cdam_server.conversions.layers import crop_fraction, mlp_ratio, put, resample_positions
+from cdam_server.conversions.layers import crop_fraction, mlp_ratio, put, resample_positions, resampled
 from cdam_server.conversions.readouts import Projection, Readout
 from cdam_server.conversions.tensors import ConversionError, StateDict, Tensors
 
@@ -173,7 +173,7 @@ def _tower(source: Tensors, description: Description, input_size: Size | None) -
     act_layer, eps = _act_and_eps(description.model)
     config, notes = _preprocessing(description, size)
     return Converted(
-        source=f"{description.name} (open_clip)",
+        source=f"open_clip:{description.name}",
         architecture="vit_base_patch16_224",
         model_kwargs={
             "img_size": list(size),
@@ -194,6 +194,7 @@ def _tower(source: Tensors, description: Description, input_size: Size | None) -
         readout=Projection(_rows(weights, late=late)),
         data_config=config,
         notes=notes,
+        resampled=resampled(own, size),
     )
 
 
@@ -276,7 +277,7 @@ def _timm_tower(source: Tensors, description: Description, input_size: Size | No
             config, input_size=size, crop_pct=crop_fraction(size, (own[0], own[1])), crop_mode="squash_top_left"
         )
     return Converted(
-        source=f"{description.name} (open_clip)",
+        source=f"open_clip:{description.name}",
         architecture=name,
         model_kwargs={"img_size": list(size), "num_classes": 0, **({"global_pool": pool} if pool else {})},
         norm_eps=None,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cdam_engine.preprocess import DataConfig, Size
 from cdam_server.conversions.converted import Converted
-from cdam_server.conversions.layers import crop_fraction, mlp_ratio, put, resample_positions, with_bias
+from cdam_server.conversions.layers import crop_fraction, mlp_ratio, put, resample_positions, resampled, with_bias
 from cdam_server.conversions.readouts import HiddenLayer, Readout
 from cdam_server.conversions.tensors import ConversionError, StateDict, Tensors
 
@@ -137,7 +137,7 @@ def convert(
     source.check_all_used()
     data_config, note = _preset(name, own)
     return Converted(
-        source=f"{(name or 'VisionTransformer').partition('.')[0]} (torchvision)",
+        source=f"torchvision:{name or 'VisionTransformer'}",
         architecture="vit_base_patch16_224",
         model_kwargs={
             "img_size": list(size),
@@ -153,6 +153,7 @@ def convert(
         readout=readout,
         data_config=None if data_config is None else replace(data_config, input_size=size),
         notes=note,
+        resampled=resampled(own, size),
     )
 
 

@@ -20,7 +20,7 @@ from cdam_server.conversions.hugging_face.common import Config, Request
 from cdam_server.conversions.hugging_face.preprocessor import data_config
 from cdam_server.conversions.tensors import ConversionError, Tensors
 
-__all__ = ["MODEL_TYPES", "ModelType", "convert"]
+__all__ = ["MODEL_TYPES", "ModelType", "check_type", "convert"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,15 @@ def convert(
     converted = kind.convert(request)
     request.tensors.check_all_used()
     return replace(converted, notes=(*converted.notes, *request.tensors.left_out))
+
+
+def check_type(config: Mapping[str, Any]) -> None:
+    """Refuses a config.json of a model that no conversion knows.
+
+    Raises:
+        ConversionError: With the reason.
+    """
+    _kind(config)
 
 
 def _kind(config: Mapping[str, Any]) -> tuple[ModelType, str]:

@@ -52,7 +52,7 @@ def convert(request: Request) -> Converted:
     put(weights, "head", head)
     count = len(head.get("weight", ()))
     return Converted(
-        source=f"{request.model_class} (transformers)",
+        source=f"transformers:{request.model_class}",
         architecture="beit_base_patch16_224",
         model_kwargs={
             **kwargs,

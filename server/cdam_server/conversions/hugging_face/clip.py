@@ -109,7 +109,7 @@ def _converted(
 ) -> Converted:
     count = len(head.get("weight", ()))
     return Converted(
-        source=f"{request.model_class} (transformers)",
+        source=f"transformers:{request.model_class}",
         architecture="vit_base_patch16_224",
         model_kwargs={**kwargs, "num_classes": count},
         norm_eps=float(request.config["layer_norm_eps"]),
@@ -118,6 +118,7 @@ def _converted(
         data_config=request.data_config,
         output_names=request.output_names(count),
         task=request.task,
+        resampled=request.resampled,
         text=text,
     )
 

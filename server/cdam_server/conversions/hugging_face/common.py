@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cdam_engine.preprocess import DataConfig, Size
-from cdam_server.conversions.layers import with_bias
+from cdam_server.conversions.layers import resampled, with_bias
 from cdam_server.conversions.tensors import ConversionError, StateDict, Tensors
 
 ACTIVATIONS: Final = {
@@ -157,6 +157,12 @@ class Request:
         """The patch grid that the positions are for."""
         size, patch = self.config.pair("image_size"), self.config.pair("patch_size")
         return size[0] // patch[0], size[1] // patch[1]
+
+    @property
+    def resampled(self) -> str:
+        """What happened to the positions, in words; "" if nothing."""
+        patch, grid, own = self.config.pair("patch_size"), self.grid, self.own_grid
+        return resampled((own[0] * patch[0], own[1] * patch[1]), (grid[0] * patch[0], grid[1] * patch[1]))
 
     def check_size(self) -> None:
         """Refuses a processor whose images transformers would not take either.

@@ -66,7 +66,7 @@ def convert_v2(request: Request) -> Converted:
     if not config["use_swiglu_ffn"]:
         mlp["act_layer"] = config.activation()
     return Converted(
-        source=f"{request.model_class} (transformers)",
+        source=f"transformers:{request.model_class}",
         architecture="vit_giant_patch14_dinov2" if config["use_swiglu_ffn"] else "vit_base_patch14_dinov2",
         model_kwargs={
             **kwargs,
@@ -83,6 +83,7 @@ def convert_v2(request: Request) -> Converted:
         data_config=request.data_config,
         output_names=request.output_names(count),
         task=request.task,
+        resampled=request.resampled,
     )
 
 
@@ -111,7 +112,7 @@ def convert_v3(request: Request) -> Converted:
         _block_v3(weights, tensors, f"encoder.layer.{index}", f"blocks.{index}", gated=gated)
     put(weights, "norm", tensors.take_layer("norm"))
     return Converted(
-        source=f"{request.model_class} (transformers)",
+        source=f"transformers:{request.model_class}",
         architecture="vit_small_patch16_dinov3",
         model_kwargs={
             **kwargs,
@@ -122,6 +123,7 @@ def convert_v3(request: Request) -> Converted:
             "num_reg_tokens": registers,
             "rope_temperature": float(config["rope_theta"]),
             "global_pool": "token",
+            "dynamic_img_size": True,
             "num_classes": 0,
         },
         norm_eps=float(config["layer_norm_eps"]),

@@ -52,7 +52,7 @@ def convert(request: Request) -> Converted:
     tensors.leave_out(r"pooler\.", "the pooler; the latent is last_hidden_state[:, 0]")
     count = len(head.get("weight", ()))
     return Converted(
-        source=f"{request.model_class} (transformers)",
+        source=f"transformers:{request.model_class}",
         architecture="deit_base_distilled_patch16_224" if both else "vit_base_patch16_224",
         model_kwargs={
             **kwargs,
@@ -67,6 +67,7 @@ def convert(request: Request) -> Converted:
         data_config=request.data_config,
         output_names=request.output_names(count),
         task=request.task,
+        resampled=request.resampled,
     )
 
 

@@ -1,36 +1,50 @@
-"""A folder as transformers saves it: configuration, processor, and the tensors in one file or several."""
+"""Folders as transformers and open_clip write them: a configuration, preprocessing, and weights in one file or several."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-
-from cdam_server.conversions.tensors import ConversionError, StateDict, few
+from cdam_engine.preprocess import Size
+from cdam_server.conversions import hugging_face, open_clip
+from cdam_server.conversions.converted import Converted
+from cdam_server.conversions.tensors import ConversionError, StateDict
+from cdam_server.load_error import LoadError, few
+from cdam_server.weights.files import read_checkpoint
 
 CONFIG: Final = "config.json"
-# In the order in which transformers looks for them.
+OPEN_CLIP_CONFIG: Final = "open_clip_config.json"
+# In the order in which transformers and open_clip look for them.
 _WEIGHTS: Final = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_OPEN_CLIP_WEIGHTS: Final = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 _PROCESSOR: Final = "preprocessor_config.json"
 _PROCESSORS: Final = "processor_config.json"  # transformers 5 puts the image processor of a model with texts in here
-PATTERNS: Final = ("*.json", "*.safetensors", "pytorch_model*.bin")
-"""The files of a repository that may be needed."""
+
+
+class Kind(StrEnum):
+    """Whose folder it is."""
+
+    TRANSFORMERS = "transformers"
+    OPEN_CLIP = "open_clip"
+    OTHER = "other"
 
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """What is in a folder.
+    """What is in a folder of transformers'.
 
     Attributes:
         config: Of config.json.
@@ -43,23 +57,49 @@ class Folder:
     tensors: StateDict
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a folder holds a model of transformers, and not one of timm's, whose config.json has other keys."""
-    if not (path / CONFIG).is_file():
-        return False
-    config = _json(path / CONFIG)
-    return "model_type" in config and "architecture" not in config
+def kind_of(path: Path) -> Kind:
+    """Whose folder it is. timm's config.json has an `architecture`, that of transformers a `model_type`.
+
+    Raises:
+        ConversionError: config.json can't be read.
+    """
+    config = _json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if "architecture" in config:
+        return Kind.OTHER
+    if "model_type" in config:
+        return Kind.TRANSFORMERS
+    return Kind.OPEN_CLIP if (path / OPEN_CLIP_CONFIG).is_file() else Kind.OTHER
+
+
+def convert(path: Path, kind: Kind, input_size: Size | None = None) -> Converted:
+    """The model in a folder as timm has it.
+
+    Args:
+        path: The folder.
+        kind: Whose it is, not `Kind.OTHER`.
+        input_size: (height, width) in pixels, if not the files' own.
+
+    Raises:
+        ConversionError: A file is missing or damaged, or timm has no equal model.
+    """
+    if kind is Kind.OPEN_CLIP:
+        description = open_clip.Description.from_config(_json(path / OPEN_CLIP_CONFIG))
+        return open_clip.convert(_tensors(path, _OPEN_CLIP_WEIGHTS), description, input_size)
+    files = read(path)
+    return hugging_face.convert(files.config, files.tensors, files.processor, input_size)
 
 
 def read(path: Path) -> Folder:
-    """Reads a folder.
+    """Reads a folder of transformers'.
 
     Raises:
         ConversionError: A file is missing or damaged; the message names it.
     """
     if not (path / CONFIG).is_file():
         raise ConversionError(f"there is no {CONFIG} in {path}, but {few(_listed(path))}")
-    return Folder(_json(path / CONFIG), _processor(path), _tensors(path))
+    config = _json(path / CONFIG)
+    hugging_face.check_type(config)  # before weights that nobody can convert are read
+    return Folder(config, _processor(path), _tensors(path, _WEIGHTS))
 
 
 def _listed(path: Path) -> list[str]:
@@ -85,12 +125,10 @@ def _processor(path: Path) -> Mapping[str, Any] | None:
     return None
 
 
-def _tensors(path: Path) -> StateDict:
-    name = next((name for name in _WEIGHTS if (path / name).is_file()), None)
+def _tensors(path: Path, names: tuple[str, ...]) -> StateDict:
+    name = next((name for name in names if (path / name).is_file()), None)
     if name is None:
-        raise ConversionError(
-            f"there are no weights in {path}: none of {', '.join(_WEIGHTS)}, but {few(_listed(path))}"
-        )
+        raise ConversionError(f"there are no weights in {path}: none of {', '.join(names)}, but {few(_listed(path))}")
     if not name.endswith(".index.json"):
         return _read(path / name)
     index = _json(path / name).get("weight_map")
@@ -113,15 +151,6 @@ def _is_name(file: object) -> bool:
 
 def _read(path: Path) -> StateDict:
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device="cpu")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
-        raise ConversionError(f"{path} is damaged or missing ({(str(error).splitlines() or [''])[0][:200]})") from error
-    except Exception as error:  # of pickle, which raises what it likes
-        raise ConversionError(
-            f"{path} needs code to be read, which is not run, or is damaged; save it with safetensors"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ConversionError(f"{path} holds more than tensors by name")
-    return content
+        return read_checkpoint(path, "").tensors
+    except LoadError as error:
+        raise ConversionError(error.message) from error
