@@ -24,8 +24,8 @@ from cdam_engine.families import Grid, TailOutput
 from cdam_engine.methods import Cdam
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.preprocess import DataConfig, normalise, prepare
-from cdam_engine.tail import ClsTail
 from cdam_engine.proof import prove
+from cdam_engine.tail import ClsTail
 from cdam_engine.targets import Output, Scalar, Target, TopK, check, count
 from cdam_engine.trunk import Trunk, resolve_precision
 from cdam_engine.vit import SplitViT
@@ -291,9 +291,7 @@ class Explainer:
     def _prove_again_if_changed(self) -> None:
         """What was proven holds for the hooks, the head and the blocks that were there."""
         parts = self.vit.parts()
-        if len(parts) != len(self._proven) or any(
-            its is not was for its, was in zip(parts, self._proven, strict=True)
-        ):
+        if len(parts) != len(self._proven) or any(its is not was for its, was in zip(parts, self._proven, strict=True)):
             self.vit.refresh()
             prove(self.vit)
             self._proven = parts

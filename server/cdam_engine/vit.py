@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from cdam_engine.attention import check_known, combine, is_changed, position_bias, project, weights
-from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedMethodError
+from cdam_engine.errors import UnsupportedArchitectureError
 from cdam_engine.families import Embedded, Grid, Readout, TailOutput, TrunkOutput, family_of
 from cdam_engine.pauses import pause
 from cdam_engine.preprocess import input_channels

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from cdam_engine.attention import check_known, is_changed, is_code_of
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedMethodError
 
-
 # By their names in timm's blocks, what comes after the attention.
 _AFTER_ATTENTION: Final = ("norm2", "mlp", "ls1", "ls2", "drop_path", "drop_path1", "drop_path2")
 
@@ -154,7 +153,9 @@ class Family:
         }
         pool = str(self.model.global_pool)
         if pool not in pools:
-            raise UnsupportedArchitectureError("NO_READOUT", f"the model's pooling {pool!r} leaves no latent to explain")
+            raise UnsupportedArchitectureError(
+                "NO_READOUT", f"the model's pooling {pool!r} leaves no latent to explain"
+            )
         return pools[pool]
 
     @property

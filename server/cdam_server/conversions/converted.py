@@ -62,23 +62,27 @@ class Converted:
     notes: tuple[str, ...] = ()
     resampled: str = ""
 
-    def build(self, overlay: Mapping[str, Any] | None = None) -> nn.Module:
+    def build(self, overlay: Mapping[str, Any] | None = None, *, dynamic_img_size: bool = True) -> nn.Module:
         """The model in float32, in training mode, with its weights.
 
         Args:
             overlay: What to change in the preprocessing, in timm's terms (`pretrained_cfg_overlay`).
+            dynamic_img_size: Whether other input sizes may be asked for, where they are as exact as the model's own.
 
         Raises:
             ConversionError: The weights are not of the sizes that the configuration says.
         """
         norm = {} if self.norm_eps is None else {"norm_layer": partial(LayerNorm, eps=self.norm_eps)}
+        kwargs = dict(self.model_kwargs)
+        if "dynamic_img_size" in kwargs:
+            kwargs["dynamic_img_size"] = dynamic_img_size
         with torch.random.fork_rng(devices=[]):
             model: nn.Module = timm.create_model(
                 self.architecture,
                 pretrained=False,
                 **norm,
                 pretrained_cfg_overlay={**self._overlay(), **(overlay or {})},
-                **self.model_kwargs,
+                **kwargs,
             )
         if self.readout is not None:
             self.readout.install(model)
@@ -90,7 +94,13 @@ class Converted:
     def settings(self) -> dict[str, object]:
         """What decides the model's output and does not show in its tensors; representable in JSON."""
         readout = None if self.readout is None else {type(self.readout).__name__: asdict(self.readout)}  # type: ignore[call-overload]
-        return {"model_kwargs": dict(self.model_kwargs), "norm_eps": self.norm_eps, "readout": readout}
+        kwargs = {name: value for name, value in self.model_kwargs.items() if name != "dynamic_img_size"}
+        return {
+            "architecture": self.architecture,
+            "model_kwargs": kwargs,
+            "norm_eps": self.norm_eps,
+            "readout": readout,
+        }
 
     def _overlay(self) -> dict[str, Any]:
         """The preprocessing in timm's terms."""

@@ -42,6 +42,13 @@ class Kind(StrEnum):
     OTHER = "other"
 
 
+PATTERNS: Final[Mapping[Kind, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    Kind.TRANSFORMERS: (("model*.safetensors",), ("pytorch_model*.bin",)),
+    Kind.OPEN_CLIP: (("open_clip*.safetensors",), ("open_clip*.bin",)),
+}
+"""The files of weights in a repository: safetensors, and pickles for want of them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Folder:
     """What is in a folder of transformers'.
@@ -69,6 +76,12 @@ def kind_of(path: Path) -> Kind:
     if "model_type" in config:
         return Kind.TRANSFORMERS
     return Kind.OPEN_CLIP if (path / OPEN_CLIP_CONFIG).is_file() else Kind.OTHER
+
+
+def has_weights(path: Path, kind: Kind) -> bool:
+    """Whether there is a file of weights, or a list of several."""
+    names = _OPEN_CLIP_WEIGHTS if kind is Kind.OPEN_CLIP else _WEIGHTS
+    return any((path / name).is_file() for name in names)
 
 
 def convert(path: Path, kind: Kind, input_size: Size | None = None) -> Converted:
