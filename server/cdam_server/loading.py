@@ -23,7 +23,7 @@ from torch import nn
 from cdam_engine.fingerprint import fingerprint
 from cdam_engine.preprocess import DataConfig
 from cdam_server import foreign
-from cdam_server.conversions.converted import Converted
+from cdam_server.conversions.converted import Converted, TextSide
 from cdam_server.load_error import LoadError, few, reason
 from cdam_server.output_names import imagenet_names, read_names
 from cdam_server.specs import DEMO, HUB, ModelSpec, Task, load_models_file, naming
@@ -68,6 +68,7 @@ class LoadedModel:
         output_count: 0 for a backbone without head, which serves concepts only.
         fingerprint: Of architecture, preprocessing and weights, see `cdam_engine.fingerprint`.
         weights: Where its weights are from, and what was done to them.
+        text: What compares its latent with a text's embedding, if it was trained with texts and the files say it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class LoadedModel:
     output_count: int
     fingerprint: str
     weights: Report = NO_REPORT
+    text: TextSide | None = None
 
     @property
     def resampled(self) -> str:
@@ -109,8 +111,9 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
         data_config = _data_config(spec, module)
         digest = fingerprint(module, architecture, _settings(spec, module, data_config, converted))
     _tell(spec.name, report)
+    text = None if converted is None else converted.text
     return LoadedModel(
-        spec.name, architecture, module.to(device), data_config, task, tuple(names), count, digest, report
+        spec.name, architecture, module.to(device), data_config, task, tuple(names), count, digest, report, text
     )
 
 

@@ -427,6 +427,8 @@ def test_a_checkpoint_of_open_clip(clip: nn.Module, tmp_path: Path) -> None:
     assert same(loaded, clip.encode_image)
     assert loaded.output_count == 0
     assert loaded.architecture == "open_clip:ViT-B-8-quickgelu"
+    assert loaded.text is not None
+    assert loaded.text.logit_scale == pytest.approx(clip.logit_scale.item())
     assert (loaded.data_config.input_size, loaded.data_config.crop_pct) == ((32, 32), 1.0)
     assert loaded.data_config.mean == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
     other = load_model(spec("open_clip:ViT-B-8", checkpoint=file))
