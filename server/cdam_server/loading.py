@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -322,14 +322,14 @@ def _count_outputs(module: nn.Module) -> int:
 
 
 def _data_config(spec: ModelSpec, module: nn.Module) -> DataConfig:
+    given = spec.preprocessing.given()
+    config: Any = getattr(module, "pretrained_cfg", None) or {}
+    module.pretrained_cfg = {**config, **given}  # type: ignore[assignment]
     try:
-        config = DataConfig.from_timm(module)
+        return DataConfig.from_timm(module)
     except ValueError as error:
-        raise LoadError("architecture", str(error)) from error
-    try:
-        return replace(config, **spec.preprocessing.given())
-    except ValueError as error:
-        raise LoadError("preprocessing", str(error)) from error
+        setting = "preprocessing" if given or "mean" in str(error) else "architecture"
+        raise LoadError(setting, str(error)) from error
 
 
 def _settings(

@@ -419,8 +419,15 @@ def test_other_preprocessing(checkpoint: Path) -> None:
     assert loaded.fingerprint != load_model(spec(checkpoint=checkpoint)).fingerprint
 
 
-def test_grey_models_are_refused() -> None:
-    assert "RGB" in failure(random_weights=True, model_kwargs={**SMALL, "in_chans": 1}).message
+def test_grey_models_are_served() -> None:
+    settings: dict[str, Any] = {"random_weights": True, "model_kwargs": {**SMALL, "in_chans": 1}}
+    assert load_model(spec(**settings)).data_config.mean == (0.5,)
+    told = load_model(spec(**settings, preprocessing={"mean": [0.2], "std": [0.3]}))
+    assert (told.data_config.mean, told.data_config.std) == ((0.2,), (0.3,))
+
+
+def test_other_channels_than_a_picture_has_are_refused() -> None:
+    assert "4 channels" in failure(random_weights=True, model_kwargs={**SMALL, "in_chans": 4}).message
 
 
 def test_random_weights_are_the_same_each_time_and_leave_the_random_state_alone() -> None:
