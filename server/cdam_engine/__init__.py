@@ -34,6 +34,7 @@ from cdam_engine.methods import (
 from cdam_engine.pauses import interruptible
 from cdam_engine.targets import Concept, Contrast, Output, Target, TopK
 from cdam_engine.vit import SplitViT
+from cdam_images import upright_rgb
 
 __all__ = [
     "METHODS",
@@ -70,4 +71,5 @@ __all__ = [
     "UnsupportedMethodError",
     "interruptible",
     "mean_concept",
+    "upright_rgb",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from uuid import uuid4
 
 import numpy as np
@@ -29,6 +29,7 @@ from cdam_engine.tail import ClsTail
 from cdam_engine.targets import Output, Scalar, Target, TopK, check, count
 from cdam_engine.trunk import Trunk, resolve_precision
 from cdam_engine.vit import SplitViT
+from cdam_images import upright_rgb
 
 
 class _Unit(NamedTuple):
@@ -164,21 +165,21 @@ class Explainer:
         """Explain one image, resized and cropped as the model was evaluated.
 
         Args:
-            image: The image; in other modes than RGB it is converted.
+            image: The image, of any mode; it is brought upright, opaque and to 8-bit RGB, see `upright_rgb`.
             targets: What to explain, one or several; an int is an output's index.
             methods: How, one or several.
 
         Raises:
             UnsupportedMethodError: The model can't serve a method.
             IndexError: A target names an output that the model does not have.
-            ValueError: A concept's vector is not one of the model's latent space.
+            ValueError: A concept's vector is not one of the model's latent space, or the image's values have no defined
+                range (modes I and F).
             TypeError: The image, a target or a method is something else.
         """
         if not isinstance(image, Image.Image):
             raise TypeError(f"the image is a PIL image, not {type(image).__name__}; `explain` takes tensors")
-        pixels = torch.from_numpy(prepare(image.convert("RGB"), self.data_config).pixels)[None]
-        several = [targets] if _is_one(targets) else targets
-        its_targets = [target if isinstance(target, Target) else Output(target) for target in several]
+        pixels = torch.from_numpy(prepare(upright_rgb(image), self.data_config).pixels)[None]
+        its_targets = _as_targets(targets)
         its_methods = [methods] if isinstance(methods, Method) else list(methods)
         (explanation,) = self.explain(pixels, [its_targets], [its_methods])
         return explanation
@@ -292,7 +293,6 @@ class Explainer:
         """What was proven holds for the hooks, the head and the blocks that were there."""
         parts = self.vit.parts()
         if len(parts) != len(self._proven) or any(its is not was for its, was in zip(parts, self._proven, strict=True)):
-            self.vit.refresh()
             prove(self.vit)
             self._proven = parts
 
@@ -344,9 +344,11 @@ class Explainer:
         return [place not in missing for place in range(len(keys))]
 
 
-def _is_one(targets: object) -> bool:
-    """Whether it is one target, or one index, and no sequence of them; arrays may be either."""
-    return isinstance(targets, Target) or (hasattr(targets, "__index__") and getattr(targets, "ndim", 0) == 0)
+def _as_targets(targets: object) -> list[Target]:
+    """One target or several, or their indices; an array may be either."""
+    one = isinstance(targets, Target) or (hasattr(targets, "__index__") and getattr(targets, "ndim", 0) == 0)
+    several: list[Any] = [targets] if one else list(cast("Sequence[Any]", targets))
+    return [target if isinstance(target, Target) else Output(target) for target in several]
 
 
 class _Found:

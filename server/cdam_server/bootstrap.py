@@ -309,9 +309,15 @@ class Application:
 
 
 def warn_of_unknown_variables() -> None:
-    """Log the names of environment variables that were not read, each with the one that may have been meant."""
-    for name, similar in unknown_variables().items():
-        _log.warning("unknown environment variable", name=name, **({"similar": similar} if similar else {}))
+    """Log the names of environment variables that were not read, with those that may have been meant."""
+    unknown = unknown_variables()
+    for name, similar in unknown.items():
+        if similar:
+            _log.warning("unknown environment variable", name=name, similar=similar)
+    if others := [
+        name for name, similar in unknown.items() if not similar
+    ]:  # in one line: another program's, it may be
+        _log.warning("unknown environment variables", names=others)
 
 
 def load_catalog(settings: Settings) -> Catalog:
