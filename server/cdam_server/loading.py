@@ -23,6 +23,8 @@ from torch import nn
 from cdam_engine import SplitViT, UnsupportedArchitectureError
 from cdam_engine.fingerprint import fingerprint
 from cdam_engine.preprocess import DataConfig
+from cdam_server import foreign
+from cdam_server.conversions.converted import Converted, TextSide
 from cdam_server.load_error import LoadError, few, reason
 from cdam_server.output_names import imagenet_names, read_names
 from cdam_server.specs import DEMO, HUB, ModelSpec, Task, load_models_file, naming
@@ -59,7 +61,7 @@ class LoadedModel:
 
     Attributes:
         name: To ask for it by.
-        architecture: timm's name without tag, or ``demo``.
+        architecture: timm's name without tag; what a converted model was, such as ``transformers:ViTModel``; or ``demo``.
         module: The model itself.
         data_config: How it wants its images.
         task: What its outputs mean.
@@ -69,6 +71,7 @@ class LoadedModel:
         trunk_fingerprint: Likewise, without the weights that come after the last attention's tokens: models of equal
             ones share their trunk. Empty for a model that can't be explained.
         weights: Where its weights are from, and what was done to them.
+        text: What compares its latent with a text's embedding, if it was trained with texts and the files say it.
     """
 
     name: str
@@ -81,6 +84,7 @@ class LoadedModel:
     fingerprint: str
     trunk_fingerprint: str = ""
     weights: Report = NO_REPORT
+    text: TextSide | None = None
 
     @property
     def resampled(self) -> str:
@@ -96,21 +100,27 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
     """
     with naming(spec.name):
         names = read_names(spec.outputs)
-        module, report = (_demo(), Report("the package")) if spec.architecture == DEMO else _build(spec, names)
+        converted = None
+        if spec.architecture == DEMO:
+            module, report = _demo(), Report("the package")
+        else:
+            module, report, converted = _build(spec, names)
         module = module.eval().requires_grad_(False)
         split = _split(module)
         count = _count_outputs(module, split)
         if not names:
-            names = _default_names(spec, module, count)
-        _check_outputs(spec, names, count)
-        architecture = _architecture(spec, module)
+            names = _default_names(spec, module, count, converted)
+        task = _task(spec, converted)
+        _check_outputs(spec, names, count, task)
+        architecture = _architecture(spec, module) if converted is None else converted.source
         data_config = _data_config(spec, module)
-        settings = _settings(spec, module, data_config)
+        settings = _settings(spec, module, data_config, converted)
         digest = fingerprint(module, architecture, settings)
         trunk = "" if split is None else fingerprint(module, architecture, settings, counts=split.is_of_trunk)
     _tell(spec.name, report)
+    text = None if converted is None else converted.text
     return LoadedModel(
-        spec.name, architecture, module.to(device), data_config, spec.task, tuple(names), count, digest, trunk, report
+        spec.name, architecture, module.to(device), data_config, task, tuple(names), count, digest, trunk, report, text
     )
 
 
@@ -157,14 +167,29 @@ def _demo() -> nn.Module:
     return module
 
 
-def _build(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report]:
-    """A timm model with its weights and head, and what was done to the weights."""
+def _build(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report, Converted | None]:
+    """A timm model with its weights and head, what was done to the weights, and what it was in another library."""
+    found = foreign.converted_of(spec)
+    if found is None:
+        module, report = _of_timm(spec, names)
+    else:
+        module, report = foreign.build(spec, found[0]), found[1]
+        foreign.tell(spec.name, found[0])
+    if spec.head is not None:
+        attach_head(module, spec.head, "head")
+    return module, report, None if found is None else found[0]
+
+
+def _of_timm(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report]:
+    """A model of timm's with its weights, and what was done to them."""
     _check_architecture(spec)
     wanted = 0 if spec.head is not None else spec.num_outputs
     source = _checkpoint(spec)
     if source is not None:
         setting, path = source
+        foreign.refuse_foreign_folder(str(path), setting)
         checkpoint = read_checkpoint(path, setting)
+        foreign.refuse_foreign(checkpoint, setting)
         module = _create(spec, 0, pretrained=False)
         report = load_weights(module, checkpoint, setting, _wish(spec, wanted, names))
     elif spec.pretrained:
@@ -173,8 +198,6 @@ def _build(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report]:
     else:
         module = _create(spec, len(names) or None if wanted is None else wanted, pretrained=False)
         report = Report("drawn at random")
-    if spec.head is not None:
-        attach_head(module, spec.head, "head")
     return module, report
 
 
@@ -340,10 +363,13 @@ def _data_config(spec: ModelSpec, module: nn.Module) -> DataConfig:
         raise LoadError(setting, str(error)) from error
 
 
-def _settings(spec: ModelSpec, module: nn.Module, data_config: DataConfig) -> dict[str, object]:
+def _settings(
+    spec: ModelSpec, module: nn.Module, data_config: DataConfig, converted: Converted | None
+) -> dict[str, object]:
     kwargs = {name: value for name, value in spec.model_kwargs.items() if name not in _NOT_IN_FINGERPRINT}
     return {
         "model_kwargs": kwargs,
+        **({} if converted is None else {"converted": converted.settings}),
         "global_pool": str(getattr(module, "global_pool", "")),
         "data_config": asdict(data_config),
     }
@@ -352,13 +378,15 @@ def _settings(spec: ModelSpec, module: nn.Module, data_config: DataConfig) -> di
 # --- names of outputs
 
 
-def _default_names(spec: ModelSpec, module: nn.Module, count: int) -> list[str]:
+def _default_names(spec: ModelSpec, module: nn.Module, count: int, converted: Converted | None) -> list[str]:
     if spec.architecture == DEMO:
         from cdam_server.demo import model
 
         return list(model.LABELS)
     if spec.head is not None:
         return []
+    if converted is not None:
+        return list(converted.output_names) if count else []
     config: Mapping[str, Any] = getattr(module, "pretrained_cfg", None) or {}
     labels = config.get("label_names")
     if spec.brings_weights and isinstance(labels, list | tuple) and len(labels) == count:
@@ -368,12 +396,19 @@ def _default_names(spec: ModelSpec, module: nn.Module, count: int) -> list[str]:
     return imagenet_names(subset) if spec.pretrained and subset else []
 
 
-def _check_outputs(spec: ModelSpec, names: list[str], count: int) -> None:
+def _task(spec: ModelSpec, converted: Converted | None) -> Task:
+    """What the settings say, else the converted files."""
+    if converted is None or converted.task is None or "task" in spec.model_fields_set or spec.head is not None:
+        return spec.task
+    return Task(converted.task)
+
+
+def _check_outputs(spec: ModelSpec, names: list[str], count: int, task: Task) -> None:
     if names and len(names) != count:
         raise LoadError("outputs", f"there are {len(names)} names for {count} outputs")
     if spec.num_outputs is not None and spec.num_outputs != count:
         raise LoadError("num_outputs", f"{spec.num_outputs} are asked for, but the head has {count}")
-    if spec.task is Task.BINARY and count != 1:
+    if task is Task.BINARY and count != 1:
         raise LoadError("task", f"binary is for one output; there are {count}")
-    if spec.task in {Task.MULTI_CLASS, Task.MULTI_LABEL} and count == 1:
-        raise LoadError("task", f"{spec.task} needs several outputs; say whether the one is `binary` or `regression`")
+    if task in {Task.MULTI_CLASS, Task.MULTI_LABEL} and count == 1:
+        raise LoadError("task", f"{task} needs several outputs; say whether the one is `binary` or `regression`")
