@@ -13,6 +13,7 @@ from cdam_engine.concepts import Formed, mean_concept
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedError, UnsupportedMethodError
 from cdam_engine.explainer import Explainer
 from cdam_engine.explanation import ExplainedTarget, Explanation, RelevanceMap
+from cdam_engine.families import Grid, Readout
 from cdam_engine.methods import (
     METHODS,
     Attention,
@@ -32,7 +33,7 @@ from cdam_engine.methods import (
 )
 from cdam_engine.pauses import interruptible
 from cdam_engine.targets import Concept, Contrast, Output, Target, TopK
-from cdam_engine.vit import Grid, Readout, SplitViT
+from cdam_engine.vit import SplitViT
 
 __all__ = [
     "METHODS",

@@ -12,17 +12,26 @@ from typing import Any, NamedTuple, cast
 import torch
 from timm.layers import apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
+from timm.models.cait import ClassAttn
 from timm.models.eva import AttentionRope, EvaAttention
 from timm.models.vision_transformer import Attention
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
 from cdam_engine.errors import UnsupportedMethodError
 
-KNOWN: tuple[type[nn.Module], ...] = (Attention, AttentionRope, EvaAttention, BeitAttention)
+KNOWN: tuple[type[nn.Module], ...] = (
+    Attention,
+    AttentionRope,
+    EvaAttention,
+    BeitAttention,
+    RelPosAttention,
+    ClassAttn,
+)
 
 
 class Projected(NamedTuple):
-    """Queries, scaled, (B, H, N, d), keys and values likewise."""
+    """Queries, scaled, (B, H, M, d) of the M tokens that ask, keys and values (B, H, N, d)."""
 
     queries: Tensor
     keys: Tensor
@@ -68,7 +77,7 @@ def project(attention: nn.Module, tokens: Tensor, arguments: Mapping[str, Any]) 
     module = cast("Any", attention)
     batch, count, _ = tokens.shape
     bias = getattr(module, "q_bias", None)
-    if module.qkv is not None:
+    if getattr(module, "qkv", None) is not None:
         if bias is not None:
             qkv = nn.functional.linear(
                 tokens, module.qkv.weight, torch.cat((module.q_bias, module.k_bias, module.v_bias))
@@ -77,12 +86,13 @@ def project(attention: nn.Module, tokens: Tensor, arguments: Mapping[str, Any]) 
             qkv = module.qkv(tokens)
         q, k, v = qkv.reshape(batch, count, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     else:
+        its = linear_parts(module)
+        asking = tokens[:, :1] if isinstance(module, ClassAttn) else tokens
+        kv_heads = getattr(module, "num_kv_heads", module.num_heads)
         q, k, v = (
-            part(tokens).reshape(batch, count, heads, -1).transpose(1, 2)
-            for part, heads in (
-                (module.q_proj, module.num_heads),
-                (module.k_proj, getattr(module, "num_kv_heads", module.num_heads)),
-                (module.v_proj, getattr(module, "num_kv_heads", module.num_heads)),
+            part(given).reshape(batch, given.shape[1], heads, -1).transpose(1, 2)
+            for part, given, heads in zip(
+                its, (asking, tokens, tokens), (module.num_heads, kv_heads, kv_heads), strict=True
             )
         )
     if hasattr(module, "q_norm"):
@@ -96,25 +106,36 @@ def project(attention: nn.Module, tokens: Tensor, arguments: Mapping[str, Any]) 
     return Projected(q * module.scale, k, v)
 
 
+def linear_parts(attention: nn.Module) -> tuple[Any, ...]:
+    """The module that makes queries, keys and values together, or those that make each."""
+    module = cast("Any", attention)
+    if isinstance(module, ClassAttn):
+        return module.q, module.k, module.v
+    return (module.qkv,) if module.qkv is not None else (module.q_proj, module.k_proj, module.v_proj)
+
+
 def position_bias(attention: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
     """What is added to the products of queries and keys: relative positions, (1, H, N, N), or None."""
     module = cast("Any", attention)
+    if isinstance(module, RelPosAttention):  # a block has relative positions of its own, or the model's
+        own = cast("Tensor | None", None if module.rel_pos is None else module.rel_pos.get_bias())
+        return cast("Tensor | None", arguments.get("shared_rel_pos")) if own is None else own
     shared = cast("Tensor | None", arguments.get("shared_rel_pos_bias"))
     if shared is not None and shared.ndim == 3:  # BEiT's blocks share it without a batch axis
         shared = shared[None]
     if getattr(module, "relative_position_bias_table", None) is None:
         return shared
-    own = cast("Tensor", module._get_rel_pos_bias())  # noqa: SLF001
-    return own if shared is None else own + shared
+    table = cast("Tensor", module._get_rel_pos_bias())  # noqa: SLF001
+    return table if shared is None else table + shared
 
 
 def weights(projected: Projected, bias: Tensor | None, rows: int | None = None) -> Tensor:
-    """A, shape (B, H, N, N); or of the first `rows` queries only, (B, H, rows, N).
+    """A, shape (B, H, M, N); or of the first `rows` queries only, (B, H, rows, N).
 
     Args:
         projected: Queries and keys.
         bias: See `position_bias`.
-        rows: How many tokens ask; None: all.
+        rows: How many tokens ask; None: all that can.
     """
     logits = projected.queries[:, :, :rows] @ projected.keys.transpose(-2, -1)
     if bias is not None:

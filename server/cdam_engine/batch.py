@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cdam_engine import targets
+from cdam_engine.families import Grid, TrunkOutput
 from cdam_engine.tail import Tail, make_tail
 from cdam_engine.targets import Scalar, Target, TopK
-from cdam_engine.vit import Grid, SplitViT, TrunkOutput
+from cdam_engine.vit import SplitViT
 
 
 class Batch:
@@ -21,7 +22,7 @@ class Batch:
         vit: The model.
         grid: The patch grid.
         count: Number of images.
-        load: Makes the normalised input (B, 3, H, W) of all images, on the model's device; called if a method needs it.
+        load: Makes the normalised input (B, C, H, W) of all images, on the model's device; called if a method needs it.
 
     Attributes:
         trunk: What the trunk left of the images; None if no method starts from there.
@@ -38,7 +39,7 @@ class Batch:
 
     @cached_property
     def pixels(self) -> Tensor:
-        """Normalised input, shape (B, 3, H, W)."""
+        """Normalised input, shape (B, C, H, W)."""
         return self._load()
 
     @property

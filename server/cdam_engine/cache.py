@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cdam_engine.families import TrunkOutput
 from cdam_engine.tail import Tail
-from cdam_engine.vit import TrunkOutput
 
 
 def digest(image: Tensor) -> bytes:

@@ -20,13 +20,15 @@ from cdam_engine.batch import Batch
 from cdam_engine.cache import TokenCache, digest, join
 from cdam_engine.clock import Clock
 from cdam_engine.explanation import ExplainedTarget, Explanation, RelevanceMap
+from cdam_engine.families import Grid, TailOutput
 from cdam_engine.methods import Cdam
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.preprocess import DataConfig, normalise, prepare
+from cdam_engine.proof import prove
 from cdam_engine.tail import ClsTail
 from cdam_engine.targets import Output, Scalar, Target, TopK, check, count
 from cdam_engine.trunk import Trunk, resolve_precision
-from cdam_engine.vit import Grid, SplitViT, TailOutput
+from cdam_engine.vit import SplitViT
 
 
 class _Unit(NamedTuple):
@@ -38,9 +40,10 @@ class _Unit(NamedTuple):
 
 
 class Explainer:
-    """Explanations of a timm ViT.
+    """Explanations of a timm ViT, of the function that `model(x)` is.
 
-    Safe to call from several threads; leaves no hook, no grad mode and no gradient on the model.
+    That is proven when the explainer is made, and again when somebody has changed the whole model's hooks, its head or its
+    last block since: on images of noise outputs and gradients equal the model's own, or the model is refused. Safe to call from several threads; leaves no hook, no grad mode and no gradient on the model.
 
     >>> explainer = Explainer(timm.create_model("vit_small_patch16_224", pretrained=True).eval())
     >>> explanation = explainer(Image.open("cat.jpg"), TopK(3), IntegratedCdam())
@@ -55,6 +58,7 @@ class Explainer:
         cache: Keeps trunk outputs for further questions about the same images; explainers may share it. Clear it after
             changing a model's weights.
         data_config: How the model wants its pixels; None: as timm says.
+        proven: The model is a copy of one that was proven, in code and hooks, so it need not be.
         fingerprint: What tells the model from all others in a shared cache: of equal fingerprints entries are shared;
             None: with nobody.
 
@@ -64,8 +68,9 @@ class Explainer:
         cache: The token cache, or None.
 
     Raises:
-        UnsupportedArchitectureError: CDAM is not defined for the model, or its code is not known here.
-        ValueError: The model is in training mode, or there is no such precision.
+        UnsupportedArchitectureError: CDAM is not defined for the model, its code is not known here, or what its parts give
+            is not `model(x)`.
+        ValueError: The model is in training mode or was made in torch's inference mode, or there is no such precision.
     """
 
     def __init__(
@@ -78,8 +83,12 @@ class Explainer:
         cache: TokenCache | None = None,
         data_config: DataConfig | None = None,
         fingerprint: str | None = None,
+        proven: bool = False,
     ) -> None:
         self.vit = SplitViT(model)
+        if not proven:
+            prove(self.vit)
+        self._proven = self.vit.parts()
         weight = next(model.parameters())
         self.precision = resolve_precision(precision, weight.device)
         self.cache = cache
@@ -128,13 +137,13 @@ class Explainer:
 
     def like(self, model: nn.Module) -> Explainer:
         """An explainer of another model of the same architecture, in the same precision; not compiled, without a cache."""
-        return Explainer(model, precision=self.precision, data_config=self._data_config)
+        return Explainer(model, precision=self.precision, data_config=self._data_config, proven=True)
 
     def outputs(self, pixels: Tensor) -> TailOutput:
         """Latents (B, D) and logits (B, C) without gradients, the trunk in the explainer's precision.
 
         Args:
-            pixels: Normalised input, shape (B, 3, H, W), in the model's dtype and on its device.
+            pixels: Normalised input, shape (B, C, H, W), in the model's dtype and on its device.
 
         Raises:
             ValueError: The model does not take inputs of this size, or is in training mode.
@@ -168,8 +177,8 @@ class Explainer:
         if not isinstance(image, Image.Image):
             raise TypeError(f"the image is a PIL image, not {type(image).__name__}; `explain` takes tensors")
         pixels = torch.from_numpy(prepare(image.convert("RGB"), self.data_config).pixels)[None]
-        several = [targets] if isinstance(targets, int | Target) else targets
-        its_targets = [Output(target) if isinstance(target, int) else target for target in several]
+        several = [targets] if _is_one(targets) else targets
+        its_targets = [target if isinstance(target, Target) else Output(target) for target in several]
         its_methods = [methods] if isinstance(methods, Method) else list(methods)
         (explanation,) = self.explain(pixels, [its_targets], [its_methods])
         return explanation
@@ -185,7 +194,7 @@ class Explainer:
         Equal images share their trunk, and equal questions about them are answered once.
 
         Args:
-            images: Normalised input, shape (B, 3, H, W), in the model's dtype; or uint8 pixels, shape (B, H, W, 3).
+            images: Normalised input, shape (B, C, H, W), in the model's dtype; or uint8 pixels, shape (B, H, W, C).
             targets: The targets of each image, B sequences of any lengths.
             methods: The methods of each image; None: CDAM for all.
 
@@ -199,6 +208,7 @@ class Explainer:
             IndexError: A target names an output that the model does not have.
         """
         asked = [[Cdam()]] * len(images) if methods is None else methods
+        self._prove_again_if_changed()
         self._check(images, targets, asked)
         if not len(images):
             return []
@@ -261,9 +271,13 @@ class Explainer:
         return next(self.vit.model.parameters()).device
 
     def _check(self, images: Tensor, targets: Sequence[Sequence[Target]], methods: Sequence[Sequence[Method]]) -> None:
-        channels = images.shape[-1] if images.dtype == torch.uint8 else images.shape[1] if images.ndim == 4 else 0
-        if images.ndim != 4 or channels != 3:
-            raise ValueError(f"images of shape {tuple(images.shape)}: neither (B, 3, H, W) nor uint8 (B, H, W, 3)")
+        own, shape = self.vit.channels, tuple(images.shape)
+        channels = 0 if images.ndim != 4 else shape[-1] if images.dtype == torch.uint8 else shape[1]
+        if channels != own:
+            its = f"{own} channel{'' if own == 1 else 's'}"
+            raise ValueError(
+                f"images of shape {shape}: the model takes {its}, so (B, {own}, H, W), or uint8 (B, H, W, {own})"
+            )
         for name, given in (("targets", targets), ("methods", methods)):
             if len(given) != len(images):
                 raise ValueError(f"{len(images)} images, but {name} for {len(given)}")
@@ -273,6 +287,14 @@ class Explainer:
             if not isinstance(method, Method):
                 raise TypeError(f"a method is one of cdam_engine's, such as Cdam(), not {method!r}")
             self.check(method)
+
+    def _prove_again_if_changed(self) -> None:
+        """What was proven holds for the hooks, the head and the blocks that were there."""
+        parts = self.vit.parts()
+        if len(parts) != len(self._proven) or any(its is not was for its, was in zip(parts, self._proven, strict=True)):
+            self.vit.refresh()
+            prove(self.vit)
+            self._proven = parts
 
     def _grid(self, images: Tensor) -> Grid:
         height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
@@ -286,6 +308,8 @@ class Explainer:
 
     def _load(self, images: Tensor) -> Tensor:
         """Normalised input on the model's device."""
+        if images.is_inference():  # which autograd refuses; a copy is a tensor like any other
+            images = images.clone()
         if images.dtype != torch.uint8:
             return images.detach()
         if self._device.type == "cuda" and not images.is_cuda:
@@ -318,6 +342,11 @@ class Explainer:
             for place in missing:
                 self.cache.put(keys[place], trunk.part(place), alone)
         return [place not in missing for place in range(len(keys))]
+
+
+def _is_one(targets: object) -> bool:
+    """Whether it is one target, or one index, and no sequence of them; arrays may be either."""
+    return isinstance(targets, Target) or (hasattr(targets, "__index__") and getattr(targets, "ndim", 0) == 0)
 
 
 class _Found:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,8 @@ _INTERPOLATIONS: Final = {
     "hamming": Image.Resampling.HAMMING,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_CROP_MODES: Final = ("center", "squash", "border")
+_MODES: Final = {1: "L", 3: "RGB"}
+_CROP_MODES: Final = ("center", "center_floor", "squash", "squash_top_left", "border")
 
 # A resized image of more pixels than this is not built in full; only the part that the input shows. Rounding may then
 # differ from timm's in the last bit. At an input of 224 x 224 it takes an aspect ratio of 1:256 to get here.
@@ -42,23 +43,37 @@ _MAX_RESIZED_PIXELS: Final = 16_000_000
 _MAX_FILTERED_SIDE: Final = 200_000
 
 
+def input_channels(model: torch.nn.Module) -> int:
+    """How many channels a timm model's input has: what its first convolution takes.
+
+    A patch embedding's own projection may come after a convolutional stem, whose features are no channels of an image.
+    """
+    embedding = getattr(model, "patch_embed", model)
+    for module in embedding.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            return module.in_channels
+    return int(getattr(model, "in_chans", 3))
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """How a model wants its images, in timm's terms.
 
     Attributes:
         input_size: (height, width) in pixels.
-        mean: Of each channel, on a scale where white is 1.
+        mean: Of each channel, on a scale where white is 1: three for RGB, one for grey.
         std: Likewise.
         interpolation: Name of the resampling filter: bicubic, bilinear, ...
         crop_pct: Input size over resized size, in (0, 1].
         crop_mode: ``center`` (shorter side resized, centre cut out), ``squash`` (aspect ratio given up), or
-            ``border`` (longer side resized, the rest padded with the mean).
+            ``border`` (longer side resized, the rest padded with the mean). Two more are not timm's: ``center_floor``
+            (the cut begins at the whole pixel before the centre's, as transformers cuts, not at the nearest one) and
+            ``squash_top_left`` (cut from the top left corner, where a model's patches leave out the last pixels).
     """
 
     input_size: Size
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: str
     crop_pct: float
     crop_mode: str
@@ -67,8 +82,10 @@ class DataConfig:
         """Raises ValueError where a value makes no sense."""
         if min(self.input_size) < 1:
             raise ValueError(f"input_size must be positive, not {self.input_size}")
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise ValueError(f"mean and std must have 3 channels, not {self.mean} and {self.std}")
+        if len(self.mean) not in _MODES or len(self.std) != len(self.mean):
+            raise ValueError(
+                f"mean and std must have a value for each channel, 3 (RGB) or 1 (grey), not {self.mean} and {self.std}"
+            )
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, not {self.std}")
         if self.interpolation not in _INTERPOLATIONS:
@@ -78,6 +95,11 @@ class DataConfig:
         if self.crop_mode not in _CROP_MODES:
             raise ValueError(f"crop_mode must be one of {', '.join(_CROP_MODES)}, not {self.crop_mode!r}")
 
+    @property
+    def channels(self) -> int:
+        """How many channels the model's input has: 3 (RGB) or 1 (grey)."""
+        return len(self.mean)
+
     @classmethod
     def from_timm(cls, model: torch.nn.Module) -> DataConfig:
         """The configuration that comes with a timm model.
@@ -86,19 +108,21 @@ class DataConfig:
         configuration.
 
         Raises:
-            ValueError: The model takes other than RGB images, or is configured in a way that is not served.
+            ValueError: The model takes neither RGB nor grey images, or is configured in a way that is not served.
         """
         config: dict[str, Any] = timm.data.resolve_model_data_config(model)
         _, *size = config["input_size"]
         embedding = getattr(model, "patch_embed", None)
-        channels = getattr(getattr(embedding, "proj", None), "in_channels", 3)
-        if channels != 3:
-            raise ValueError(f"the model takes {channels} channels; only RGB is served")
+        channels = input_channels(model)
+        if channels not in _MODES:
+            raise ValueError(
+                f"the model takes {channels} channels, and a picture has 3 (RGB) or 1 (grey): explain tensors instead"
+            )
         built_for = getattr(embedding, "img_size", None)
         return cls(
             input_size=_pair(built_for or size),
-            mean=_triple(config["mean"]),
-            std=_triple(config["std"]),
+            mean=_of_channels("mean", config["mean"], channels),
+            std=_of_channels("std", config["std"], channels),
             interpolation=str(config["interpolation"]),
             crop_pct=float(config["crop_pct"]),
             crop_mode=str(config["crop_mode"]),
@@ -123,7 +147,7 @@ class Prepared:
     """An image at a model's input size.
 
     Attributes:
-        pixels: uint8, shape (height, width, 3), not yet normalised.
+        pixels: uint8, shape (height, width, channels), not yet normalised.
         region: The part of the original image that `pixels` shows.
         image_size: (height, width) of the original image.
         input_size: (height, width) of `pixels`.
@@ -169,7 +193,7 @@ def prepare(
     """The image at the model's input size.
 
     Args:
-        image: RGB, upright.
+        image: RGB, upright; made grey for a model of one channel.
         config: The model's.
         resize: ``model``: the model's own way, equal to timm's evaluation transform. ``squash``: the whole image,
             stretched to the input size.
@@ -184,29 +208,31 @@ def prepare(
     image_size = (image.height, image.width)
     resized = size if resize == "squash" else _resized_size(image_size, size, config)
     rows, columns = (
-        _Axis(original, new, _start(new, taken), taken)
+        _Axis(original, new, _start(new, taken, config.crop_mode), taken)
         for original, new, taken in zip(image_size, resized, size, strict=True)
     )
-    fill = tuple(round(255 * value) for value in config.mean) if config.crop_mode == "border" else (0, 0, 0)
-    pixels = _render(image, rows, columns, _INTERPOLATIONS[config.interpolation], fill)
+    fill = tuple(round(255 * value) for value in config.mean) if config.crop_mode == "border" else (0,) * config.channels
+    mode = _MODES[config.channels]
+    seen = image if image.mode == mode else image.convert(mode)
+    pixels = _render(seen, rows, columns, _INTERPOLATIONS[config.interpolation], fill)
     (top, bottom), (left, right) = rows.region, columns.region
-    return Prepared(np.array(pixels), Region(left, top, right, bottom), image_size, size)
+    return Prepared(np.array(pixels).reshape(*size, config.channels), Region(left, top, right, bottom), image_size, size)
 
 
 def normalise(pixels: torch.Tensor, config: DataConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``(pixels / 255 - mean) / std``, on the device where the pixels are.
 
     Args:
-        pixels: uint8, shape (B, H, W, 3).
+        pixels: uint8, shape (B, H, W, C).
         config: The model's.
         dtype: Of the result; arithmetic is done in float32 at least.
 
     Returns:
-        Shape (B, 3, H, W), contiguous.
+        Shape (B, C, H, W), contiguous.
     """
     work = torch.promote_types(dtype, torch.float32)
     mean, std = (
-        torch.tensor(values, dtype=work, device=pixels.device).view(1, 3, 1, 1) for values in (config.mean, config.std)
+        torch.tensor(values, dtype=work, device=pixels.device).view(1, -1, 1, 1) for values in (config.mean, config.std)
     )
     planes = pixels.permute(0, 3, 1, 2).contiguous().to(work)
     return planes.div_(255).sub_(mean).div_(std).to(dtype)
@@ -215,9 +241,9 @@ def normalise(pixels: torch.Tensor, config: DataConfig, dtype: torch.dtype = tor
 def _resized_size(image: Size, size: Size, config: DataConfig) -> Size:
     """(height, width) before crop and pad. Rounds as timm and torchvision do, in each case in their own way."""
     scaled = (math.floor(size[0] / config.crop_pct), math.floor(size[1] / config.crop_pct))
-    if config.crop_mode == "squash":
+    if config.crop_mode in {"squash", "squash_top_left"}:
         return scaled
-    if config.crop_mode == "center" and scaled[0] == scaled[1]:
+    if config.crop_mode in {"center", "center_floor"} and scaled[0] == scaled[1]:
         short, long = min(image), max(image)
         new_long = int(scaled[0] * long / short)
         return (new_long, scaled[0]) if image[0] > image[1] else (scaled[0], new_long)
@@ -226,8 +252,12 @@ def _resized_size(image: Size, size: Size, config: DataConfig) -> Size:
     return max(1, round(image[0] / ratio)), max(1, round(image[1] / ratio))  # timm fails where it rounds to 0
 
 
-def _start(resized: int, size: int) -> int:
-    """Where the centre crop begins; negative where it pads, with the odd pixel of padding last."""
+def _start(resized: int, size: int, crop_mode: str) -> int:
+    """Where the crop begins; negative where it pads, with the odd pixel of padding last."""
+    if crop_mode == "squash_top_left":
+        return 0
+    if crop_mode == "center_floor" and size <= resized:
+        return (resized - size) // 2
     return -((size - resized) // 2) if size > resized else round((resized - size) / 2)
 
 
@@ -243,7 +273,7 @@ def _render(
         seen = _resize_part(image, rows, columns, resampling)
     if seen.size == (columns.size, rows.size):
         return seen
-    canvas = Image.new("RGB", (columns.size, rows.size), fill)
+    canvas = Image.new(seen.mode, (columns.size, rows.size), fill if len(fill) > 1 else fill[0])
     canvas.paste(seen, (left - columns.start, top - rows.start))
     return canvas
 
@@ -279,5 +309,11 @@ def _pair(size: Any) -> Size:
     return int(height), int(width)
 
 
-def _triple(values: Any) -> tuple[float, float, float]:
-    return cast("tuple[float, float, float]", tuple(float(value) for value in values))
+def _of_channels(name: str, values: Any, channels: int) -> tuple[float, ...]:
+    """One value for each channel; timm keeps three for a grey model, which will do if they are the same."""
+    its = tuple(float(value) for value in values)
+    if channels == 1 and len(set(its)) == 1:
+        return its[:1]
+    if len(its) != channels:
+        raise ValueError(f"{name} has {len(its)} values {its} for a model of {channels} channels: give {channels}")
+    return its

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cdam_engine import attention
+from cdam_engine.families import Readout, TailOutput, TrunkOutput
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Concept, Contrast, Scalar, values
-from cdam_engine.vit import Readout, SplitViT, TailOutput, TrunkOutput
+from cdam_engine.vit import SplitViT
 
 _MAX_ELEMENTS: Final = 1 << 23  # of a temporary: 32 MiB in float32
 
@@ -160,6 +161,7 @@ class ClsTail:
     def __init__(self, vit: SplitViT, trunk: TrunkOutput) -> None:
         self._vit = vit
         self._tokens = trunk.tokens
+        self._grid = trunk.grid
         self._rows = rows = vit.num_readout_tokens
         self._attention = vit.blocks[-1].attn
         self._heads = heads = int(self._attention.num_heads)
@@ -210,7 +212,7 @@ class ClsTail:
         """
         its = vit.blocks[-1].attn
         model = cast("Any", vit.model)
-        heads = [model.head] if vit.num_outputs else []
+        heads = [vit.family.head] if vit.num_outputs else []
         if vit.readout is Readout.CLS_AND_DISTILLATION_TOKENS:
             heads = [*heads, model.head_dist] if vit.num_outputs else []
         return (
@@ -221,7 +223,7 @@ class ClsTail:
             and getattr(its, "gate", None) is None
             and all(attention.is_plain(getattr(its, name, _IDENTITY), nn.Identity) for name in ("q_norm", "k_norm"))
             and attention.is_plain(its.attn_drop, nn.Dropout)
-            and all(attention.is_plain(part, nn.Linear) for part in (*_linear_parts(its), *heads))
+            and all(attention.is_plain(part, nn.Linear) for part in (*attention.linear_parts(its), *heads))
         )
 
     def scores(
@@ -300,7 +302,7 @@ class ClsTail:
         residual = self._residual
         if len(out) != len(residual):
             residual = residual.repeat_interleave(len(out) // len(residual), dim=0)
-        return self._vit.finish(residual, attention.project_out(its, attention.inner_norm(its)(out)))
+        return self._vit.finish(residual, attention.project_out(its, attention.inner_norm(its)(out)), self._grid)
 
     def _score(
         self, a: Tensor, gradient: Tensor, points: Sequence[float], weights: Sequence[float]
@@ -360,7 +362,7 @@ class ClsTail:
         The latent is their mean.
         """
         if self._rows == 1:
-            return cast("Tensor", cast("Any", self._vit.model).forward_head(x, pre_logits=True))[:, None]
+            return self._vit.family.latent(x)[:, None]
         return x
 
     def _seeds(self, targets: Sequence[Sequence[Scalar]], features: Tensor) -> Tensor:
@@ -398,7 +400,7 @@ class ClsTail:
         """dlogit/dfeatures of outputs, shape (..., R, D)."""
         model = cast("Any", self._vit.model)
         if self._rows == 1:
-            return cast("Tensor", model.head.weight.detach()[index][:, None])
+            return cast("Tensor", cast("Any", self._vit.family.head).weight.detach()[index][:, None])
         return 0.5 * torch.stack((model.head.weight.detach()[index], model.head_dist.weight.detach()[index]), dim=1)
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
@@ -441,14 +443,11 @@ class _Once(torch.autograd.Function):
 _IDENTITY: Final = nn.Identity()
 
 
-def _linear_parts(its: Any) -> tuple[nn.Linear, ...]:
-    return (its.qkv,) if its.qkv is not None else (its.q_proj, its.k_proj, its.v_proj)
-
-
 def _projections(its: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """W_Q, W_K, W_V, shape (H, d, D) each, and b_Q, b_V, shape (H, d) each."""
     heads = its.num_heads
-    if its.qkv is not None:
+    parts = attention.linear_parts(its)
+    if len(parts) == 1:
         w = torch.unflatten(its.qkv.weight.detach(), 0, (3, heads, -1))
         b = its.qkv.bias
         if b is not None:
@@ -457,8 +456,8 @@ def _projections(its: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tenso
         if getattr(its, "q_bias", None) is not None:
             return w[0], w[1], w[2], its.q_bias.detach().view(heads, -1), its.v_bias.detach().view(heads, -1)
         return w[0], w[1], w[2], None, None
-    w_q, w_k, w_v = (torch.unflatten(part.weight.detach(), 0, (heads, -1)) for part in _linear_parts(its))
-    b_q, b_v = (None if part.bias is None else part.bias.detach().view(heads, -1) for part in (its.q_proj, its.v_proj))
+    w_q, w_k, w_v = (torch.unflatten(part.weight.detach(), 0, (heads, -1)) for part in parts)
+    b_q, b_v = (None if part.bias is None else part.bias.detach().view(heads, -1) for part in (parts[0], parts[2]))
     return w_q, w_k, w_v, b_q, b_v
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -21,6 +22,10 @@ class Output:
     """
 
     index: int
+
+    def __post_init__(self) -> None:
+        """Raises TypeError where the index is no whole number; numpy's and torch's integers are as good as Python's."""
+        object.__setattr__(self, "index", whole("an output's index", self.index))
 
     def __call__(self, latent: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG002
         """The values of latents (..., D) and logits (..., C), shape (...)."""
@@ -100,6 +105,10 @@ class TopK:
 
     k: int
 
+    def __post_init__(self) -> None:
+        """Raises TypeError where k is no whole number."""
+        object.__setattr__(self, "k", whole("k", self.k))
+
 
 Scalar = Output | Concept | Contrast
 Target = Scalar | TopK
@@ -108,6 +117,17 @@ Target = Scalar | TopK
 def count(targets: Sequence[Target]) -> int:
     """How many scalar functions the targets stand for."""
     return sum(target.k if isinstance(target, TopK) else 1 for target in targets)
+
+
+def whole(what: str, number: object) -> int:
+    """A number as Python's own integer.
+
+    Raises:
+        TypeError: It is none; True and False are none, either.
+    """
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise TypeError(f"{what} is a whole number, not {number!r}")
+    return operator.index(number)  # type: ignore[arg-type]  # which says it itself where it can't
 
 
 def check(targets: Sequence[Target], outputs: int, latent_size: int) -> None:

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from cdam_engine.vit import SplitViT, TrunkOutput
+from cdam_engine.families import TrunkOutput
+from cdam_engine.vit import SplitViT
 
 Precision = Literal["fp32", "bf16"]
 
@@ -51,7 +52,7 @@ class Trunk:
         """Run it.
 
         Args:
-            pixels: Normalised input, shape (B, 3, H, W), in the model's dtype and on its device.
+            pixels: Normalised input, shape (B, C, H, W), in the model's dtype and on its device.
         """
         size = next((size for size in self._batch_sizes if size >= len(pixels)), None)
         if self._compiled is None or size is None or tuple(pixels.shape[-2:]) != self._vit.input_size:

@@ -1,117 +1,62 @@
 """A timm Vision Transformer, split at the input of its last attention.
 
-The split mirrors three small pieces of timm: how a family of models embeds its input, how its last block adds
-attention and MLP to the residual stream, and how its head reads the result. A model whose code differs from what is
-mirrored is refused, never guessed at; `tests/reference` compares every family with a backward pass through the
-untouched model.
+What differs between architectures stands in `cdam_engine.families`; here is what all have in common. A model whose code
+is not mirrored there is refused, never guessed at, and for every model that is taken `cdam_engine.proof` compares the
+split with the model itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from timm.models import beit, eva, vision_transformer
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from cdam_engine.attention import check_known, combine, is_changed, is_code_of, position_bias, project, weights
-from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedMethodError
+from cdam_engine.attention import check_known, combine, is_changed, position_bias, project, weights
+from cdam_engine.errors import UnsupportedArchitectureError
+from cdam_engine.families import Embedded, Grid, Readout, TailOutput, TrunkOutput, family_of
 from cdam_engine.pauses import pause
-
-
-class Grid(NamedTuple):
-    """A patch grid: patches down, patches across."""
-
-    h: int
-    w: int
-
-
-class Readout(StrEnum):
-    """How the latent is read out of the tokens that leave the last block."""
-
-    CLS_TOKEN = "cls_token"
-    CLS_AND_DISTILLATION_TOKENS = "cls_and_distillation_tokens"
-    AVERAGE_POOL = "average_pool"
-    MAX_POOL = "max_pool"
-    ATTENTION_POOL = "attention_pool"
-
-
-@dataclass(frozen=True, eq=False)
-class TrunkOutput:
-    """What the trunk leaves for the tail.
-
-    Attributes:
-        residual: The last block's input, shape (B, N, D): the residual stream, constant to CDAM.
-        tokens: T, the output of the last block's first LayerNorm, shape (B, N, D).
-        grid: The patch grid; N = prefix tokens + grid.h * grid.w.
-        attention_arguments: What else the last attention is called with (rotary or relative positions).
-    """
-
-    residual: Tensor
-    tokens: Tensor
-    grid: Grid
-    attention_arguments: Mapping[str, Any]
-
-    def take(self, images: Sequence[int]) -> TrunkOutput:
-        """The same of some images, in the order of their indices; an index may occur more than once."""
-        rows = torch.as_tensor(images, device=self.tokens.device)
-        return replace(self, residual=self.residual[rows], tokens=self.tokens[rows])
-
-    def part(self, image: int) -> TrunkOutput:
-        """The same of one image; a view."""
-        one = slice(image, image + 1)
-        return replace(self, residual=self.residual[one], tokens=self.tokens[one])
-
-
-class Embedded(NamedTuple):
-    """What enters the first block: tokens (B, N, D), the arguments of each block, and the patch grid."""
-
-    tokens: Tensor
-    arguments: tuple[Mapping[str, Any], ...]
-    grid: Grid
-
-
-class TailOutput(NamedTuple):
-    """What the tail makes of the tokens: latent (B, D) and logits (B, C)."""
-
-    latent: Tensor
-    logits: Tensor
+from cdam_engine.preprocess import input_channels
+from cdam_engine.token_wise import is_token_wise
 
 
 class SplitViT:
     """A timm ViT as trunk and tail; the model itself is neither changed nor hooked.
 
     Args:
-        model: Any `timm` VisionTransformer, Eva (EVA-02, DINOv3, RoPE ViTs) or Beit, in eval mode.
+        model: A model of one of `cdam_engine.families`, in eval mode.
+
+    Attributes:
+        model: The model.
+        family: What is particular about its architecture.
 
     Raises:
         UnsupportedArchitectureError: CDAM is not defined for the model, or its code is not known here.
-        ValueError: The model is in training mode.
+        ValueError: The model is in training mode, or was made in torch's inference mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._embed = _family_embedding(model)
         self.model = model
-        _require_pre_norm_block(self.blocks[-1])
+        self.family = family_of(model)
+        self.family.check_last_block()
+        self._check_weights()
         self._check_mode()
-        self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 1))
-        self.num_outputs = _num_outputs(model)
-        self.latent_size = int(cast("int", model.num_features))
-        self.readout = _readout(model)
-        self.width = int(cast("int", model.embed_dim))
         self._patch_embed = cast("Any", model.patch_embed)
+        self.channels = input_channels(model)
+        self.width = int(cast("int", model.embed_dim))
+        self.num_prefix_tokens = self.family.num_prefix_tokens
         # Pixels between neighbouring tokens; a convolutional stem has no patches, but a stride all the same.
         self.patch_size: tuple[int, int] = tuple(self._patch_embed.feat_ratio(as_scalar=False))
-        self.flexible_input_size = bool(getattr(model, "dynamic_img_size", False))
+        self.flexible_input_size = self.family.flexible_input_size
+        self.readout = self.family.readout
+        self.latent_size, self.num_outputs = self._ask_the_head()
 
     @property
     def blocks(self) -> Sequence[Any]:
         """The model's blocks."""
-        return cast("Sequence[Any]", self.model.blocks)
+        return self.family.blocks
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -136,31 +81,30 @@ class SplitViT:
         """Run everything before the last attention.
 
         Args:
-            pixels: Normalised input, shape (B, 3, H, W), in the model's dtype and on its device. Gradients flow if
+            pixels: Normalised input, shape (B, C, H, W), in the model's dtype and on its device. Gradients flow if
                 the caller's grad mode lets them.
 
         Raises:
             ValueError: The model does not take inputs of this size, or is in training mode.
         """
-        embedded = self.embed(pixels)
-        x = embedded.tokens
-        for block, arguments in zip(self.blocks[:-1], embedded.arguments[:-1], strict=True):
-            x = block(x, **arguments)
+        x, arguments, grid = self.embed(pixels)
+        for index in range(len(self.blocks) - 1):
+            x = self.family.run(index, x, arguments[index], grid)
             pause(x.device, brief=True)
-        return TrunkOutput(x, self.blocks[-1].norm1(x), embedded.grid, embedded.arguments[-1])
+        return TrunkOutput(x, self.blocks[-1].norm1(x), grid, arguments[-1])
 
     def embed(self, pixels: Tensor) -> Embedded:
         """What enters the first block.
 
         Args:
-            pixels: Normalised input, shape (B, 3, H, W).
+            pixels: Normalised input, shape (B, C, H, W).
 
         Raises:
             ValueError: The model does not take inputs of this size, is in training mode, or has hooks on its last block.
         """
         self._check_mode()
         grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
-        x, arguments = self._embed(self.model, pixels)
+        x, arguments = self.family.embed(pixels)
         if x.shape[1] != self.num_prefix_tokens + grid.h * grid.w:
             raise RuntimeError(f"{x.shape[1]} tokens, but {self.num_prefix_tokens} prefix tokens and a {grid} grid")
         return Embedded(x, tuple(arguments), grid)
@@ -172,7 +116,12 @@ class SplitViT:
             trunk: What the trunk left.
             tokens: T or a variation of it, shape (B, N, D). Gradients flow if the caller's grad mode lets them.
         """
-        return self.read_out(self.finish(trunk.residual, self.blocks[-1].attn(tokens, **trunk.attention_arguments)))
+        return self.read_out(self.leave(trunk, tokens))
+
+    def leave(self, trunk: TrunkOutput, tokens: Tensor) -> Tensor:
+        """The same up to the final norm's output, shape (B, N, D)."""
+        attended = self.family.attend(tokens, trunk.attention_arguments, trunk.grid)
+        return self.finish(trunk.residual, attended, trunk.grid)
 
     def tail_of_values(self, trunk: TrunkOutput, tokens: Tensor) -> TailOutput:
         """`tail` as a function of the values alone: the attention's weights are held constant.
@@ -184,7 +133,8 @@ class SplitViT:
         check_known(attention)
         projected = project(attention, tokens, arguments)
         a = weights(projected, position_bias(attention, arguments)).detach()
-        return self.read_out(self.finish(trunk.residual, combine(attention, a, projected.values, tokens)))
+        attended = combine(attention, a, projected.values, tokens)
+        return self.read_out(self.finish(trunk.residual, attended, trunk.grid))
 
     def attend(
         self, block: int, x: Tensor, arguments: Mapping[str, Any], bias: Tensor | None, rows: int | None = None
@@ -202,7 +152,7 @@ class SplitViT:
         tokens = its.norm1(x)
         projected = project(its.attn, tokens, arguments)
         a = weights(projected, bias, rows)
-        return self._after_attention(its, x[:, :rows], combine(its.attn, a, projected.values, tokens)), a
+        return self.family.add(its, x[:, :rows], combine(its.attn, a, projected.values, tokens)), a
 
     def position_bias(self, block: int, arguments: Mapping[str, Any]) -> Tensor | None:
         """What a block adds to the products of its queries and keys; see `attention.position_bias`."""
@@ -214,33 +164,30 @@ class SplitViT:
         Raises:
             UnsupportedMethodError: With the reason.
         """
-        for block in self.blocks:
-            if not is_code_of(block, "forward", _BLOCKS) or is_changed(block):
-                raise UnsupportedMethodError("UNKNOWN_BLOCK", f"{type(block).__name__} can't be taken apart")
-            check_known(block.attn)
+        self.family.check_attend()
 
-    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
-        """From the last attention's output to the final norm's, token by token.
+    def finish(self, residual: Tensor, attended: Tensor, grid: Grid) -> Tensor:
+        """From the last attention's output to the final norm's.
 
         Args:
-            residual: The residual stream of some tokens, shape (B, M, D).
-            attended: The last attention's output for them, shape (B, M, D).
+            residual: The residual stream of some tokens, shape (B, N, D).
+            attended: The last attention's output, shape (B, M, D), for the first M of them; the others stay.
+            grid: The patch grid.
         """
-        return self.final_norm(self._after_attention(self.blocks[-1], residual, attended))
+        count = attended.shape[1]
+        x = self.family.add(self.blocks[-1], residual[:, :count], attended)
+        if count < residual.shape[1]:
+            x = torch.cat((x, residual[:, count:]), dim=1)
+        return self.final_norm(x, grid)
 
-    def final_norm(self, x: Tensor) -> Tensor:
-        """The norm after the last block."""
-        return cast("Tensor", cast("Any", self.model).norm(x))
+    def final_norm(self, x: Tensor, grid: Grid) -> Tensor:
+        """What comes between the last block and the pooling: the norm, for most."""
+        return self.family.final_norm(x, grid)
 
     def read_out(self, x: Tensor) -> TailOutput:
         """Pooling and head on the final norm's output (B, N, D)."""
-        model = cast("Any", self.model)
-        latent = model.forward_head(x, pre_logits=True)
-        if not self.num_outputs:
-            return TailOutput(latent, latent[:, :0])
-        # DeiT's two heads read two tokens; the latent is their mean, the logits are not a function of it.
-        two_heads = self.readout is Readout.CLS_AND_DISTILLATION_TOKENS
-        return TailOutput(latent, model.forward_head(x) if two_heads else model.head(latent))
+        latent = self.family.latent(x)
+        return TailOutput(latent, self.family.logits(x, latent) if self.num_outputs else latent[:, :0])
 
     def readout_weights(self, tokens: Tensor) -> Tensor:
         """rho: the share of each of N tokens in the readout, shape (N,), in the dtype and on the device of `tokens`.
@@ -265,11 +212,7 @@ class SplitViT:
         Raises:
             UnsupportedMethodError: With the reason.
         """
-        if self.readout in {Readout.MAX_POOL, Readout.ATTENTION_POOL}:
-            raise UnsupportedMethodError(
-                "NO_READOUT_TOKEN",
-                f"its readout ({self.readout}) is no average of tokens whose attention could be read",
-            )
+        self.family.check_readout()
 
     @property
     def num_heads(self) -> int:
@@ -283,27 +226,71 @@ class SplitViT:
 
     @property
     def rows_read(self) -> int | None:
-        """How many rows of the last attention matter, the first ones; None if all do.
+        """How many rows of the last attention matter, the first ones; None if all may.
 
-        Only the tokens that are read out do, if nothing after the attention mixes tokens; of a module that is neither
-        timm's nor torch's nobody knows.
+        Only the tokens that are read out do, if every module after the attention is known to work token by token.
         """
-        block, none = self.blocks[-1], nn.Identity()
-        names = ("norm2", "mlp", "ls1", "ls2", "drop_path1", "drop_path2")
-        after = [getattr(block, name, none) for name in names]
-        after += [getattr(block.attn, name, none) for name in ("norm", "proj", "proj_drop")]
-        parts = [part for module in (*after, cast("Any", self.model).norm) for part in module.modules()]
-        token_wise = all(
-            type(part).__module__.split(".")[0] in {"timm", "torch"}
-            and type(part) not in _MIXES
-            and not is_changed(part)
-            for part in parts
-        )
+        token_wise = all(is_token_wise(module) for module in self.family.after_attention)
         return self.num_readout_tokens or None if token_wise else None
 
-    def _after_attention(self, block: Any, residual: Tensor, attended: Tensor) -> Tensor:
-        x = residual + block.drop_path1(layer_scale(block, 1, attended))
-        return cast("Tensor", x + block.drop_path2(layer_scale(block, 2, block.mlp(block.norm2(x)))))
+    def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
+        """What the model calls and the split does not, with names: hooks on these are passed by."""
+        yield "the model", self.model
+        for container in self.family.containers:
+            yield "its list of blocks", container
+        yield "its last block", self.blocks[-1]
+
+    def parts(self) -> tuple[object, ...]:
+        """What a proof is about and the split would not notice: other hooks on the whole, another head, other blocks.
+
+        Equal for as long as the same objects are there.
+        """
+        parts: list[object] = [self.family.head, *self.blocks, *self.family.after_attention]
+        for _, module in self.bypassed():
+            parts += [module, vars(module).get("forward"), *_hooks(module)]
+        return (*parts, *torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values())  # noqa: SLF001
+
+    def refresh(self) -> None:
+        """Look at the head again: somebody has put in another one."""
+        self.readout = self.family.readout
+        self.latent_size, self.num_outputs = self._ask_the_head()
+
+    def _ask_the_head(self) -> tuple[int, int]:
+        """Sizes of latent and logits, from the head itself: `num_classes` is easily left behind.
+
+        Raises:
+            UnsupportedArchitectureError: What comes out is not one vector an image.
+        """
+        grid = self.grid(self.input_size)
+        weight = next(self.model.parameters())
+        with torch.inference_mode(mode=False), torch.no_grad():
+            x = weight.new_zeros((2, self.num_prefix_tokens + grid.h * grid.w, self._width_read()))
+            latent = self.family.latent(x)
+            if latent.ndim != 2:
+                raise UnsupportedArchitectureError(
+                    "NO_READOUT", f"its pooling gives a latent of shape {tuple(latent.shape)}, not (images, size)"
+                )
+            if isinstance(self.family.head, nn.Identity):
+                return latent.shape[1], 0
+            logits = self.family.logits(x, latent)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UnsupportedArchitectureError(
+                "NO_OUTPUTS", f"its head gives {shape} for 2 images, not one row of outputs for each"
+            )
+        return latent.shape[1], logits.shape[1]
+
+    def _width_read(self) -> int:
+        """The width of what the pooling reads: of the final norm's output."""
+        return int(getattr(self.model, "num_features", self.width))
+
+    def _check_weights(self) -> None:
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        if any(tensor.is_inference() for tensor in tensors):
+            raise ValueError(
+                "the model's weights were made under torch.inference_mode, and autograd refuses such tensors: make or "
+                "load the model outside of it"
+            )
 
     def _check_mode(self) -> None:
         pending: list[Any] = [self.model]
@@ -312,102 +299,15 @@ class SplitViT:
             module = pending.pop()
             training = module is not None and module.training
             pending += () if module is None else module._modules.values()  # noqa: SLF001
-        if is_changed(self.blocks[-1]) or is_changed(self.model.blocks):
+        if is_changed(self.blocks[-1]) or any(map(is_changed, self.family.containers)):
             raise ValueError("explanations would pass by the hooks on the last block, or on all blocks: remove them")
         if training:
             raise ValueError("the model is in training mode, where outputs are random: call model.eval() first")
 
 
-# What a family does before its first block: (model, pixels) -> (tokens, arguments of each block).
-_Embedding = Callable[[Any, Tensor], tuple[Tensor, list[dict[str, Any]]]]
-
-
-def _embed_vit(model: Any, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))  # noqa: SLF001
-    return x, [{}] * len(model.blocks)
-
-
-def _embed_eva(model: Any, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    x, rope = model._pos_embed(model.patch_embed(pixels))  # noqa: SLF001
-    x = model.norm_pre(x)
-    # "Mixed" rotary positions are learned block by block.
-    ropes = rope if getattr(model, "rope_mixed", False) else [rope] * len(model.blocks)
-    return x, [{"rope": rope} for rope in ropes]
-
-
-def _embed_beit(model: Any, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    x = model.patch_embed(pixels)
-    x = torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1)
-    if model.pos_embed is not None:
-        x = x + model.pos_embed
-    bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
-    return model.pos_drop(x), [{"shared_rel_pos_bias": bias}] * len(model.blocks)
-
-
-_FAMILIES: Mapping[type[nn.Module], _Embedding] = {
-    vision_transformer.VisionTransformer: _embed_vit,
-    eva.Eva: _embed_eva,
-    beit.Beit: _embed_beit,
-}
-_MIXES = (nn.Softmax, nn.LogSoftmax)  # of torch's modules, what may work across tokens
-_BLOCKS: tuple[type[nn.Module], ...] = (vision_transformer.Block, eva.EvaBlock, beit.Block)
-
-
-def _family_embedding(model: nn.Module) -> _Embedding:
-    for family, embed in _FAMILIES.items():
-        if isinstance(model, family):
-            heads = (VisionTransformerDistilled,) if isinstance(model, VisionTransformerDistilled) else (family,)
-            mirrored = {"forward": (family,), "forward_features": (family,), "forward_head": heads}
-            if all(is_code_of(model, method, classes) for method, classes in mirrored.items()):
-                return embed
-    raise UnsupportedArchitectureError(
-        "UNKNOWN_ARCHITECTURE",
-        f"{type(model).__name__} is not one of the Vision Transformers that can be split at their last attention: "
-        f"timm's {', '.join(family.__name__ for family in _FAMILIES)}, with their own forward pass",
-    )
-
-
-def _require_pre_norm_block(block: nn.Module) -> None:
-    if not isinstance(block, _BLOCKS) or not is_code_of(block, "forward", _BLOCKS):
-        raise UnsupportedArchitectureError(
-            "NO_NORMALISED_TOKENS",
-            f"CDAM differentiates the normalised tokens that only the last attention reads, and {type(block).__name__} "
-            "has none: its norm comes after the attention, or several branches share it",
-        )
-    if not isinstance(getattr(block, "attn", None), nn.Module):
-        raise UnsupportedArchitectureError("NO_ATTENTION", "the last block has no attention to explain")
-
-
-def layer_scale(block: Any, branch: int, x: Tensor) -> Tensor:
-    """The branch's output, scaled as the block does it: a LayerScale module (VisionTransformer) or a gamma."""
-    if hasattr(block, f"ls{branch}"):
-        return cast("Tensor", getattr(block, f"ls{branch}")(x))
-    gamma = getattr(block, f"gamma_{branch}")
-    return x if gamma is None else gamma * x
-
-
-def _readout(model: nn.Module) -> Readout:
-    if isinstance(model, VisionTransformerDistilled):
-        return Readout.CLS_AND_DISTILLATION_TOKENS
-    if getattr(model, "attn_pool", None) is not None:
-        return Readout.ATTENTION_POOL
-    pools = {
-        "token": Readout.CLS_TOKEN,
-        "avg": Readout.AVERAGE_POOL,
-        "avgmax": Readout.MAX_POOL,
-        "max": Readout.MAX_POOL,
-    }
-    pool = str(model.global_pool)
-    if pool not in pools:
-        raise UnsupportedArchitectureError("NO_READOUT", f"the model's pooling {pool!r} leaves no latent to explain")
-    return pools[pool]
-
-
-def _num_outputs(model: Any) -> int:
-    """From the head itself: `num_classes` is easily left behind when somebody puts in another one."""
-    if isinstance(model.head, nn.Linear):
-        return model.head.out_features
-    return 0 if isinstance(model.head, nn.Identity) else int(model.num_classes)
+def _hooks(module: Any) -> Iterator[object]:
+    yield from module._forward_hooks.values()  # noqa: SLF001
+    yield from module._forward_pre_hooks.values()  # noqa: SLF001
 
 
 def _times(size: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ from cdam.v1 import explainer_service_pb2, explainer_service_pb2_grpc
 from cdam_engine import Explanation, TokenCache
 from cdam_engine.evaluation import Measured, Sample
 from cdam_server.admin import AdminServer
+from cdam_server.architectures import check_explainable, none_explainable
 from cdam_server.concepts import ConceptUseCase
 from cdam_server.config import MIB, Settings, unknown_variables
 from cdam_server.evaluate import EvaluateUseCase
@@ -36,6 +37,7 @@ from cdam_server.rpc.interceptors import RequestInterceptor
 from cdam_server.rpc.servicer import ExplainerServicer
 from cdam_server.rpc.stream import StreamServer
 from cdam_server.scheduling import Bounds, Pool, Rest, Room, Scheduler
+from cdam_server.specs import check_files
 from cdam_server.store import ConceptStore
 from cdam_server.store.cache import CachedStore
 from cdam_server.store.sqlite import SqliteStore
@@ -118,7 +120,7 @@ class Application:
         await self._serve()
         _log.info("listening", address=self.address, admin_port=self._admin.port)
         largest = min(settings.max_batch_size, settings.max_pending)
-        await warm_up(self._catalog, self._scheduler, (1, largest) if largest > 1 else (1,))
+        await warm_up(self._catalog, self._scheduler, largest)
         self._warm = True
         self._telemetry.jobs_admitted.reset()  # those were our own
         # Compiling is silent for minutes, so nobody watched until now.
@@ -313,26 +315,33 @@ def warn_of_unknown_variables() -> None:
 
 
 def load_catalog(settings: Settings) -> Catalog:
-    """Load every model of the settings.
+    """Load every model of the settings; all of them are looked at before the first one is built.
 
     Raises:
-        LoadError: A model can't be loaded; the message says why.
+        LoadError: A model can't be loaded, or none can be explained; the message says why.
         ValueError: The device does not exist.
     """
+    specs = settings.specs()
+    check_files(specs)
+    check_explainable(specs)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
     cache = TokenCache(settings.token_cache_mib * MIB) if settings.token_cache_mib else None
     models = []
-    for spec in settings.specs():
-        _log.info("loading", model=spec.name)
+    for number, spec in enumerate(specs, 1):
+        _log.info("loading", model=spec.name, number=number, of=len(specs))
         served = ServedModel(
             load_model(spec, device=device),
             precision=settings.precision,
             compiled_batch_sizes=_batch_sizes(settings) if settings.compile else (),
             cache=cache,
         )
+        if served.unsupported is not None:
+            _log.warning("model can't be explained", model=spec.name, reason=str(served.unsupported))
         models.append(served)
+    if all(served.unsupported is not None for served in models):
+        raise none_explainable({served.loaded.name: str(served.unsupported) for served in models})
     return Catalog(models, cache)
 
 

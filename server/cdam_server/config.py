@@ -4,13 +4,19 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from platformdirs import user_data_path
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
 
-from cdam_server.loading import ModelSpec, load_models_file
+from cdam_server.specs import FOLDER, ModelSpec, load_models_file
 
 MIB = 1024 * 1024
 _ONE_MODEL = {
@@ -23,6 +29,9 @@ _ONE_MODEL = {
     "outputs",
     "task",
     "num_outputs",
+    "input_size",
+    "resample",
+    "weights_key",
 }
 _PREFIX: Final = "CDAM_"
 # Read elsewhere: by the command line and by the client's commands.
@@ -48,11 +57,14 @@ class Settings(BaseSettings):
     model_name: str = ""
     pretrained: bool = False
     checkpoint: Path | None = None
+    weights_key: str | None = None
     random_weights: bool = False
     head: Path | None = None
     outputs: Path | None = None
     task: Literal["multi_class", "multi_label", "binary", "regression"] | None = None
     num_outputs: int | None = Field(default=None, ge=0)
+    input_size: Annotated[tuple[int, int] | None, NoDecode] = None
+    resample: bool = False
     data_dir: Path = Field(default_factory=lambda: user_data_path("cdam-serve", appauthor=False))
     store: SecretStr = SecretStr("")
     device: str = "auto"
@@ -92,6 +104,16 @@ class Settings(BaseSettings):
         if not (host and port.isdecimal() and int(port) < 65536):
             raise ValueError(f"must be HOST:PORT, not {address!r}")
         return address
+
+    @field_validator("input_size", mode="before")
+    @classmethod
+    def _one_or_two_numbers(cls, size: object) -> object:
+        if not isinstance(size, str | int):
+            return size
+        numbers = str(size).lower().split("x")
+        if not (len(numbers) in {1, 2} and all(number.strip().isdecimal() for number in numbers)):
+            raise ValueError(f"must be 224 or 224x336 (height x width), not {size!r}")
+        return int(numbers[0]), int(numbers[-1])
 
     @field_validator("store")
     @classmethod
@@ -158,9 +180,12 @@ class Settings(BaseSettings):
             "outputs": self.outputs,
             "task": self.task,
             "num_outputs": self.num_outputs,
+            "input_size": self.input_size,
+            "resample": self.resample or None,
+            "weights_key": self.weights_key,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
-        name = self.model_name or self.model
+        name = self.model_name or (Path(self.model).name if self.model.startswith(FOLDER) else self.model)
         return [ModelSpec.model_validate({"name": name, "architecture": self.model, **chosen})]
 
 

@@ -3,8 +3,9 @@
 The scheduler learns meanwhile how long batches take, and how large they may be.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from time import perf_counter
+from typing import Final
 
 import numpy as np
 import structlog
@@ -14,31 +15,32 @@ from cdam_engine import Cdam, Concept, Explanation, TopK
 from cdam_server.models import Bucket, Catalog, Job, NonFiniteError, ServedModel
 from cdam_server.scheduling import DeviceLostError, Scheduler, Terms, TooLargeError
 
+# On a CPU a second batch teaches how time grows with size; more than this it need not take. A GPU gets the largest batch
+# there may be, because that shows what fits into its memory.
+_SECONDS: Final = 2.0
 _log = structlog.get_logger("cdam.server")
 
 
-async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanation], batch_sizes: Sequence[int]) -> None:
-    """Compute batches of all models.
+async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanation], largest: int) -> None:
+    """Compute batches of all models: a single image, then several.
 
     Args:
         catalog: The models.
         scheduler: Where jobs go.
-        batch_sizes: Sizes of the batches; a compiled model's own count instead.
+        largest: Most images in a batch; a compiled model is warmed for its own sizes instead.
 
     Raises:
         ValueError: A model can't be used, or not be compiled.
     """
-    for served in catalog:
+    models = list(catalog)
+    for number, served in enumerate(models, 1):
         name = served.loaded.name
         if served.unsupported is not None:
-            _log.warning("model can't be explained", model=name, reason=str(served.unsupported))
             continue
+        _log.info("warming up", model=name, number=number, of=len(models), compiled=bool(served.compiled_batch_sizes))
         started = perf_counter()
-        if served.compiled_batch_sizes:
-            _log.info("compiling", model=name, batch_sizes=served.compiled_batch_sizes)
         try:
-            for size in served.compiled_batch_sizes or batch_sizes:
-                await scheduler.submit_all(list(_jobs(served, size)))
+            await _warm(served, scheduler, largest)
         except (NonFiniteError, DeviceLostError) as error:
             raise ValueError(f"model {name!r} can't be used: {error}") from error
         except TooLargeError as error:
@@ -50,7 +52,38 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanatio
             raise ValueError(f"model {name!r} can't be compiled (compile): {reason}") from error
         if served.explainer.cache is not None:
             served.explainer.cache.clear()
-        _log.info("warm", model=name, seconds=round(perf_counter() - started, 3))
+        _log.info("warm", model=name, number=number, of=len(models), seconds=round(perf_counter() - started, 3))
+
+
+async def _warm(served: ServedModel, scheduler: Scheduler[Bucket, Job, Explanation], largest: int) -> None:
+    """The batches of one model."""
+    if served.compiled_batch_sizes:
+        for size in served.compiled_batch_sizes:
+            await _batch(served, scheduler, size)
+        return
+    seconds = await _batch(served, scheduler, 1)
+    if largest > 1:
+        on_cpu = next(served.loaded.module.parameters()).device.type == "cpu"
+        await _batch(served, scheduler, min(largest, max(2, int(_SECONDS / seconds))) if on_cpu else largest)
+
+
+async def _batch(served: ServedModel, scheduler: Scheduler[Bucket, Job, Explanation], size: int) -> float:
+    """Compute one batch, and say so.
+
+    Returns:
+        The seconds that it took.
+    """
+    started = perf_counter()
+    await scheduler.submit_all(list(_jobs(served, size)))
+    seconds = perf_counter() - started
+    _log.info(
+        "warmed",
+        model=served.loaded.name,
+        batch_size=size,
+        input_size=" x ".join(map(str, served.loaded.data_config.input_size)),
+        seconds=round(seconds, 3),
+    )
+    return seconds
 
 
 def _jobs(served: ServedModel, count: int) -> Iterator[tuple[Terms[Bucket], Job]]:

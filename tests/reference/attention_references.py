@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference.models import blocks
 from reference.whole_model import Function, ReferenceMap, gradient, over_tokens, readout_weights, run, written_out
 
 EPSILON = 1e-9
@@ -22,7 +23,8 @@ def attention(model: nn.Module, image: Tensor, heads: tuple[int, ...] = ()) -> R
     last = run(model, image, attention=True).attention[-1][0].detach()
     chosen = heads or range(len(last))
     scores = torch.zeros_like(last[0, 0])
-    for token, weight in enumerate(readout_weights(model, last.shape[-1])):
+    asking = last.shape[1]  # [CLS] alone where it is the only one that attends
+    for token, weight in enumerate(readout_weights(model, last.shape[-1])[:asking]):
         for head in chosen:
             scores += weight * last[head, token] / len(chosen)
     return over_tokens(model, image, scores)
@@ -64,13 +66,12 @@ def partial_lrp(model: nn.Module, image: Tensor, f: Function) -> ReferenceMap:
     gives half to either. Only [CLS]'s row of the attention is followed, for only it reaches the target. The target is
     a linear unit on the latent, as an output is; one that is not linear is replaced by its gradient there.
     """
-    block = model.blocks[-1]
+    block = blocks(model)[-1]
     attn, mlp = block.attn, block.mlp
     seen = _inputs(
         model,
         image,
         {
-            "block": block,
             "norm1": block.norm1,
             "norm2": block.norm2,
             "fc1": mlp.fc1,
@@ -89,7 +90,7 @@ def partial_lrp(model: nn.Module, image: Tensor, f: Function) -> ReferenceMap:
     through = _through_linear(seen["fc1"][0, 0], mlp.fc1.weight, through)
     relevance = skipped + through
 
-    entering = seen["block"][0, 0]
+    entering = seen["norm1"][0, 0]
     _, through = _shares(entering, middle - entering, relevance)
     through = _through_linear(seen["proj"][0, 0], attn.proj.weight, through)
 
@@ -128,8 +129,8 @@ def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 def _values(attn: nn.Module, tokens: Tensor) -> Tensor:
     """V, `(heads, N, head width)`, from the tokens `(N, D)` that enter the attention."""
-    if attn.qkv is None:
-        flat = attn.v_proj(tokens)
+    if getattr(attn, "qkv", None) is None:
+        flat = (attn.v if hasattr(attn, "v") else attn.v_proj)(tokens)
         groups = attn.num_heads // getattr(attn, "num_kv_heads", attn.num_heads)
     else:
         rows = attn.qkv.weight.shape[0] // 3

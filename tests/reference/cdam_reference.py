@@ -42,7 +42,8 @@ def cdam(model: nn.Module, image: Tensor, output: int) -> Reference:
         tokens.retain_grad()
         kept.append(tokens)
 
-    handle = model.blocks[-1].norm1.register_forward_hook(keep)
+    last = (getattr(model, "blocks_token_only", None) or model.blocks)[-1]  # class attention comes after all else
+    handle = last.norm1.register_forward_hook(keep)
     try:
         with torch.inference_mode(mode=False), torch.enable_grad():
             # A pixel that wants its gradient makes a graph even through a frozen model.

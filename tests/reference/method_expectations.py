@@ -110,7 +110,10 @@ AVERAGE_POOL = {
     "eva02",
     "dinov3",
     "rope_average_pool",
+    "relative_positions",
+    "relative_positions_shared",
 }
+CLASS_ATTENTION = {"cait", "cait_one_class_block"}  # [CLS] alone attends, to patches that attended among themselves
 NO_PLAIN_MLP = {
     "dinov2_swiglu",
     "dinov2_swiglu_registers",
@@ -124,13 +127,13 @@ UNSUPPORTED: dict[type[Method], set[str]] = {
     SmoothCdam: set(),
     IntegratedCdam: set(),
     Attention: NO_READOUT_WEIGHTS | UNKNOWN_ATTENTION,
-    AttentionRollout: NO_READOUT_WEIGHTS | UNKNOWN_ATTENTION,
-    RelevancePropagation: NO_READOUT_WEIGHTS | UNKNOWN_ATTENTION,
+    AttentionRollout: NO_READOUT_WEIGHTS | UNKNOWN_ATTENTION | CLASS_ATTENTION,
+    RelevancePropagation: NO_READOUT_WEIGHTS | UNKNOWN_ATTENTION | CLASS_ATTENTION,
     PartialLrp: NO_READOUT_WEIGHTS | UNKNOWN_ATTENTION | AVERAGE_POOL | NO_PLAIN_MLP | {"deit_distilled"},
     InputXGradient: set(),
     SmoothGrad: set(),
     IntegratedGradients: set(),
-    TokenAblation: UNKNOWN_ATTENTION,
+    TokenAblation: UNKNOWN_ATTENTION | CLASS_ATTENTION,
     PatchMaskPrediction: ATTENTION_POOL,
 }
 

@@ -25,6 +25,7 @@ class Case:
         prefix: how many prefix tokens there are.
         outputs: how many outputs the head has.
         options: what timm's factory is told beside that.
+        channels: how many the images have.
         since: the oldest timm on which it is known to run in double precision, if that isn't our oldest.
     """
 
@@ -35,6 +36,7 @@ class Case:
     prefix: int = 1
     outputs: int = 11
     options: dict[str, Any] = field(default_factory=dict)
+    channels: int = 3
     since: str = "1.0.20"
 
 
@@ -154,6 +156,14 @@ CASES: tuple[Case, ...] = (
         (3, 2),
         options=_small(4, attn_pool_num_heads=4),
     ),
+    Case("relative_positions", "vit_relpos_small_patch16_224", (48, 32), (3, 2), prefix=0, options=_small()),
+    Case("relative_positions_token", "vit_relpos_medium_patch16_cls_224", (48, 32), (3, 2), options=_small()),
+    Case("relative_positions_shared", "vit_srelpos_small_patch16_224", (48, 32), (3, 2), prefix=0, options=_small()),
+    # Class attention: [CLS] comes in after all blocks of patches.
+    Case("cait", "cait_xxs24_224", (48, 32), (3, 2), options=_small()),
+    Case("cait_one_class_block", "cait_xxs24_224", (48, 32), (3, 2), options=_small(depth_token_only=1)),
+    # Grey images.
+    Case("one_channel", "vit_tiny_patch16_224", (48, 32), (3, 2), options=_small(in_chans=1), channels=1),
     Case("sapiens2", "vit_base_patch16_sapiens2", (48, 32), (3, 2), prefix=9, options=_small(4, num_kv_heads=2)),
 )
 
@@ -184,11 +194,16 @@ def fresh(case: Case) -> nn.Module:
 
 
 def images(case: Case, count: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """`(count, 3, H, W)`: normal noise, each image with a brightness and a contrast of its own."""
+    """`(count, C, H, W)`: normal noise, each image with a brightness and a contrast of its own."""
     draw = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, 3, *case.image_size, generator=draw)
-    contrast = torch.rand(count, 3, 1, 1, generator=draw) + 0.5
-    return (noise * contrast + torch.randn(count, 3, 1, 1, generator=draw)).to(dtype)
+    noise = torch.randn(count, case.channels, *case.image_size, generator=draw)
+    contrast = torch.rand(count, case.channels, 1, 1, generator=draw) + 0.5
+    return (noise * contrast + torch.randn(count, case.channels, 1, 1, generator=draw)).to(dtype)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """All blocks in order, those of class attention last."""
+    return [*model.blocks, *(getattr(model, "blocks_token_only", None) or [])]
 
 
 @torch.no_grad()

@@ -65,18 +65,26 @@ def _without(model: nn.Module, token: int, count: int) -> Iterator[None]:
         kwargs = dict(kwargs)
         if kwargs.get("rope") is not None:
             kwargs["rope"] = kwargs["rope"][..., patches, :]
-        if kwargs.get("shared_rel_pos_bias") is not None:
-            kwargs["shared_rel_pos_bias"] = kwargs["shared_rel_pos_bias"][..., keep, :][..., keep]
+        for name in ("shared_rel_pos_bias", "shared_rel_pos"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][..., keep, :][..., keep]
         return args, kwargs
 
     with contextlib.ExitStack() as stack:
         # Beit has no norm before its blocks; its position dropout comes last.
-        last = getattr(model, "norm_pre", None)
-        stack.enter_context((last if last is not None else model.pos_drop).register_forward_hook(drop))
+        last = getattr(model, "norm_pre", None) or getattr(model, "pos_drop", None)
+        if last is not None:
+            stack.enter_context(last.register_forward_hook(drop))
+        else:  # VisionTransformerRelPos has neither: its first block is the first to be called
+            stack.enter_context(model.blocks[0].register_forward_pre_hook(lambda _module, args: (args[0][:, keep],)))
         for block in model.blocks:
             stack.enter_context(block.register_forward_pre_hook(drop_positions, with_kwargs=True))
             if getattr(block.attn, "relative_position_bias_table", None) is not None:
                 bias = block.attn._get_rel_pos_bias()[..., keep, :][..., keep]
                 block.attn._get_rel_pos_bias = lambda bias=bias: bias
                 stack.callback(delattr, block.attn, "_get_rel_pos_bias")
+            if getattr(block.attn, "rel_pos", None) is not None:
+                bias = block.attn.rel_pos.get_bias()[..., keep, :][..., keep]
+                block.attn.rel_pos.get_bias = lambda bias=bias: bias
+                stack.callback(delattr, block.attn.rel_pos, "get_bias")
         yield

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.cdam_reference import patch_grid
+from reference.models import blocks
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -92,21 +93,21 @@ def run(
             heard["final"] = out
 
         def at_weights(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
-            weights.append(out.detach() if constant_weights and len(weights) == len(model.blocks) - 1 else out)
+            weights.append(out.detach() if constant_weights and len(weights) == len(blocks(model)) - 1 else out)
             return weights[-1]
 
-        listen(model.blocks[-1].norm1, at_norm1)
+        listen(blocks(model)[-1].norm1, at_norm1)
         listen(model.norm, at_norm)
         if attention or constant_weights:
             stack.enter_context(written_out(model))
-            for block in model.blocks:
+            for block in blocks(model):
                 listen(block.attn.attn_drop, at_weights)
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         pixels = image.detach().clone().requires_grad_()
         logits = model(pixels[None])
         latent = model.forward_head(heard["final"], pre_logits=True)
-    assert len(weights) in (0, len(model.blocks))
+    assert len(weights) in (0, len(blocks(model)))
     return Run(
         pixels=pixels,
         tokens=heard["tokens"],

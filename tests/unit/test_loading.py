@@ -575,10 +575,10 @@ def test_a_models_file(checkpoint: Path, tmp_path: Path) -> None:
         ("models: [", "can't be read"),
         ("models: [!!python/object/apply:os.getcwd []]", "can't be read"),
         ("models: [3]", "models[0]"),
-        ("models: [{architecture: demo}]", "models[0]: name: Field required"),
-        ("models: [{name: a, architecture: demo, colour: 3}]", "models[0] (a): colour: Extra inputs"),
+        ("models: [{architecture: demo}]", "models[0]: name: must be given"),
+        ("models: [{name: a, architecture: demo, colour: 3}]", "models[0] (a): colour: there is no such setting"),
         ("models: [{name: a, architecture: x}]", "models[0] (a): give one source of weights"),
-        ("models: [{name: a, architecture: demo, task: guess}]", "models[0] (a): task: Input should be"),
+        ("models: [{name: a, architecture: demo, task: guess}]", "models[0] (a): task: must be 'multi_class'"),
         ("models: [{name: a, architecture: demo}, {name: a, architecture: demo}]", "models[1]: name: there is another"),
     ],
 )

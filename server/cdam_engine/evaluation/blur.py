@@ -17,7 +17,7 @@ def blurred(pixels: Tensor, blur_sigma: float) -> Tensor:
     """The image, blurred; computed in double precision.
 
     Args:
-        pixels: Shape (3, H, W).
+        pixels: Shape (C, H, W).
         blur_sigma: In pixels at an input of 224 x 224; scaled by sqrt(H W) / 224.
     """
     height, width = pixels.shape[-2:]

@@ -67,7 +67,7 @@ class Forwards:
         return both[:, : latent.shape[1]], both[:, latent.shape[1] :]
 
     def _composed(self, batch: Sequence[_Asked]) -> Tensor:
-        """The images, shape (n, 3, H, W); overwritten by the next ones."""
+        """The images, shape (n, C, H, W); overwritten by the next ones."""
         pixels = batch[0][0].pixels
         if self._buffer is None or len(self._buffer) < len(batch):
             self._buffer = pixels.new_empty((self._at_once, *pixels.shape))
@@ -92,7 +92,7 @@ def _alike(image: Perturbation) -> object:
 
 
 def _compose(subject: Subject, images: Sequence[Perturbation], out: Tensor) -> None:
-    """Variations that are alike, into `out` (n, 3, H, W)."""
+    """Variations that are alike, into `out` (n, C, H, W)."""
 
     def column(numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=out.device)[:, None, None, None]

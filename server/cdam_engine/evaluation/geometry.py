@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdam_engine.evaluation.protocol import Enlargement
-from cdam_engine.vit import Grid
+from cdam_engine.families import Grid
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class Preparation:
             raise SampleError(field, "is full: nothing lies outside" if mask.any() else "is empty: nothing lies inside")
 
     def _pixels(self, field: str, image: NDArray[np.uint8] | Tensor) -> Tensor:
-        """Normalised input on the model's device, shape (3, H, W)."""
+        """Normalised input on the model's device, shape (C, H, W)."""
         try:
             given = (
                 image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
@@ -148,14 +148,14 @@ class Preparation:
         except TypeError as error:
             raise SampleError(field, f"is no array: {error}") from error
         weight = next(self._explainer.vit.model.parameters())
-        size = tuple(self._geometry.input_size)
+        size, channels = tuple(self._geometry.input_size), self._explainer.vit.channels
         if given.dtype == torch.uint8:
-            if given.shape != (*size, 3):
-                raise SampleError(field, f"of shape {tuple(given.shape)}, not {(*size, 3)}")
+            if given.shape != (*size, channels):
+                raise SampleError(field, f"of shape {tuple(given.shape)}, not {(*size, channels)}")
             return normalise(given[None].to(weight.device), self._explainer.data_config, weight.dtype)[0]
-        if given.shape != (3, *size) or not given.is_floating_point():
+        if given.shape != (channels, *size) or not given.is_floating_point():
             raise SampleError(
-                field, f"of shape {tuple(given.shape)} and type {given.dtype}, not {(3, *size)} and float"
+                field, f"of shape {tuple(given.shape)} and type {given.dtype}, not {(channels, *size)} and float"
             )
         if not bool(given.isfinite().all()):
             raise SampleError(field, "has values that are not finite")

@@ -30,7 +30,7 @@ class Sample:
 
     Attributes:
         id: Keys the sample's draws; unique in its evaluation.
-        image: uint8 pixels, shape (H, W, 3); or normalised input, shape (3, H, W), in the model's dtype.
+        image: uint8 pixels, shape (H, W, C); or normalised input, shape (C, H, W), in the model's dtype.
         target: The right target.
         wrong_target: A wrong target, where a metric compares the two.
         mask: Where the target's object is, shape (H, W), bool.

@@ -27,7 +27,7 @@ class Subject:
     Args:
         sample: The sample.
         geometry: Of its image.
-        pixels: Its normalised image on the model's device, shape (3, H, W).
+        pixels: Its normalised image on the model's device, shape (C, H, W).
         activations: What is made of an output's logit, beside the logit itself.
 
     Attributes:
@@ -54,15 +54,15 @@ class Subject:
 
     @property
     def pixels(self) -> Tensor:
-        """The normalised image on the model's device, shape (3, H, W)."""
+        """The normalised image on the model's device, shape (C, H, W)."""
         return self._pictures["clean"]
 
     def show(self, picture: Picture, pixels: Tensor) -> None:
-        """Take in a picture (3, H, W) that the sample came with."""
+        """Take in a picture (C, H, W) that the sample came with."""
         self._pictures[picture] = pixels
 
     def picture(self, picture: Picture) -> Tensor:
-        """A picture on the model's device, shape (3, H, W)."""
+        """A picture on the model's device, shape (C, H, W)."""
         if picture not in self._pictures:
             if isinstance(picture, float):
                 self._pictures[picture] = blurred(self.pixels, picture)

@@ -12,10 +12,11 @@ from torch import Tensor
 from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
 from cdam_engine.errors import UnsupportedMethodError
+from cdam_engine.families import Embedded, TailOutput
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Target, values
-from cdam_engine.vit import SplitViT, TailOutput
+from cdam_engine.vit import SplitViT
 
 _MAX_ELEMENTS: Final = 1 << 23  # of an MLP's hidden layer: 32 MiB in float32
 _MAX_ELEMENTS_ON_CPU: Final = 1 << 21  # what its cache about holds; more is not faster, and rests are rarer
@@ -51,24 +52,23 @@ class TokenAblation(Method):
         for image, targets in zip(images, batch.resolve(images, wanted), strict=True):
             embedded = vit.embed(batch.pixels[[image]])
             without = [
-                values(
-                    [targets] * (some.stop - some.start), *_without(vit, embedded.tokens[0], embedded.arguments, some)
-                )
+                values([targets] * (some.stop - some.start), *_without(vit, embedded, some))
                 for some in chunks(patches, at_once)
             ]
             maps.append(batch.values([image], [targets])[0][:, None] - torch.cat(without).T)
         return Scores(torch.stack(maps), has_prefix=False)
 
 
-def _without(vit: SplitViT, tokens: Tensor, arguments: Sequence[Mapping[str, Any]], patches: slice) -> TailOutput:
-    """What the model makes of tokens (N, D) without each of some patches."""
+def _without(vit: SplitViT, embedded: Embedded, patches: slice) -> TailOutput:
+    """What the model makes of one image's tokens without each of some patches."""
+    tokens = embedded.tokens[0]
     count = len(tokens)
     removed = torch.arange(patches.start, patches.stop, device=tokens.device)[:, None] + vit.num_prefix_tokens
     rest = torch.arange(count - 1, device=tokens.device)
     kept = rest + (rest >= removed)  # (variants, N - 1)
     x = tokens[kept]
     last = len(vit.blocks) - 1
-    for index, its in enumerate(arguments):
+    for index, its in enumerate(embedded.arguments):
         left = _without_rows(its, kept - vit.num_prefix_tokens)
         bias = vit.position_bias(index, its)
         if bias is not None:
@@ -79,14 +79,14 @@ def _without(vit: SplitViT, tokens: Tensor, arguments: Sequence[Mapping[str, Any
         else:
             x, _ = vit.attend(index, x, left, bias, rows)
         pause(x.device, brief=index != last)
-    return vit.read_out(vit.final_norm(x))
+    return vit.read_out(vit.final_norm(x, embedded.grid))
 
 
 def _without_rows(arguments: Mapping[str, Any], kept: Tensor) -> dict[str, Any]:
     """The arguments of a block for each variant: its rotary table holds a row for each patch that is left."""
     rope = arguments.get("rope")
     if rope is None:
-        return {name: value for name, value in arguments.items() if name != "shared_rel_pos_bias"}
+        return {name: value for name, value in arguments.items() if not name.startswith("shared_rel_pos")}
     patches = kept[:, kept.shape[1] - (rope.shape[-2] - 1) :]
     table = rope[patches][:, None] if rope.ndim == 2 else rope[:, patches].transpose(0, 1)
     return {**arguments, "rope": table}

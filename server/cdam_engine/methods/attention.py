@@ -99,7 +99,7 @@ class AttentionRollout(Method):
                 x, a = vit.attend(index, x, arguments, vit.position_bias(index, arguments))
                 means.append(a.mean(dim=1))
                 pause(x.device, brief=True)
-            batch.learn(chosen, *vit.read_out(vit.final_norm(x)))
+            batch.learn(chosen, *vit.read_out(vit.final_norm(x, embedded.grid)))
             row = vit.readout_weights(x).expand(len(chosen), 1, -1)
             for mean in reversed(means):
                 row = 0.5 * (row @ mean + row)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from cdam_engine.batch import Batch
 from cdam_engine.errors import UnsupportedMethodError
+from cdam_engine.families import Readout
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.targets import Target
-from cdam_engine.vit import Readout, SplitViT
+from cdam_engine.vit import SplitViT
 
 Activation = Literal["softmax", "sigmoid", "identity"]
 
@@ -50,7 +51,7 @@ class PatchMaskPrediction(Method):
         assert batch.trunk is not None
         vit, trunk = batch.vit, batch.trunk.take(images)
         patches = vit.num_prefix_tokens
-        x = vit.finish(trunk.residual, vit.blocks[-1].attn(trunk.tokens, **trunk.attention_arguments))[:, patches:]
+        x = vit.leave(trunk, trunk.tokens)[:, patches:]
         # A sequence that is the same token everywhere is pooled to that token, whatever the pooling.
         alone = x.flatten(0, 1)[:, None].expand(-1, patches + 1, -1)
         latent, logits = (torch.unflatten(part, 0, x.shape[:2]) for part in vit.read_out(alone))

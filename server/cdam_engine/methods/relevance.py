@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, cast
+from typing import ClassVar, Final
 
 import torch
 from timm.layers import Mlp
@@ -14,10 +14,11 @@ from cdam_engine import attention
 from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
 from cdam_engine.errors import UnsupportedMethodError
+from cdam_engine.families import Readout, layer_scale
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Scalar, Target
-from cdam_engine.vit import Readout, SplitViT, layer_scale
+from cdam_engine.vit import SplitViT
 
 _MAX_WEIGHTS: Final = 1 << 25  # attention weights kept for a backward pass: 128 MiB in float32
 _EPSILON: Final = 1e-9
@@ -61,7 +62,7 @@ class RelevancePropagation(Method):
                 x, a = vit.attend(index, x, arguments, bias, vit.rows_read if index == last else None)
                 weights.append(a)
                 pause(x.device, brief=True)
-            output = vit.read_out(vit.final_norm(x))
+            output = vit.read_out(vit.final_norm(x, embedded.grid))
         batch.learn(images, *output)
         targets = batch.resolve(images, wanted)
         rho = vit.readout_weights(embedded.tokens).expand(len(images), 1, -1)
@@ -95,7 +96,7 @@ class PartialLrp(Method):
 
     def check(self, vit: SplitViT) -> None:
         """See `Method`."""
-        block, model = vit.blocks[-1], cast("Any", vit.model)
+        block = vit.blocks[-1]
         if vit.readout is not Readout.CLS_TOKEN:
             raise UnsupportedMethodError("NO_CLS_READOUT", f"partial LRP starts at [CLS], its readout is {vit.readout}")
         attention.check_known(block.attn)
@@ -103,7 +104,7 @@ class PartialLrp(Method):
             attention.is_plain(block.mlp, Mlp)
             and all(attention.is_plain(part, nn.Linear) for part in (block.mlp.fc1, block.mlp.fc2, block.attn.proj))
             and getattr(block.attn, "gate", None) is None
-            and (not vit.num_outputs or attention.is_plain(model.head, nn.Linear))
+            and (not vit.num_outputs or attention.is_plain(vit.family.head, nn.Linear))
         ):
             raise UnsupportedMethodError("NO_LRP_RULE", "partial LRP has rules for a plain MLP and linear layers only")
 
@@ -125,7 +126,7 @@ class PartialLrp(Method):
         hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(entering)))
         out = layer_scale(block, 2, block.mlp.fc2(hidden))
         x2 = x1 + out
-        latent = vit.read_out(vit.final_norm(x2)).latent
+        latent = vit.read_out(vit.final_norm(x2, trunk.grid)).latent
         # And back: R has shape (B, K, ...).
         r = _linear_unit(latent[:, None], _gradients(vit, targets, latent))
         r1, r_out = _share(x1, x2, r), _share(out, x2, r)
@@ -140,7 +141,7 @@ def _gradients(vit: SplitViT, targets: Sequence[Sequence[Scalar]], latent: Tenso
     """df/dlatent, shape (B, K, D)."""
     with torch.enable_grad():
         leaf = latent.detach().requires_grad_()
-        logits = cast("Tensor", cast("Any", vit.model).head(leaf)) if vit.num_outputs else leaf[:, :0]
+        logits = vit.family.head(leaf) if vit.num_outputs else leaf[:, :0]
         rows = [
             torch.autograd.grad(
                 torch.stack([f(leaf[b], logits[b]) for b, f in enumerate(row)]).sum(), leaf, retain_graph=True

@@ -4,6 +4,7 @@ import click
 
 from cdam import __version__
 from cdam_server.cli.bench import bench
+from cdam_server.cli.check import check
 from cdam_server.cli.concept import concept
 from cdam_server.cli.evaluate import evaluate
 from cdam_server.cli.explain import explain
@@ -17,5 +18,5 @@ def main() -> None:
     """Explain what a Vision Transformer sees: serve explanations, or ask a server for them."""
 
 
-for command in (serve, explain, models, concept, evaluate, bench):
+for command in (serve, check, explain, models, concept, evaluate, bench):
     main.add_command(command)

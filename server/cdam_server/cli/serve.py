@@ -5,9 +5,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from cdam_server.cli.model_options import FILE, complain, model_options
+
+if TYPE_CHECKING:
+    from cdam_server.config import Settings
 
 _HELP = """Serve explanations of Vision Transformers over gRPC.
 
@@ -24,32 +29,15 @@ There is neither TLS nor authentication, so only this machine is served by defau
              --outputs lesions.txt
   cdam serve --models-file models.yaml --max-batch-size 32
 """
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command(help=_HELP)
-@click.option("--config", type=_FILE, envvar="CDAM_CONFIG", help="YAML file of settings.")
+@click.option("--config", type=FILE, envvar="CDAM_CONFIG", help="YAML file of settings.")
 @click.option("--address", metavar="HOST:PORT", help="Where to serve the API.  [127.0.0.1:8001]")
 @click.option(
     "--admin-address", metavar="HOST:PORT", help="Where to serve /metrics, /livez, /readyz.  [127.0.0.1:8002]"
 )
-@click.option("--models-file", type=_FILE, help="YAML file of models, if there are several.")
-@click.option("--model", metavar="NAME", help="timm architecture, or demo.  [demo]")
-@click.option("--model-name", metavar="NAME", help="Name that requests use.  [the architecture]")
-@click.option("--pretrained", is_flag=True, default=None, help="Fetch timm's weights from the hub.")
-@click.option("--checkpoint", type=_FILE, help="Weights: .safetensors, or .pth without pickled code.")
-@click.option("--random-weights", is_flag=True, default=None, help="Weights drawn at random, to measure speed.")
-@click.option("--head", type=_FILE, help="Linear head for a headless backbone: .safetensors with weight and bias.")
-@click.option(
-    "--outputs",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Names of the outputs: text, one a line, or JSON; or imagenet-1k.",
-)
-@click.option(
-    "--task", type=click.Choice(["multi_class", "multi_label", "binary", "regression"]), help="What outputs mean."
-)
-@click.option("--num-outputs", type=click.IntRange(min=0), help="Number of outputs, if not the architecture's own.")
+@model_options
 @click.option(
     "--data-dir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -141,18 +129,23 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 def serve(config: Path | None, **flags: Any) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    try:
-        from pydantic import ValidationError
-
-        from cdam_server import bootstrap, logs
+    with complain():
+        from cdam_server import logs
         from cdam_server.config import Settings
-        from cdam_server.loading import LoadError
-        from cdam_server.store import StoreUnusableError
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error.name} is missing: install cdam-serve with its extra `server`") from error
-    try:
+        from cdam_server.specs import check_files
+
         settings = Settings.load(config, **flags)
         logs.configure(settings.log_format, settings.log_level)
+        # Before torch is imported, which takes seconds: most mistakes are in a name or a path.
+        check_files(settings.specs())
+        _serve(settings)
+
+
+def _serve(settings: "Settings") -> None:
+    from cdam_server import bootstrap
+    from cdam_server.store import StoreUnusableError
+
+    try:
         bootstrap.warn_of_unknown_variables()
         # As PID 1 of a container the process would not hear a SIGTERM while it loads; serving has a handler of its own.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -160,15 +153,9 @@ def serve(config: Path | None, **flags: Any) -> None:
         # Requests that outlived the drain may still be computed, and their threads would keep the process.
         sys.stderr.flush()
         os._exit(0)
+    except StoreUnusableError as error:
+        raise click.ClickException(str(error)) from error
     except bootstrap.ServerFailedError as error:
         click.echo(f"Error: {error}", err=True)
         sys.stderr.flush()
         os._exit(1)  # its threads may be stuck
-    except ValidationError as error:
-        lines = (
-            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        )
-        raise click.UsageError("\n".join(lines)) from error
-    except (LoadError, StoreUnusableError, ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error

@@ -1,0 +1,87 @@
+"""Options that describe models, of every command that loads one, and what is said where they are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+_PATH: Final = click.Path(path_type=Path)  # hf-hub: and local-dir: are no paths to look for
+
+_OPTIONS: Final = (
+    click.option("--models-file", type=FILE, help="YAML file of models, if there are several, or for all settings."),
+    click.option(
+        "--model",
+        metavar="NAME",
+        help="timm architecture; hf-hub:ORG/NAME or local-dir:PATH, with their weights; or demo.  [demo]",
+    ),
+    click.option("--model-name", metavar="NAME", help="Name that requests use.  [the architecture]"),
+    click.option("--pretrained", is_flag=True, default=None, help="Fetch timm's weights from the hub."),
+    click.option(
+        "--checkpoint",
+        metavar="FILE",
+        type=_PATH,
+        help="Weights: .safetensors, or .pth without pickled code; also hf-hub:ORG/NAME and local-dir:PATH.",
+    ),
+    click.option(
+        "--weights-key",
+        metavar="KEY",
+        help="The part of the checkpoint that holds the weights, if several do: teacher.",
+    ),
+    click.option("--random-weights", is_flag=True, default=None, help="Weights drawn at random, to measure speed."),
+    click.option("--head", type=_PATH, metavar="FILE", help="Linear head for a headless backbone: weight and bias."),
+    click.option(
+        "--outputs", metavar="FILE", type=_PATH, help="Names of the outputs: text, one a line, or JSON; or imagenet-1k."
+    ),
+    click.option(
+        "--task", type=click.Choice(["multi_class", "multi_label", "binary", "regression"]), help="What outputs mean."
+    ),
+    click.option(
+        "--input-size", metavar="SIZE", help="Pixels, 224 or 224x336 (height x width): positions are resampled to it."
+    ),
+    click.option(
+        "--resample",
+        is_flag=True,
+        default=None,
+        help="Let the checkpoint's patch embedding and positions be resampled to the architecture's.",
+    ),
+    click.option("--num-outputs", type=click.IntRange(min=0), help="Number of outputs, if not the architecture's own."),
+)
+
+
+def model_options(command: Command) -> Command:
+    """Add the options to a command."""
+    return reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), command)
+
+
+@contextmanager
+def complain() -> Iterator[None]:
+    """What is wrong with settings or models, as errors of the command line.
+
+    Raises:
+        click.ClickException: With one line for people.
+    """
+    try:
+        from pydantic import ValidationError
+
+        from cdam_server.config import Settings
+        from cdam_server.validation import problems
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is missing: install cdam-serve with its extra `server`") from error
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("cdam"):
+            raise
+        raise click.ClickException(f"{error.name} is missing: install cdam-serve with its extra `server`") from error
+    except ValidationError as error:
+        raise click.UsageError("\n".join(problems(error, Settings))) from error
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
