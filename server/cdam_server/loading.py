@@ -145,7 +145,7 @@ def _build(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report]:
         module = _create(spec, len(names) or None if wanted is None else wanted, pretrained=False)
         report = Report("drawn at random")
     if spec.head is not None:
-        attach_head(module, spec.head, "head")
+        attach_head(module, spec.head, "head", spec.head_layers)
     return module, report
 
 
@@ -167,6 +167,7 @@ def _wish(spec: ModelSpec, wanted: int | None, names: list[str]) -> Wish:
         trained_size=None if trained is None else _pair(trained),
         input_size=spec.input_size,
         resample=spec.resample,
+        head_layers=None if spec.head is not None else spec.head_layers,
     )
 
 
@@ -311,11 +312,14 @@ def _data_config(spec: ModelSpec, module: nn.Module) -> DataConfig:
 
 def _settings(spec: ModelSpec, module: nn.Module, data_config: DataConfig) -> dict[str, object]:
     kwargs = {name: value for name, value in spec.model_kwargs.items() if name not in _NOT_IN_FINGERPRINT}
-    return {
+    settings: dict[str, object] = {
         "model_kwargs": kwargs,
         "global_pool": str(getattr(module, "global_pool", "")),
         "data_config": asdict(data_config),
     }
+    if spec.head_layers is not None:
+        settings["head_layers"] = [[layer.kind, layer.eps] for layer in spec.head_layers]
+    return settings
 
 
 # --- names of outputs
