@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cdam_engine import targets
+from cdam_engine.families import Grid, TrunkOutput
 from cdam_engine.tail import Tail, make_tail
 from cdam_engine.targets import Scalar, Target, TopK
-from cdam_engine.families import Grid, TrunkOutput
 from cdam_engine.vit import SplitViT
 
 

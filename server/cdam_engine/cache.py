@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cdam_engine.tail import Tail
 from cdam_engine.families import TrunkOutput
+from cdam_engine.tail import Tail
 
 
 def digest(image: Tensor) -> bytes:
@@ -64,6 +64,10 @@ class TokenCache:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether something is kept of an image; neither hit nor miss."""
+        return key in self._kept
 
     def get(self, key: Hashable) -> Kept | None:
         """What is kept of an image; None if nothing is."""

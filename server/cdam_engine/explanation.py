@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cdam_engine.targets import Output, Scalar
 from cdam_engine.families import Grid
+from cdam_engine.targets import Output, Scalar
 
 
 @dataclass(frozen=True, eq=False)

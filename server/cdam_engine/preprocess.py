@@ -33,7 +33,7 @@ _INTERPOLATIONS: Final = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _MODES: Final = {1: "L", 3: "RGB"}
-_CROP_MODES: Final = ("center", "squash", "border")
+_CROP_MODES: Final = ("center", "center_floor", "squash", "squash_top_left", "border")
 
 # A resized image of more pixels than this is not built in full; only the part that the input shows. Rounding may then
 # differ from timm's in the last bit. At an input of 224 x 224 it takes an aspect ratio of 1:256 to get here.
@@ -66,7 +66,9 @@ class DataConfig:
         interpolation: Name of the resampling filter: bicubic, bilinear, ...
         crop_pct: Input size over resized size, in (0, 1].
         crop_mode: ``center`` (shorter side resized, centre cut out), ``squash`` (aspect ratio given up), or
-            ``border`` (longer side resized, the rest padded with the mean).
+            ``border`` (longer side resized, the rest padded with the mean). Two more are not timm's: ``center_floor``
+            (the cut begins at the whole pixel before the centre's, as transformers cuts, not at the nearest one) and
+            ``squash_top_left`` (cut from the top left corner, where a model's patches leave out the last pixels).
     """
 
     input_size: Size
@@ -206,15 +208,19 @@ def prepare(
     image_size = (image.height, image.width)
     resized = size if resize == "squash" else _resized_size(image_size, size, config)
     rows, columns = (
-        _Axis(original, new, _start(new, taken), taken)
+        _Axis(original, new, _start(new, taken, config.crop_mode), taken)
         for original, new, taken in zip(image_size, resized, size, strict=True)
     )
-    fill = tuple(round(255 * value) for value in config.mean) if config.crop_mode == "border" else (0,) * config.channels
+    fill = (
+        tuple(round(255 * value) for value in config.mean) if config.crop_mode == "border" else (0,) * config.channels
+    )
     mode = _MODES[config.channels]
     seen = image if image.mode == mode else image.convert(mode)
     pixels = _render(seen, rows, columns, _INTERPOLATIONS[config.interpolation], fill)
     (top, bottom), (left, right) = rows.region, columns.region
-    return Prepared(np.array(pixels).reshape(*size, config.channels), Region(left, top, right, bottom), image_size, size)
+    return Prepared(
+        np.array(pixels).reshape(*size, config.channels), Region(left, top, right, bottom), image_size, size
+    )
 
 
 def normalise(pixels: torch.Tensor, config: DataConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -239,9 +245,9 @@ def normalise(pixels: torch.Tensor, config: DataConfig, dtype: torch.dtype = tor
 def _resized_size(image: Size, size: Size, config: DataConfig) -> Size:
     """(height, width) before crop and pad. Rounds as timm and torchvision do, in each case in their own way."""
     scaled = (math.floor(size[0] / config.crop_pct), math.floor(size[1] / config.crop_pct))
-    if config.crop_mode == "squash":
+    if config.crop_mode in {"squash", "squash_top_left"}:
         return scaled
-    if config.crop_mode == "center" and scaled[0] == scaled[1]:
+    if config.crop_mode in {"center", "center_floor"} and scaled[0] == scaled[1]:
         short, long = min(image), max(image)
         new_long = int(scaled[0] * long / short)
         return (new_long, scaled[0]) if image[0] > image[1] else (scaled[0], new_long)
@@ -250,8 +256,12 @@ def _resized_size(image: Size, size: Size, config: DataConfig) -> Size:
     return max(1, round(image[0] / ratio)), max(1, round(image[1] / ratio))  # timm fails where it rounds to 0
 
 
-def _start(resized: int, size: int) -> int:
-    """Where the centre crop begins; negative where it pads, with the odd pixel of padding last."""
+def _start(resized: int, size: int, crop_mode: str) -> int:
+    """Where the crop begins; negative where it pads, with the odd pixel of padding last."""
+    if crop_mode == "squash_top_left":
+        return 0
+    if crop_mode == "center_floor" and size <= resized:
+        return (resized - size) // 2
     return -((size - resized) // 2) if size > resized else round((resized - size) / 2)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cdam_engine import attention
+from cdam_engine.families import Readout, TailOutput, TrunkOutput
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Concept, Contrast, Scalar, values
-from cdam_engine.families import Readout, TailOutput, TrunkOutput
 from cdam_engine.vit import SplitViT
 
 _MAX_ELEMENTS: Final = 1 << 23  # of a temporary: 32 MiB in float32
@@ -159,7 +159,7 @@ class ClsTail:
     """
 
     def __init__(self, vit: SplitViT, trunk: TrunkOutput) -> None:
-        self._vit = vit
+        self.vit = self._vit = vit
         self._tokens = trunk.tokens
         self._grid = trunk.grid
         self._rows = rows = vit.num_readout_tokens

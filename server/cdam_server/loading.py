@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,15 +20,18 @@ import timm.models
 import torch
 from torch import nn
 
+from cdam_engine import SplitViT, UnsupportedArchitectureError
 from cdam_engine.fingerprint import fingerprint
 from cdam_engine.preprocess import DataConfig
+from cdam_server import foreign
+from cdam_server.conversions.converted import Converted, TextSide
 from cdam_server.load_error import LoadError, few, reason
 from cdam_server.output_names import imagenet_names, read_names
 from cdam_server.specs import DEMO, HUB, ModelSpec, Task, load_models_file, naming
 from cdam_server.validation import unknown
 from cdam_server.weights import NO_REPORT, Report, Wish, attach_head, load_weights, read_checkpoint
 
-__all__ = ["LoadError", "LoadedModel", "ModelSpec", "Task", "load_model", "load_models_file"]
+__all__ = ["LoadError", "LoadedModel", "ModelSpec", "Task", "load_model", "load_models_file", "share_weights"]
 
 # Keyword arguments that leave a model's output alone, or show in its tensors or its preprocessing.
 _NOT_IN_FINGERPRINT: Final = {
@@ -58,14 +61,17 @@ class LoadedModel:
 
     Attributes:
         name: To ask for it by.
-        architecture: timm's name without tag, or ``demo``.
+        architecture: timm's name without tag; what a converted model was, such as ``transformers:ViTModel``; or ``demo``.
         module: The model itself.
         data_config: How it wants its images.
         task: What its outputs mean.
         output_names: In order; empty if there are none. Several outputs may share one.
         output_count: 0 for a backbone without head, which serves concepts only.
         fingerprint: Of architecture, preprocessing and weights, see `cdam_engine.fingerprint`.
+        trunk_fingerprint: Likewise, without the weights that come after the last attention's tokens: models of equal
+            ones share their trunk. Empty for a model that can't be explained.
         weights: Where its weights are from, and what was done to them.
+        text: What compares its latent with a text's embedding, if it was trained with texts and the files say it.
     """
 
     name: str
@@ -76,7 +82,9 @@ class LoadedModel:
     output_names: tuple[str, ...]
     output_count: int
     fingerprint: str
+    trunk_fingerprint: str = ""
     weights: Report = NO_REPORT
+    text: TextSide | None = None
 
     @property
     def resampled(self) -> str:
@@ -92,19 +100,50 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
     """
     with naming(spec.name):
         names = read_names(spec.outputs)
-        module, report = (_demo(), Report("the package")) if spec.architecture == DEMO else _build(spec, names)
+        converted = None
+        if spec.architecture == DEMO:
+            module, report = _demo(), Report("the package")
+        else:
+            module, report, converted = _build(spec, names)
         module = module.eval().requires_grad_(False)
-        count = _count_outputs(module)
+        split = _split(module)
+        count = _count_outputs(module, split)
         if not names:
-            names = _default_names(spec, module, count)
-        _check_outputs(spec, names, count)
-        architecture = _architecture(spec, module)
+            names = _default_names(spec, module, count, converted)
+        task = _task(spec, converted)
+        _check_outputs(spec, names, count, task)
+        architecture = _architecture(spec, module) if converted is None else converted.source
         data_config = _data_config(spec, module)
-        digest = fingerprint(module, architecture, _settings(spec, module, data_config))
+        settings = _settings(spec, module, data_config, converted)
+        digest = fingerprint(module, architecture, settings)
+        trunk = "" if split is None else fingerprint(module, architecture, settings, counts=split.is_of_trunk)
     _tell(spec.name, report)
+    text = None if converted is None else converted.text
     return LoadedModel(
-        spec.name, architecture, module.to(device), data_config, spec.task, tuple(names), count, digest, report
+        spec.name, architecture, module.to(device), data_config, task, tuple(names), count, digest, trunk, report, text
     )
+
+
+def share_weights(module: nn.Module, others: Sequence[nn.Module]) -> None:
+    """Let a model use the tensors of others wherever they have the same under the same name: they are kept once.
+
+    Args:
+        module: The model; what it computes stays the same.
+        others: Models that live as long.
+    """
+    for other in others:
+        theirs: dict[str, Any] = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        for prefix, part in module.named_modules():
+            for tensors in (part._parameters, part._buffers):  # noqa: SLF001
+                for name, own in tensors.items():
+                    same = theirs.get(f"{prefix}.{name}" if prefix else name)
+                    if own is not None and same is not None and same is not own and _are_equal(own, same):
+                        tensors[name] = same
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    kinds = ((its.shape, its.dtype, its.device, its.requires_grad) for its in (one, other))
+    return len(set(kinds)) == 1 and torch.equal(one, other)
 
 
 def _tell(model: str, report: Report) -> None:
@@ -128,14 +167,29 @@ def _demo() -> nn.Module:
     return module
 
 
-def _build(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report]:
-    """A timm model with its weights and head, and what was done to the weights."""
+def _build(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report, Converted | None]:
+    """A timm model with its weights and head, what was done to the weights, and what it was in another library."""
+    found = foreign.converted_of(spec)
+    if found is None:
+        module, report = _of_timm(spec, names)
+    else:
+        module, report = foreign.build(spec, found[0]), found[1]
+        foreign.tell(spec.name, found[0])
+    if spec.head is not None:
+        attach_head(module, spec.head, "head", spec.head_layers)
+    return module, report, None if found is None else found[0]
+
+
+def _of_timm(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report]:
+    """A model of timm's with its weights, and what was done to them."""
     _check_architecture(spec)
     wanted = 0 if spec.head is not None else spec.num_outputs
     source = _checkpoint(spec)
     if source is not None:
         setting, path = source
+        foreign.refuse_foreign_folder(str(path), setting)
         checkpoint = read_checkpoint(path, setting)
+        foreign.refuse_foreign(checkpoint, setting)
         module = _create(spec, 0, pretrained=False)
         report = load_weights(module, checkpoint, setting, _wish(spec, wanted, names))
     elif spec.pretrained:
@@ -144,8 +198,6 @@ def _build(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report]:
     else:
         module = _create(spec, len(names) or None if wanted is None else wanted, pretrained=False)
         report = Report("drawn at random")
-    if spec.head is not None:
-        attach_head(module, spec.head, "head", spec.head_layers)
     return module, report
 
 
@@ -288,15 +340,17 @@ def _architecture(spec: ModelSpec, module: nn.Module) -> str:
     return DEMO if spec.architecture == DEMO else str(config.get("architecture") or spec.architecture)
 
 
-def _count_outputs(module: nn.Module) -> int:
-    """From the head itself; what is no plain head of timm's says it by its count of classes."""
-    get = getattr(module, "get_classifier", None)
-    head = None if get is None else get()
-    if isinstance(head, tuple):  # a distilled model's two, which are averaged
-        head = head[0]
-    if isinstance(head, nn.Linear):
-        return head.out_features
-    return 0 if isinstance(head, nn.Identity) else int(getattr(module, "num_classes", 0))
+def _split(module: nn.Module) -> SplitViT | None:
+    """The model as the engine sees it; None if CDAM is not defined for it."""
+    try:
+        return SplitViT(module)
+    except UnsupportedArchitectureError:
+        return None
+
+
+def _count_outputs(module: nn.Module, split: SplitViT | None) -> int:
+    """From the head itself; of a model that can't be explained, as timm says."""
+    return int(getattr(module, "num_classes", 0)) if split is None else split.num_outputs
 
 
 def _data_config(spec: ModelSpec, module: nn.Module) -> DataConfig:
@@ -310,10 +364,13 @@ def _data_config(spec: ModelSpec, module: nn.Module) -> DataConfig:
         raise LoadError(setting, str(error)) from error
 
 
-def _settings(spec: ModelSpec, module: nn.Module, data_config: DataConfig) -> dict[str, object]:
+def _settings(
+    spec: ModelSpec, module: nn.Module, data_config: DataConfig, converted: Converted | None
+) -> dict[str, object]:
     kwargs = {name: value for name, value in spec.model_kwargs.items() if name not in _NOT_IN_FINGERPRINT}
     settings: dict[str, object] = {
         "model_kwargs": kwargs,
+        **({} if converted is None else {"converted": converted.settings}),
         "global_pool": str(getattr(module, "global_pool", "")),
         "data_config": asdict(data_config),
     }
@@ -325,13 +382,15 @@ def _settings(spec: ModelSpec, module: nn.Module, data_config: DataConfig) -> di
 # --- names of outputs
 
 
-def _default_names(spec: ModelSpec, module: nn.Module, count: int) -> list[str]:
+def _default_names(spec: ModelSpec, module: nn.Module, count: int, converted: Converted | None) -> list[str]:
     if spec.architecture == DEMO:
         from cdam_server.demo import model
 
         return list(model.LABELS)
     if spec.head is not None:
         return []
+    if converted is not None:
+        return list(converted.output_names) if count else []
     config: Mapping[str, Any] = getattr(module, "pretrained_cfg", None) or {}
     labels = config.get("label_names")
     if spec.brings_weights and isinstance(labels, list | tuple) and len(labels) == count:
@@ -341,12 +400,19 @@ def _default_names(spec: ModelSpec, module: nn.Module, count: int) -> list[str]:
     return imagenet_names(subset) if spec.pretrained and subset else []
 
 
-def _check_outputs(spec: ModelSpec, names: list[str], count: int) -> None:
+def _task(spec: ModelSpec, converted: Converted | None) -> Task:
+    """What the settings say, else the converted files."""
+    if converted is None or converted.task is None or "task" in spec.model_fields_set or spec.head is not None:
+        return spec.task
+    return Task(converted.task)
+
+
+def _check_outputs(spec: ModelSpec, names: list[str], count: int, task: Task) -> None:
     if names and len(names) != count:
         raise LoadError("outputs", f"there are {len(names)} names for {count} outputs")
     if spec.num_outputs is not None and spec.num_outputs != count:
         raise LoadError("num_outputs", f"{spec.num_outputs} are asked for, but the head has {count}")
-    if spec.task is Task.BINARY and count != 1:
+    if task is Task.BINARY and count != 1:
         raise LoadError("task", f"binary is for one output; there are {count}")
-    if spec.task in {Task.MULTI_CLASS, Task.MULTI_LABEL} and count == 1:
-        raise LoadError("task", f"{spec.task} needs several outputs; say whether the one is `binary` or `regression`")
+    if task in {Task.MULTI_CLASS, Task.MULTI_LABEL} and count == 1:
+        raise LoadError("task", f"{task} needs several outputs; say whether the one is `binary` or `regression`")

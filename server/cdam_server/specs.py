@@ -11,6 +11,8 @@
       - name: imagenet
         architecture: vit_base_patch16_224
         pretrained: true
+      - name: pets
+        architecture: local-dir:pets            # as transformers' save_pretrained wrote it
 
 ``docs/models.md`` describes every setting.
 """
@@ -42,10 +44,13 @@ from cdam_server.validation import one_line
 DEMO: Final = "demo"
 HUB: Final = "hf-hub:"
 FOLDER: Final = "local-dir:"
+TORCHVISION: Final = "torchvision:"
+OPEN_CLIP: Final = "open_clip:"
 PICKLES: Final = (".bin", ".ckpt", ".pt", ".pth", ".tar")
 # What a person wrote in YAML is meant as it is written: `no` is a label, not False.
 _TEXTS: Final = frozenset({"name", "architecture", "checkpoint", "weights_key", "head", "outputs", "task"})
 _FILES: Final = ("checkpoint", "head", "outputs")
+_CONFIGS: Final = ("config.json", "open_clip_config.json")
 
 
 class Task(StrEnum):
@@ -72,7 +77,7 @@ class Preprocessing(BaseModel):
         interpolation: Filter of the resize.
         crop_pct: Input size over resized size.
         crop_mode: ``center`` (shorter side resized, centre cut out), ``squash`` (aspect ratio given up), or ``border``
-            (longer side resized, the rest padded).
+            (longer side resized, the rest padded); ``center_floor`` and ``squash_top_left`` as `DataConfig` has them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,7 +86,7 @@ class Preprocessing(BaseModel):
     std: Annotated[list[Annotated[float, Field(gt=0)]], AfterValidator(_for_channels)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
     crop_pct: float | None = Field(default=None, gt=0, le=1)
-    crop_mode: Literal["center", "squash", "border"] | None = None
+    crop_mode: Literal["center", "center_floor", "squash", "squash_top_left", "border"] | None = None
 
     def given(self) -> dict[str, Any]:
         """The settings that were made."""
@@ -136,8 +141,9 @@ class ModelSpec(BaseModel):
 
     Attributes:
         name: To ask for it by.
-        architecture: timm's name, with or without a tag; ``hf-hub:ORG/NAME`` or ``local-dir:PATH``, timm's own folders
-            with config.json and weights, which need no other source of weights; or ``demo``.
+        architecture: timm's name, with or without a tag; ``hf-hub:ORG/NAME`` or ``local-dir:PATH``, folders of timm,
+            transformers or open_clip with configuration and weights, which need no other source of weights;
+            ``torchvision:NAME`` or ``open_clip:NAME``, with a checkpoint; or ``demo``.
         pretrained: Weights from the hub.
         checkpoint: Weights from a file: .safetensors, or a pickle that needs no code; or from ``hf-hub:ORG/NAME`` or
             ``local-dir:PATH``. Training wrappers and prefixes are taken off, and foreign formats converted where timm
@@ -305,6 +311,13 @@ def _check_weights(path: Path | None, setting: str) -> None:
 
 
 def _check_folder(name: str, setting: str) -> None:
+    if not name.startswith(FOLDER):
+        if name.startswith(("/", "./", "../", "~")) and Path(name).expanduser().is_dir():
+            raise LoadError(setting, f"{name} is a folder: say {FOLDER}{name}")
+        return
     folder = Path(name.removeprefix(FOLDER))
-    if name.startswith(FOLDER) and not (folder / "config.json").is_file():
-        raise LoadError(setting, f"there is no {folder / 'config.json'}: {FOLDER}PATH names a folder that timm wrote")
+    if not any((folder / config).is_file() for config in _CONFIGS):
+        raise LoadError(
+            setting,
+            f"there is no {folder / _CONFIGS[0]}: {FOLDER}PATH names a folder that timm, transformers or open_clip wrote",
+        )

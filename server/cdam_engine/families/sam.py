@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, resample_abs_pos_embed_nhwc
 from timm.models import vision_transformer_sam as sam
-from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedMethodError
@@ -33,14 +32,26 @@ class SamFamily(Family):
         """See `Family`. The head pools; its own `global_pool` counts."""
         pool = str(self.model.head.global_pool.pool_type)
         if pool not in {"avg", "max", "avgmax"}:
-            raise UnsupportedArchitectureError("NO_READOUT", f"the model's pooling {pool!r} leaves no latent to explain")
+            raise UnsupportedArchitectureError(
+                "NO_READOUT", f"the model's pooling {pool!r} leaves no latent to explain"
+            )
         return Readout.AVERAGE_POOL if pool == "avg" else Readout.MAX_POOL
 
     @property
     def after_attention(self) -> Sequence[nn.Module]:
         """See `Family`."""
         block = self.blocks[-1]
-        return (block.attn.proj, block.attn.proj_drop, block.ls1, block.drop_path1, block.norm2, block.mlp, block.ls2, block.drop_path2, self.model.neck)
+        return (
+            block.attn.proj,
+            block.attn.proj_drop,
+            block.ls1,
+            block.drop_path1,
+            block.norm2,
+            block.mlp,
+            block.ls2,
+            block.drop_path2,
+            self.model.neck,
+        )
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """See `Family`."""
@@ -62,7 +73,9 @@ class SamFamily(Family):
         if not block.window_size:
             return cast("Tensor", block.attn(x).flatten(1, 2))
         windows, padded = sam.window_partition(x, block.window_size)
-        return cast("Tensor", sam.window_unpartition(block.attn(windows), block.window_size, grid, padded).flatten(1, 2))
+        return cast(
+            "Tensor", sam.window_unpartition(block.attn(windows), block.window_size, grid, padded).flatten(1, 2)
+        )
 
     def final_norm(self, x: Tensor, grid: Grid) -> Tensor:
         """See `Family`: the neck, which may mix neighbours."""
@@ -79,10 +92,14 @@ class SamFamily(Family):
 
     def check_attend(self) -> None:
         """See `Family`."""
-        raise UnsupportedMethodError("UNKNOWN_BLOCK", "attention in windows is no attention of all tokens on all tokens")
+        raise UnsupportedMethodError(
+            "UNKNOWN_BLOCK", "attention in windows is no attention of all tokens on all tokens"
+        )
 
     def check_readout(self) -> None:
         """See `Family`."""
         super().check_readout()
         if not isinstance(self.model.neck, nn.Identity | LayerNorm2d):
-            raise UnsupportedMethodError("NO_READOUT_TOKEN", "its neck mixes neighbouring tokens before they are pooled")
+            raise UnsupportedMethodError(
+                "NO_READOUT_TOKEN", "its neck mixes neighbouring tokens before they are pooled"
+            )

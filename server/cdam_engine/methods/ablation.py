@@ -12,10 +12,10 @@ from torch import Tensor
 from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
 from cdam_engine.errors import UnsupportedMethodError
+from cdam_engine.families import Embedded, TailOutput
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Target, values
-from cdam_engine.families import Embedded, TailOutput
 from cdam_engine.vit import SplitViT
 
 _MAX_ELEMENTS: Final = 1 << 23  # of an MLP's hidden layer: 32 MiB in float32
@@ -52,9 +52,7 @@ class TokenAblation(Method):
         for image, targets in zip(images, batch.resolve(images, wanted), strict=True):
             embedded = vit.embed(batch.pixels[[image]])
             without = [
-                values(
-                    [targets] * (some.stop - some.start), *_without(vit, embedded, some)
-                )
+                values([targets] * (some.stop - some.start), *_without(vit, embedded, some))
                 for some in chunks(patches, at_once)
             ]
             maps.append(batch.values([image], [targets])[0][:, None] - torch.cat(without).T)

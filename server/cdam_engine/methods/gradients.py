@@ -12,12 +12,12 @@ from torch import Tensor
 
 from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
+from cdam_engine.families import TailOutput
 from cdam_engine.methods.base import Method, Noise, Quadrature, Scores, at_least_one, check_seed
 from cdam_engine.methods.draws import Moments, draws, mean_scores
 from cdam_engine.methods.quadrature import nodes
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Scalar, Target, values
-from cdam_engine.families import TailOutput
 
 _MAX_ELEMENTS: Final = 1 << 27  # of what a backward pass needs: about 512 MiB in float32
 _MAX_ELEMENTS_ON_CPU: Final = 3 << 24  # more is not faster, and rests are rarer

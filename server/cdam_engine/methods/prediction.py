@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cdam_engine.batch import Batch
 from cdam_engine.errors import UnsupportedMethodError
+from cdam_engine.families import Readout
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.targets import Target
-from cdam_engine.families import Readout
 from cdam_engine.vit import SplitViT
 
 Activation = Literal["softmax", "sigmoid", "identity"]

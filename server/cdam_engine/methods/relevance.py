@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, cast
+from typing import ClassVar, Final
 
 import torch
 from timm.layers import Mlp
@@ -14,10 +14,10 @@ from cdam_engine import attention
 from cdam_engine.batch import Batch
 from cdam_engine.chunks import chunks
 from cdam_engine.errors import UnsupportedMethodError
+from cdam_engine.families import Readout, layer_scale
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Scalar, Target
-from cdam_engine.families import Readout, layer_scale
 from cdam_engine.vit import SplitViT
 
 _MAX_WEIGHTS: Final = 1 << 25  # attention weights kept for a backward pass: 128 MiB in float32

@@ -172,6 +172,9 @@ def attach_head(model: nn.Module, path: Path, setting: str, layers: Sequence[Lay
     classifier = model.get_classifier()  # type: ignore[operator]
     if not isinstance(classifier, nn.Linear):
         raise LoadError(setting, "this architecture does not take a single linear head")
+    latent = int(getattr(model, "head_hidden_size", 0) or classifier.in_features)
+    if latent != classifier.in_features:  # another library's readout, whose latent is not as wide as the tokens
+        model.head = classifier = nn.Linear(latent, weight.shape[0])
     if classifier.in_features != weight.shape[1]:
         raise LoadError(
             setting, f"the weight is for latents of {weight.shape[1]}, the architecture's have {classifier.in_features}"

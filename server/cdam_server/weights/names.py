@@ -80,7 +80,7 @@ def select(checkpoint: Checkpoint, own: Collection[str], setting: str, key: str 
     Raises:
         LoadError: The part is not there, there are two sources for one tensor, or what is there is no plain weights.
     """
-    tensors = _transparent_off(checkpoint.tensors, setting)
+    tensors = without_wrappers(checkpoint.tensors, setting)
     _refuse_adapters(tensors, setting)
     found = _places(tensors, own)
     if key is not None:
@@ -94,7 +94,7 @@ def select(checkpoint: Checkpoint, own: Collection[str], setting: str, key: str 
     return _sort(checkpoint, tensors, own, found, best, copies, strict=key is None)
 
 
-def _transparent_off(tensors: Mapping[str, Tensor], setting: str) -> StateDict:
+def without_wrappers(tensors: Mapping[str, Tensor], setting: str) -> StateDict:
     """Names without the wrappers that stand between them."""
     plain: StateDict = {}
     origins: dict[str, str] = {}
@@ -241,7 +241,7 @@ def _sort(
                 if inner != "mask_token":
                     continue
             chosen.weights[inner] = tensor  # for the architecture's conversion, or to be refused
-        elif _beside(name, tensor) or not strict:
+        elif is_of_training(name, tensor) or not strict:
             chosen.left_out.append(name)
         else:
             chosen.weights[name] = tensor
@@ -284,7 +284,7 @@ def _is_loss(name: str, tensor: Tensor) -> bool:
     return tensor.ndim < 2 and name.partition(".")[0] in _LOSSES
 
 
-def _beside(name: str, tensor: Tensor) -> bool:
+def is_of_training(name: str, tensor: Tensor) -> bool:
     """Whether a tensor outside the network is one of training alone."""
     parts = name.split(".")
     return (
