@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import open_clip
 import pytest
+import timm
 import torch
 import transformers
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -251,6 +252,13 @@ def test_in_a_models_file_folders_are_relative_to_it(pets: Path, tmp_path: Path)
     (tmp_path / "models.yaml").write_text("models: [{name: pets, architecture: 'local-dir:pets'}]")
     (only,) = load_models_file(tmp_path / "models.yaml")
     assert load_model(only).output_names == ("cat", "dog", "owl")
+
+
+def test_a_folder_that_timm_wrote_stays_timms(tmp_path: Path) -> None:
+    """Both have a config.json."""
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=3), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "test_vit"
+    assert load_model(spec(f"local-dir:{tmp_path}")).architecture == "test_vit"
 
 
 # --- the hub
