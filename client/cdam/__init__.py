@@ -47,13 +47,12 @@ from cdam._evaluation import (
     EvaluationProgress,
     EvaluationProtocol,
     EvaluationStarted,
-    MaskLike,
     MetricValue,
     Sample,
     SampleResult,
 )
 from cdam._explanation import ExplainedTarget, Explanation, Geometry, Parts, RelevanceMap, Timing
-from cdam._images import ImageLike
+from cdam._images import ImageLike, MaskLike
 from cdam._items import Item, ItemResult
 from cdam._methods import (
     METHODS,

@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -26,6 +26,7 @@ from cdam._items import Item, ItemResult
 from cdam._methods import MethodLike, as_methods
 from cdam._metrics import EvaluatedLike, MetricLike
 from cdam._models import Model
+from cdam._numbers import whole
 from cdam._outcome import AsyncEvaluation
 from cdam._register import PATH as UPLOAD_PATH
 from cdam._register import Images, register
@@ -37,14 +38,17 @@ T = TypeVar("T")
 
 
 class AsyncClient(BaseClient):
-    """A client for asyncio: the methods of `Client`, to be awaited. It belongs to the event loop of its first call.
+    """A client for asyncio: the methods of `Client`, to be awaited.
+
+    It may be used from one event loop after another, or from several at once: each has a connection of its own.
 
     async with cdam.AsyncClient("localhost:8001") as client:
         explanation = await client.explain("scene.png", "7")
     """
 
     _blocking = False
-    _channel: grpc.aio.Channel | None = None
+    # grpc.aio's channels belong to the loop in which they were made.
+    _channels: Mapping[asyncio.AbstractEventLoop, grpc.aio.Channel] = MappingProxyType({})
 
     async def explain(
         self,
@@ -70,6 +74,7 @@ class AsyncClient(BaseClient):
             input_size=input_size,
             request_id=request_id,
             priority=priority,
+            max_message_bytes=self._max_message_bytes,
         )
         return await self._run(_flow.explain(request, as_methods(methods), as_targets(targets)), timeout)
 
@@ -208,7 +213,7 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> AsyncGenerator[RegisteredConcept, None]:
         """As `Client.concepts`."""
-        request = concept_pb2.ListConceptsRequest(model=model, labels=labels, page_size=page_size)
+        request = concept_pb2.ListConceptsRequest(model=model, labels=labels, page_size=whole(page_size, "page_size"))
         while True:
             page, request.page_token = await self._run(_flow.concept_page(request), timeout)
             for found in page:
@@ -262,10 +267,15 @@ class AsyncClient(BaseClient):
         await self._run(_flow.wait_until_ready(), timeout)
 
     async def close(self) -> None:
-        """Close the connection, for good; calls under way fail."""
-        self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
+        """Close the connections, for good; calls under way fail."""
+        with self._lock:
+            self._closed = True
+            channels, self._channels = self._channels, {}
+        for loop, channel in channels.items():
+            if loop is asyncio.get_running_loop():
+                await channel.close()
+            elif loop.is_running():  # in another thread
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(channel.close(), loop))
 
     async def __aenter__(self) -> Self:
         return self
@@ -276,14 +286,18 @@ class AsyncClient(BaseClient):
         await self.close()
 
     def _open(self) -> grpc.aio.Channel:
-        self._check_open()
-        if self._channel is None:
-            its = self._connection
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(its.address, its.options)
-            else:
-                self._channel = grpc.aio.secure_channel(its.address, self._credentials, its.options)
-        return self._channel
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._check_open()
+            if loop not in self._channels:
+                its = self._connection
+                if self._credentials is None:
+                    channel = grpc.aio.insecure_channel(its.address, its.options)
+                else:
+                    channel = grpc.aio.secure_channel(its.address, self._credentials, its.options)
+                others = {at: other for at, other in self._channels.items() if not at.is_closed()}
+                self._channels = {**others, loop: channel}
+            return self._channels[loop]
 
     def _start_upload(self, deadline: float | None) -> Any:
         call: grpc.aio.StreamUnaryMultiCallable[bytes, Any] = self._open().stream_unary(

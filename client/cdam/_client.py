@@ -24,6 +24,7 @@ from cdam._items import Item, ItemResult
 from cdam._methods import MethodLike, as_methods
 from cdam._metrics import EvaluatedLike, MetricLike
 from cdam._models import Model
+from cdam._numbers import whole
 from cdam._outcome import Evaluation
 from cdam._register import PATH as UPLOAD_PATH
 from cdam._register import register
@@ -88,6 +89,7 @@ class Client(BaseClient):
             input_size=input_size,
             request_id=request_id,
             priority=priority,
+            max_message_bytes=self._max_message_bytes,
         )
         return self._run(_flow.explain(request, as_methods(methods), as_targets(targets)), timeout)
 
@@ -339,7 +341,7 @@ class Client(BaseClient):
         Raises:
             RpcError: one of its kinds, if the server can't be reached; from the iteration.
         """
-        request = concept_pb2.ListConceptsRequest(model=model, labels=labels, page_size=page_size)
+        request = concept_pb2.ListConceptsRequest(model=model, labels=labels, page_size=whole(page_size, "page_size"))
         while True:
             page, request.page_token = self._run(_flow.concept_page(request), timeout)
             yield from page

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from google.protobuf.descriptor import FieldDescriptor
 from numpy.typing import NDArray
 
 from cdam._concepts import ConceptExample, RegisteredConcept
-from cdam._images import ImageLike, encode_image
+from cdam._images import ImageLike, encode_image, fit
 from cdam._methods import Cdam, Method, MethodLike, Noise, as_methods
 from cdam._metrics import BoxSensitivity, Fidelity
+from cdam._numbers import whole
 from cdam._targets import Concept, Contrast, Output, Target, TargetLike, TopK, as_target, as_targets
 from cdam.v1 import common_pb2, concept_pb2, evaluation_pb2, explain_pb2, method_pb2, target_pb2
 
@@ -28,6 +30,14 @@ ENUMS: Mapping[str, tuple[Any, str]] = {
 }
 NESTED: Mapping[str, type[Any]] = {"noise": Noise, "fidelity": Fidelity, "box_sensitivity": BoxSensitivity}
 REPEATED = frozenset({"heads", "box_sizes"})
+_WHOLE = frozenset(
+    {
+        FieldDescriptor.CPPTYPE_INT32,
+        FieldDescriptor.CPPTYPE_INT64,
+        FieldDescriptor.CPPTYPE_UINT32,
+        FieldDescriptor.CPPTYPE_UINT64,
+    }
+)
 
 
 def encode_explain(
@@ -40,10 +50,12 @@ def encode_explain(
     input_size: tuple[int, int] | None,
     request_id: str,
     priority: Priority | None,
+    max_message_bytes: int | None = None,
 ) -> explain_pb2.ExplainRequest:
-    """The request of Explain.
+    """The request of Explain, of a size; an image too large for it as pixels travels as PNG.
 
     Raises:
+        ResourceExhausted: if it is too large all the same.
         ValueError: if there is no target and a method needs one, or a word is none that the API knows.
     """
     whats, hows = as_targets(targets), as_methods(methods)
@@ -60,6 +72,8 @@ def encode_explain(
         priority=enum_value(explain_pb2.Priority, "PRIORITY", priority),
     )
     encode_preprocessing(request.preprocessing, resize, input_size)
+    if max_message_bytes is not None:
+        fit(request, [request.image], max_message_bytes)
     return request
 
 
@@ -87,7 +101,7 @@ def encode_spec(
         description=description,
         labels=labels,
         replace=replace,
-        expected_version=expected_version,
+        expected_version=None if expected_version is None else whole(expected_version, "expected_version"),
         vector=None if vector is None else encode_vector(vector),
         model_fingerprint=model_fingerprint,
     )
@@ -171,11 +185,17 @@ def encode_settings(message: Any, settings: Any, kind: str) -> None:
         else:
             try:
                 if field.name in REPEATED:
-                    getattr(message, field.name).extend(value)
+                    getattr(message, field.name).extend(_number(message, field.name, each) for each in value)
                 else:
-                    setattr(message, field.name, value)
+                    setattr(message, field.name, _number(message, field.name, value))
             except (TypeError, ValueError, AttributeError) as error:
                 raise ValueError(f"{kind}: {field.name} can't be {value!r}") from error
+
+
+def _number(message: Any, name: str, value: Any) -> Any:
+    """The value, as an int where the field is of whole numbers; protobuf would take a bool, and no tensor."""
+    kind = message.DESCRIPTOR.fields_by_name[name].cpp_type
+    return whole(value, name) if kind in _WHOLE else value
 
 
 def encode_preprocessing(
@@ -185,7 +205,7 @@ def encode_preprocessing(
     if resize is not None:
         message.resize_mode = enum_value(common_pb2.ResizeMode, "RESIZE_MODE", resize)
     if input_size is not None:
-        height, width = input_size
+        height, width = (whole(side, "a side of input_size") for side in input_size)
         message.input_size.CopyFrom(common_pb2.Size(height=height, width=width))
 
 

@@ -5,15 +5,13 @@ from collections.abc import Container, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import grpc
-import numpy as np
 
 from cdam._decode import decode_error, decode_settings, decode_tensor
 from cdam._encode import Resize, encode_method, encode_preprocessing, encode_settings, encode_target, short_name
 from cdam._errors import CdamError, FailedPrecondition, MalformedResponse, RpcError
-from cdam._evaluation import EvaluationProtocol, EvaluationStarted, MaskLike, MetricValue, Sample, SampleResult
+from cdam._evaluation import EvaluationProtocol, EvaluationStarted, MetricValue, Sample, SampleResult
 from cdam._flow import SERVICE
-from cdam._images import encode_image
-from cdam._items import check_size
+from cdam._images import encode_image, encode_mask, fit
 from cdam._methods import METHODS
 from cdam._metrics import (
     METRICS,
@@ -25,13 +23,14 @@ from cdam._metrics import (
     as_evaluated,
     as_metrics,
 )
+from cdam._numbers import whole
 from cdam._stream import Job, Sent, passes
 from cdam._targets import TargetLike, TopK, as_target
 from cdam.v1 import common_pb2, evaluation_pb2, target_pb2
 
 T = TypeVar("T")
 
-_WRAPPING = 16  # bytes that a sample weighs more in a stream than alone, at most
+_IMAGES = ("image", "mask", "counterfactual", "wrong_mask")
 
 
 class Evaluate(Job):
@@ -70,8 +69,8 @@ class Evaluate(Job):
             ValueError, TypeError: if something of it can't be.
         """
         self.servers = servers
-        self.window = window
-        self.retries = retries
+        self.window = whole(window, "window")
+        self.retries = whole(retries, "retries")
         self.check()
         self.methods = as_evaluated(methods)
         self.metrics = as_metrics(metrics)
@@ -85,8 +84,8 @@ class Evaluate(Job):
             model=model,
             methods=map(encode_evaluated, self.methods),
             metrics=map(encode_metric, self.metrics),
-            seed=seed,
-            bootstrap_resamples=bootstrap_resamples,
+            seed=whole(seed, "seed"),
+            bootstrap_resamples=whole(bootstrap_resamples, "bootstrap_resamples"),
         )
         encode_preprocessing(self._protocol.preprocessing, resize, input_size)
         self.seed = self._protocol.seed
@@ -114,7 +113,7 @@ class Evaluate(Job):
         """The sample's request, or, if it can't be made, its result."""
         try:
             sample = encode_sample(item, pending)
-            check_size(sample.ByteSize() + _WRAPPING, self._max_message_bytes)
+            fit(sample, [getattr(sample, name) for name in _IMAGES], self._max_message_bytes)
             return Sent(item.id, position, evaluation_pb2.EvaluateRequest(sample=sample))
         except (CdamError, OSError, TypeError, ValueError) as error:
             self._answered += 1
@@ -210,9 +209,9 @@ def encode_sample(sample: Sample, pending: Container[str] = ()) -> evaluation_pb
     if sample.counterfactual is not None:
         message.counterfactual.CopyFrom(encode_image(sample.counterfactual))
     if sample.mask is not None:
-        message.mask.CopyFrom(_encode_mask(sample.mask))
+        message.mask.CopyFrom(encode_mask(sample.mask))
     if sample.wrong_mask is not None:
-        message.wrong_mask.CopyFrom(_encode_mask(sample.wrong_mask))
+        message.wrong_mask.CopyFrom(encode_mask(sample.wrong_mask))
     return message
 
 
@@ -299,12 +298,6 @@ def _encode_target(target: TargetLike) -> target_pb2.Target:
     if isinstance(meant, TopK):
         raise ValueError("a sample's target is of one value: top k are several")  # noqa: TRY004 - the type is a target's; its number is wrong
     return encode_target(meant)
-
-
-def _encode_mask(mask: MaskLike) -> common_pb2.Image:
-    if isinstance(mask, np.ndarray):
-        return encode_image(mask.astype(np.uint8) * 255 if mask.dtype == np.bool_ else np.asarray(mask))
-    return encode_image(mask)
 
 
 def _essence(protocol: evaluation_pb2.EvaluationProtocol) -> evaluation_pb2.EvaluationProtocol:

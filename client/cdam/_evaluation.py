@@ -1,18 +1,14 @@
 """What goes into an evaluation, and what comes of it."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdam._errors import MalformedResponse
-from cdam._images import ImageLike
+from cdam._images import ImageLike, MaskLike
 from cdam._metrics import Evaluated, Metric
 from cdam._targets import TargetLike
-
-MaskLike: TypeAlias = ImageLike | NDArray[np.bool_]
-"""A mask: an image that is not black inside, or a bool array of shape (H, W)."""
 
 
 @dataclass(frozen=True, eq=False)

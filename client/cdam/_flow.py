@@ -17,6 +17,7 @@ from cdam._errors import Unavailable, Unimplemented
 from cdam._explanation import Explanation
 from cdam._methods import Method
 from cdam._models import Model
+from cdam._numbers import whole
 from cdam._targets import Concept, Target
 from cdam.v1 import concept_pb2, explain_pb2, model_pb2
 
@@ -120,7 +121,9 @@ def delete_concept(name: str, model_name: str, expected_version: int | None) -> 
     """Free a concept's name."""
     if not model_name:
         model_name = (yield from model("")).name
-    request = concept_pb2.DeleteConceptRequest(name=name, model=model_name, expected_version=expected_version)
+    request = concept_pb2.DeleteConceptRequest(name=name, model=model_name)
+    if expected_version is not None:
+        request.expected_version = whole(expected_version, "expected_version")
     response = yield unary("DeleteConcept", request, concept_pb2.DeleteConceptResponse)
     return decode_concept(response.concept)
 

@@ -5,20 +5,17 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import grpc
-
 from cdam._decode import decode_error, decode_explanation
 from cdam._encode import Priority, Resize, encode_explain, enum_value
-from cdam._errors import CdamError, MalformedResponse, ResourceExhausted, Unavailable
+from cdam._errors import CdamError, MalformedResponse, Unavailable
 from cdam._explanation import Explanation
 from cdam._flow import SERVICE
 from cdam._images import ImageLike
 from cdam._methods import Method, MethodLike, as_methods
+from cdam._numbers import whole
 from cdam._stream import Job, Sent
 from cdam._targets import Target, TargetLike, as_targets
 from cdam.v1 import common_pb2, explain_pb2
-
-_WRAPPING = 16  # bytes that a request weighs more in a stream than alone, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +90,8 @@ class Items(Job):
         Raises:
             ValueError, TypeError: if something of it can't be.
         """
-        self.window = window
-        self.retries = retries
+        self.window = whole(window, "window")
+        self.retries = whole(retries, "retries")
         self._targets = as_targets(targets)
         self._methods = as_methods(methods)
         self._settings: dict[str, Any] = {
@@ -102,8 +99,8 @@ class Items(Job):
             "resize": resize,
             "input_size": input_size,
             "priority": priority,
+            "max_message_bytes": max_message_bytes,
         }
-        self._max_message_bytes = max_message_bytes
         self._name = uuid.uuid4().hex[:12]
         # An item that can't be encoded fails alone; what is wrong for all of them is told before the first.
         enum_value(explain_pb2.Priority, "PRIORITY", priority)
@@ -127,7 +124,6 @@ class Items(Job):
         request_id = f"{self._name}-{position}"
         try:
             request = encode_explain(whole.image, targets, methods=methods, request_id=request_id, **self._settings)
-            check_size(request.ByteSize() + _WRAPPING, self._max_message_bytes)
             return Sent(request_id, position, request, _Asked(key, as_targets(targets), as_methods(methods)))
         except (CdamError, OSError, TypeError, ValueError) as error:
             return ItemResult(key, error=error)
@@ -147,10 +143,3 @@ class Items(Job):
         except MalformedResponse as error:
             return ItemResult(asked.key, error=error)
         return ItemResult(asked.key, explanation)
-
-
-def check_size(size: int, largest: int) -> None:
-    """Raise ResourceExhausted if a request is too large."""
-    if size > largest:
-        message = f"a request of {size} bytes; max_message_bytes is {largest}"
-        raise ResourceExhausted(message, code=grpc.StatusCode.RESOURCE_EXHAUSTED)

@@ -10,15 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-import grpc
 import numpy as np
 from PIL import Image
 
 from cdam._concepts import RegisteredConcept
 from cdam._decode import decode_concept
-from cdam._errors import CdamError, MalformedResponse, ResourceExhausted, RpcError
+from cdam._errors import CdamError, MalformedResponse, RpcError
 from cdam._flow import SERVICE, Call, Pause, unary
-from cdam._images import ImageLike, encode_image
+from cdam._images import ImageLike, encode_image, fit
 from cdam._stream import Work, passes, pause
 from cdam.v1 import common_pb2, concept_pb2
 
@@ -284,11 +283,8 @@ def _iterator(images: Images) -> Iterator[ImageLike] | AsyncIterator[ImageLike]:
 def _encode(field: str, position: int, image: ImageLike, max_message_bytes: int) -> _Picture:
     try:
         message = encode_image(image)
-        size = message.ByteSize() + _WRAPPING
-        if size > max_message_bytes:
-            text = f"an image of {size} bytes; max_message_bytes is {max_message_bytes}"
-            raise ResourceExhausted(text, code=grpc.StatusCode.RESOURCE_EXHAUSTED)
+        fit(message, [message], max_message_bytes)
     except (CdamError, OSError, TypeError, ValueError) as error:
         error.add_note(f"{field}s[{position}]")
         raise
-    return _Picture(field, message, size)
+    return _Picture(field, message, message.ByteSize() + _WRAPPING)

@@ -1,13 +1,14 @@
 """What to explain."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, SupportsIndex, TypeAlias, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdam._concepts import RegisteredConcept
+from cdam._numbers import is_whole, whole
 
 Similarity: TypeAlias = Literal["dot", "cosine", "l2"]
 """How a latent is compared with a concept vector: dot product, cosine, or -1/2 |l - l_c|^2. Larger is more similar."""
@@ -26,11 +27,12 @@ class Output:
     def __post_init__(self) -> None:
         if isinstance(self.selector, str):
             return
-        if isinstance(self.selector, bool) or not isinstance(self.selector, int | np.integer):
+        if not is_whole(self.selector):
             raise TypeError(f"an output goes by index or name, not by {type(self.selector).__name__}")
-        if self.selector < 0:
-            raise ValueError(f"an output's index starts at 0, got {self.selector}")
-        object.__setattr__(self, "selector", int(self.selector))  # a numpy integer, say
+        index = whole(self.selector, "an index")  # a numpy or torch integer, say
+        if index < 0:
+            raise ValueError(f"an output's index starts at 0, got {index}")
+        object.__setattr__(self, "selector", index)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "k", whole(self.k, "k"))
         if self.k < 1:
             raise ValueError(f"k is at least 1, got {self.k}")
 
@@ -130,6 +133,10 @@ def as_target(target: TargetLike) -> Target:
 
 def as_targets(targets: TargetLike | Sequence[TargetLike]) -> tuple[Target, ...]:
     """The targets that are meant, of one or several."""
-    if isinstance(targets, str | int | np.integer | Target | RegisteredConcept):
+    if isinstance(targets, str | bool | Target | RegisteredConcept):
         return (as_target(targets),)
+    if is_whole(targets):
+        return (Output(whole(cast(SupportsIndex, targets), "an index")),)
+    if not isinstance(targets, Iterable) or getattr(targets, "ndim", 1) == 0:
+        raise TypeError(f"a target is an index, a name or one of cdam's classes, not {type(targets).__name__}")
     return tuple(as_target(target) for target in targets)

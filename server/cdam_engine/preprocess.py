@@ -211,12 +211,16 @@ def prepare(
         _Axis(original, new, _start(new, taken, config.crop_mode), taken)
         for original, new, taken in zip(image_size, resized, size, strict=True)
     )
-    fill = tuple(round(255 * value) for value in config.mean) if config.crop_mode == "border" else (0,) * config.channels
+    fill = (
+        tuple(round(255 * value) for value in config.mean) if config.crop_mode == "border" else (0,) * config.channels
+    )
     mode = _MODES[config.channels]
     seen = image if image.mode == mode else image.convert(mode)
     pixels = _render(seen, rows, columns, _INTERPOLATIONS[config.interpolation], fill)
     (top, bottom), (left, right) = rows.region, columns.region
-    return Prepared(np.array(pixels).reshape(*size, config.channels), Region(left, top, right, bottom), image_size, size)
+    return Prepared(
+        np.array(pixels).reshape(*size, config.channels), Region(left, top, right, bottom), image_size, size
+    )
 
 
 def normalise(pixels: torch.Tensor, config: DataConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -9,9 +9,9 @@ with differences of the outputs.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -31,16 +31,19 @@ _TOLERANCES: Final = {
     torch.bfloat16: (1e-1, 3e-1),
 }
 _TF32_TOLERANCES: Final = (1e-2, 5e-2)
-# Steps of the difference quotient, relative to |T|, and how close one of them must come. Small steps drown in rounding,
-# large ones bend; a gradient that misses a path is off at every one.
-_STEPS: Final = (1e-2, 3e-3, 3e-2, 1e-3, 1e-1, 1e-4)
-_CLOSE: Final = 0.05
+# Steps of the difference quotient, relative to |T|, and how close one of them must come, relative to the steepest slope
+# there is. Small steps drown in rounding, large ones bend; a gradient that misses a path is off at every one.
+_STEPS: Final = (3e-2, 1e-2, 1e-1, 3e-3, 1e-3)
+_CLOSE: Final = 0.01
+_DIRECTIONS: Final = 3
+_ROUNDINGS: Final = 8  # of an output, in units of its last digit
 _SEED: Final = 20240615
+_LARGEST_GRID: Final = 16  # patches a side, where the model takes inputs of any size: more would only take longer
 
 
 @dataclass(eq=False)
 class _Heard:
-    """What the whole model said of one image.
+    """What the whole model says of one image, heard by hooks; those of other threads' runs say nothing.
 
     Attributes:
         tokens: T, shape (1, N, D) or (1, h, w, D): where gradients start.
@@ -53,6 +56,33 @@ class _Heard:
     outputs: Tensor | None = None
     latent: Tensor | None = None
     without_gradient: list[str] = field(default_factory=list)
+    _thread: int = field(default_factory=threading.get_ident)
+
+    def listen(self, vit: SplitViT, stack: ExitStack) -> None:
+        """Hook into the model until the stack is closed."""
+        stack.callback(vit.blocks[-1].norm1.register_forward_hook(self._at_tokens).remove)
+        stack.callback(vit.family.head.register_forward_pre_hook(self._at_head).remove)
+        for name, module in vit.model.named_modules():
+            if module is not vit.model:
+                stack.callback(module.register_forward_hook(partial(self._at_part, name)).remove)
+
+    def _at_tokens(self, _module: nn.Module, _given: Any, out: Tensor) -> Tensor:
+        if threading.get_ident() != self._thread:
+            return out
+        torch.set_grad_enabled(True)  # until the run is over
+        self.tokens = out.view_as(out) if out.requires_grad else out.detach().requires_grad_()
+        return self.tokens
+
+    def _at_head(self, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == self._thread:
+            self.latent = given[0].detach()
+
+    def _at_part(self, name: str, _module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        if threading.get_ident() != self._thread or self.tokens is None or not isinstance(out, Tensor):
+            return
+        asked = any(isinstance(its, Tensor) and its.requires_grad for its in given)
+        if asked and out.is_floating_point() and not out.requires_grad:
+            self.without_gradient.append(name)
 
 
 def prove(vit: SplitViT) -> None:
@@ -64,10 +94,9 @@ def prove(vit: SplitViT) -> None:
     Raises:
         UnsupportedArchitectureError: What is explained would not be `model(x)`; with what differs.
     """
-    weight = next(vit.model.parameters())
-    draw = torch.Generator().manual_seed(_SEED)
-    pixels = torch.randn(2, vit.channels, *vit.input_size, generator=draw).to(weight.device, weight.dtype)
-    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    pixels = _noise(vit, 2)
+    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        vit.refresh()  # the head may have no row of outputs for an image
         heard = _listen(vit, pixels[:1])
         trunk = vit.trunk(pixels)
         _check_outputs(vit, heard, trunk, pixels)
@@ -87,38 +116,37 @@ def _listen(vit: SplitViT, pixels: Tensor) -> _Heard:
     return heard
 
 
+def check_same_trunk(vit: SplitViT, other: SplitViT) -> None:
+    """Refuse two models whose last attentions are given other tokens.
+
+    Raises:
+        ValueError: The trunks differ on images of noise.
+    """
+    if (vit.channels, vit.input_size) != (other.channels, other.input_size):
+        raise ValueError("these models do not share a trunk: their inputs are of other sizes")
+    pixels = _noise(vit, 1)
+    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        ours, theirs = vit.trunk(pixels), other.trunk(pixels)
+    tolerance = _tolerances(ours.tokens)[0]
+    if not _close(ours.tokens, theirs.tokens, tolerance) or not _close(ours.residual, theirs.residual, tolerance):
+        raise ValueError("these models do not share a trunk: it makes other tokens of the same image")
+
+
+def _noise(vit: SplitViT, count: int) -> Tensor:
+    """Images of noise, normalised, at a size that the model takes."""
+    weight = next(vit.model.parameters())
+    size = vit.input_size
+    if vit.flexible_input_size and max(vit.grid(size)) > _LARGEST_GRID:
+        size = (_LARGEST_GRID * vit.patch_size[0], _LARGEST_GRID * vit.patch_size[1])
+    draw = torch.Generator().manual_seed(_SEED)
+    return torch.randn(count, vit.channels, *size, generator=draw).to(weight.device, weight.dtype)
+
+
 def _run(vit: SplitViT, pixels: Tensor, *, from_input: bool) -> _Heard:
     heard = _Heard()
-    me = threading.get_ident()
-
-    def at_tokens(_module: nn.Module, _given: Any, out: Tensor) -> Tensor:
-        if threading.get_ident() != me:
-            return out
-        torch.set_grad_enabled(True)  # until the run is over
-        heard.tokens = out.view_as(out) if out.requires_grad else out.detach().requires_grad_()
-        return heard.tokens
-
-    def at_head(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        if threading.get_ident() == me:
-            heard.latent = given[0].detach()
-
-    def at_part(name: str) -> Callable[..., None]:
-        def listen(_module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-            if threading.get_ident() != me or heard.tokens is None or not isinstance(out, Tensor):
-                return
-            asked = any(isinstance(its, Tensor) and its.requires_grad for its in given)
-            if asked and out.is_floating_point() and not out.requires_grad:
-                heard.without_gradient.append(name)
-
-        return listen
-
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(from_input))
-        stack.callback(vit.blocks[-1].norm1.register_forward_hook(at_tokens).remove)
-        stack.callback(vit.family.head.register_forward_pre_hook(at_head).remove)
-        for name, module in vit.model.named_modules():
-            if not module._modules:  # noqa: SLF001
-                stack.callback(module.register_forward_hook(at_part(name)).remove)
+        heard.listen(vit, stack)
         outputs = vit.model(pixels.clone().requires_grad_(from_input))
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         what = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -184,32 +212,62 @@ def _check_gradients(vit: SplitViT, heard: _Heard, trunk: TrunkOutput) -> None:
             "the gradient of the model's parts is not that of a full backward pass: maps differ by "
             f"{_off(found, truth):.2g} of their maximum{_hooks_on(vit)}",
         )
-    if tokens.dtype in {torch.float16, torch.bfloat16}:  # too coarse for differences
-        if heard.without_gradient:
-            raise _no_gradient(heard)
-        return
-    if not _is_the_slope(vit, trunk.part(0), targets[0], gradients[0]):
+    if heard.without_gradient:
         raise _no_gradient(heard)
+    if tokens.dtype in {torch.float16, torch.bfloat16}:  # too coarse for differences
+        return
+    # Along its own gradient a function is steepest, and the easiest to measure; along those of others a missing path shows.
+    for direction in (gradients[0], *_other_gradients(vit, trunk.part(0))):
+        if not _is_the_slope(vit, trunk.part(0), targets[0], gradients[0], direction):
+            raise _no_gradient(heard)
 
 
-def _is_the_slope(vit: SplitViT, trunk: TrunkOutput, target: Scalar, gradient: Tensor) -> bool:
-    """Whether the target changes along its gradient as that says, at one step size at least."""
-    length = float(torch.linalg.vector_norm(gradient.double()))
-    size = float(torch.linalg.vector_norm(trunk.tokens.double()))
-    value = abs(_value(vit, trunk, target, trunk.tokens))
-    if length * size <= 1e3 * torch.finfo(gradient.dtype).eps * value:
-        return True  # nothing to be seen above rounding: a head of zeros, say
+def _other_gradients(vit: SplitViT, trunk: TrunkOutput) -> list[Tensor]:
+    """Gradients at T of random directions in the latent, each of the shape of T: where something happens."""
+    draw = torch.Generator().manual_seed(_SEED)
+    with torch.enable_grad():
+        tokens = trunk.tokens.detach().requires_grad_()
+        latent = vit.tail(trunk, tokens).latent[0]
+        vectors = torch.randn(_DIRECTIONS, len(latent), generator=draw).to(latent)
+        return [torch.autograd.grad(vector @ latent, tokens, retain_graph=True)[0] for vector in vectors]
+
+
+def _is_the_slope(vit: SplitViT, trunk: TrunkOutput, target: Scalar, gradient: Tensor, direction: Tensor) -> bool:
+    """Whether the target changes along a direction as its gradient says, at one step size at least.
+
+    Where rounding hides the change at every step (a head of zeros, say), nothing is there to be wrong.
+    """
+    steepest, length, size = (
+        float(torch.linalg.vector_norm(values.double())) for values in (gradient, direction, trunk.tokens)
+    )
+    if not steepest or not length:
+        return not _changes(vit, trunk, target)
+    slope = float((gradient.double() * direction.double()).sum()) / (length * steepest)
+    variations = trunk.take([0] * 4)
+    hidden = True
     for step in _STEPS:
-        change = gradient * (step * size / length)
-        up, down = (_value(vit, trunk, target, trunk.tokens + sign * change) for sign in (1, -1))
-        if abs((up - down) / (2 * step * size * length) - 1) < _CLOSE:
+        # Of a step and its half, in both directions: their errors of second order cancel.
+        signs = gradient.new_tensor([1.0, -1.0, 0.5, -0.5])[:, None, None] * (step * size / length)
+        output = vit.tail(variations, trunk.tokens + signs * direction)
+        whole, back, half, half_back = target(output.latent.double(), output.logits.double()).tolist()
+        unit = 2 * step * size * steepest
+        quotient = (4 * (half - half_back) / (unit / 2) - (whole - back) / unit) / 3
+        scale = max(abs(whole), float(output.logits.abs().max()) if vit.num_outputs else 0.0)
+        rounding = _ROUNDINGS * torch.finfo(gradient.dtype).eps * scale / unit
+        if abs(quotient - slope) < _CLOSE + rounding:
             return True
-    return False
+        hidden = hidden and rounding > 1
+    return hidden
 
 
-def _value(vit: SplitViT, trunk: TrunkOutput, target: Scalar, tokens: Tensor) -> float:
-    output = vit.tail(trunk, tokens)
-    return float(target(output.latent[0].double(), output.logits[0].double()))
+def _changes(vit: SplitViT, trunk: TrunkOutput, target: Scalar) -> bool:
+    """Whether the target changes with T at all, which where the gradient is zero it should not."""
+    draw = torch.Generator().manual_seed(_SEED)
+    noise = torch.randn(trunk.tokens.shape, generator=draw).to(trunk.tokens)
+    size = trunk.tokens.std() * 0.1
+    output = vit.tail(trunk.take([0] * 2), trunk.tokens + torch.stack((noise[0], -noise[0])) * size)
+    up, down = target(output.latent.double(), output.logits.double()).tolist()
+    return bool(abs(up - down) > 1e2 * torch.finfo(trunk.tokens.dtype).eps * max(abs(up), abs(down)))
 
 
 def _targets(vit: SplitViT, outputs: Tensor) -> list[Scalar]:

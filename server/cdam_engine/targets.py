@@ -127,7 +127,7 @@ def whole(what: str, number: object) -> int:
     """
     if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise TypeError(f"{what} is a whole number, not {number!r}")
-    return operator.index(number)  # type: ignore[arg-type]  # which says it itself where it can't
+    return operator.index(number)
 
 
 def check(targets: Sequence[Target], outputs: int, latent_size: int) -> None:

@@ -8,6 +8,7 @@ split with the model itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -51,7 +52,16 @@ class SplitViT:
         self.patch_size: tuple[int, int] = tuple(self._patch_embed.feat_ratio(as_scalar=False))
         self.flexible_input_size = self.family.flexible_input_size
         self.readout = self.family.readout
-        self.latent_size, self.num_outputs = self._ask_the_head()
+
+    @property
+    def latent_size(self) -> int:
+        """D, the length of the latent."""
+        return self._sizes[0]
+
+    @property
+    def num_outputs(self) -> int:
+        """C, the number of outputs; 0 without a head."""
+        return self._sizes[1]
 
     @property
     def blocks(self) -> Sequence[Any]:
@@ -240,6 +250,10 @@ class SplitViT:
             yield "its list of blocks", container
         yield "its last block", self.blocks[-1]
 
+    def is_of_trunk(self, name: str) -> bool:
+        """Whether a tensor of the model's state dict has a part in T, or may have; see `Family`."""
+        return self.family.is_of_trunk(name)
+
     def parts(self) -> tuple[object, ...]:
         """What a proof is about and the split would not notice: other hooks on the whole, another head, other blocks.
 
@@ -251,9 +265,17 @@ class SplitViT:
         return (*parts, *torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values())  # noqa: SLF001
 
     def refresh(self) -> None:
-        """Look at the head again: somebody has put in another one."""
+        """Look at pooling and head, again if somebody has put in others.
+
+        Raises:
+            UnsupportedArchitectureError: They give an image no latent, or no row of outputs.
+        """
         self.readout = self.family.readout
-        self.latent_size, self.num_outputs = self._ask_the_head()
+        self._sizes = self._ask_the_head()
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int]:
+        return self._ask_the_head()
 
     def _ask_the_head(self) -> tuple[int, int]:
         """Sizes of latent and logits, from the head itself: `num_classes` is easily left behind.
@@ -302,7 +324,9 @@ class SplitViT:
         if is_changed(self.blocks[-1]) or any(map(is_changed, self.family.containers)):
             raise ValueError("explanations would pass by the hooks on the last block, or on all blocks: remove them")
         if training:
-            raise ValueError("the model is in training mode, where outputs are random: call model.eval() first")
+            names = [name or "all of it" for name, part in self.model.named_modules() if part.training]
+            which = "" if names[0] == "all of it" else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            raise ValueError(f"the model is in training mode{which}, where outputs are random: call model.eval() first")
 
 
 def _hooks(module: Any) -> Iterator[object]:

@@ -36,15 +36,23 @@ _ONE_MODEL = {
 _PREFIX: Final = "CDAM_"
 # Read elsewhere: by the command line and by the client's commands.
 _OTHER_VARIABLES: Final = {"CDAM_CONFIG", "CDAM_SERVER", "CDAM_TOKEN"}
-# What Kubernetes sets in every container of a namespace with a service called cdam...: not meant as settings.
-_SERVICE_HOST: Final = "_SERVICE_HOST"
-_SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)|_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
+# What Kubernetes sets in every container of a namespace with a service called cdam..., and Docker for a link of such a
+# name: not meant as settings.
+_LINK_MARK: Final = re.compile(r"(?P<service>\w+)(_SERVICE_HOST=.*|_PORT=(tcp|udp|sctp)://.*)")
+_SERVICE_LINK: Final = re.compile(
+    r"_SERVICE_(HOST|PORT(_\w+)?)|_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR|START|END))?)?|_NAME|_ENV_\w+"
+)
 
 
 class Settings(BaseSettings):
-    """Everything that can be set, by flag ``--max-batch-size``, environment ``CDAM_MAX_BATCH_SIZE`` or YAML file."""
+    """Everything that can be set, by flag ``--max-batch-size``, environment ``CDAM_MAX_BATCH_SIZE`` or YAML file.
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+    An empty variable counts as none: that is what a template makes of a value that was not given.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, protected_namespaces=()
+    )
 
     # Which file the class being built reads; set by `load` alone.
     _file: ClassVar[Path | None] = None
@@ -197,7 +205,8 @@ def unknown_variables() -> dict[str, str]:
     known = {_PREFIX + field.upper() for field in Settings.model_fields} | _OTHER_VARIABLES
     ours = sorted(name.upper() for name in os.environ if name.upper().startswith(_PREFIX))
     words = [name.removeprefix(_PREFIX) for name in known]
-    services = [name.removesuffix(_SERVICE_HOST) for name in ours if name.endswith(_SERVICE_HOST)]
+    marks = (_LINK_MARK.fullmatch(f"{name.upper()}={value}") for name, value in os.environ.items())
+    services = {mark["service"] for mark in marks if mark is not None}
     return {
         name: next((_PREFIX + match for match in difflib.get_close_matches(name.removeprefix(_PREFIX), words, n=1)), "")
         for name in ours

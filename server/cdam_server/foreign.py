@@ -243,16 +243,19 @@ def _from_hub(name: str) -> Path | None:
 def _download(repository: str, revision: str | None) -> Path | None:
     """Configurations first, since of a repository that can't be converted no weights are wanted."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in (CONFIG, OPEN_CLIP_CONFIG):
         try:
             path = Path(hf_hub_download(repository, file, revision=revision)).parent
+        except LocalEntryNotFoundError:  # no network
+            raise
         except EntryNotFoundError:
             continue
         kind = folder.kind_of(path)
         if kind is Kind.OTHER:
             return None
+        folder.check_type(path, kind)
         for weights in folder.PATTERNS[kind]:  # pickles only for want of safetensors
             path = Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json", *weights]))
             if folder.has_weights(path, kind):

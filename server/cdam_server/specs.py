@@ -25,7 +25,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from cdam_server.load_error import LoadError
 from cdam_server.output_names import IMAGENETS, read_names
@@ -53,11 +62,17 @@ class Task(StrEnum):
     REGRESSION = "regression"
 
 
+def _for_channels(values: list[float]) -> list[float]:
+    if len(values) not in {1, 3}:
+        raise ValueError(f"must have a value for each channel, 3 (RGB) or 1 (grey), not {len(values)}")
+    return values
+
+
 class Preprocessing(BaseModel):
     """How a model wants its images, where it is not as its architecture's own weights do.
 
     Attributes:
-        mean: Of each channel, on a scale where white is 1.
+        mean: Of each channel, on a scale where white is 1: three for RGB, one for grey.
         std: Likewise.
         interpolation: Filter of the resize.
         crop_pct: Input size over resized size.
@@ -67,10 +82,8 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mean: tuple[float, float, float] | None = None
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = (
-        None
-    )
+    mean: Annotated[list[float], AfterValidator(_for_channels)] | None = None
+    std: Annotated[list[Annotated[float, Field(gt=0)]], AfterValidator(_for_channels)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
     crop_pct: float | None = Field(default=None, gt=0, le=1)
     crop_mode: Literal["center", "center_floor", "squash", "squash_top_left", "border"] | None = None

@@ -22,7 +22,7 @@ _log = structlog.get_logger("cdam.server")
 
 
 async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanation], largest: int) -> None:
-    """Compute batches of all models: a single image, then several.
+    """Compute batches of all models, of those that share a trunk for the first alone: a single image, then several.
 
     Args:
         catalog: The models.
@@ -32,11 +32,9 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanatio
     Raises:
         ValueError: A model can't be used, or not be compiled.
     """
-    models = list(catalog)
+    models = [served for served in catalog if served.unsupported is None and served.trunk_of is None]
     for number, served in enumerate(models, 1):
         name = served.loaded.name
-        if served.unsupported is not None:
-            continue
         _log.info("warming up", model=name, number=number, of=len(models), compiled=bool(served.compiled_batch_sizes))
         started = perf_counter()
         try:
@@ -90,7 +88,9 @@ def _jobs(served: ServedModel, count: int) -> Iterator[tuple[Terms[Bucket], Job]
     """Jobs with pictures of noise, none like the other: equal ones would be computed once."""
     height, width = served.loaded.data_config.input_size
     bucket = Bucket(served.loaded.name, (height, width))
-    noise = np.random.default_rng(count).integers(0, 256, (count, height, width, 3), np.uint8)
+    noise = np.random.default_rng(count).integers(
+        0, 256, (count, height, width, served.loaded.data_config.channels), np.uint8
+    )
     has_outputs = served.loaded.output_count > 0
     target = TopK(1) if has_outputs else Concept(torch.ones(served.explainer.vit.latent_size))
     for number, pixels in enumerate(noise):  # a caller for each, since one alone may not fill the queue

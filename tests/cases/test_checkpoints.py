@@ -436,3 +436,66 @@ def test_safetensors_with_metadata(tmp_path: Path) -> None:
         model_kwargs={"img_size": 32, **SHAPE},
     )
     assert difference(load_model(spec), model) == 0
+
+
+def test_equal_backbones_with_other_classifiers(tmp_path: Path) -> None:
+    """A frozen backbone is the same in a model and in its average; their heads are not."""
+    model = vit()
+    other = {name: 2 * tensor if name.startswith("head.") else tensor for name, tensor in model.state_dict().items()}
+    weights = prefixed(model.state_dict(), "model.") | prefixed(other, "ema.")
+    said = refusal(weights, tmp_path)
+    assert "model.head.bias and ema.head.bias" in said
+    assert difference(load(weights, tmp_path, weights_key="model"), model) == 0
+    headless = prefixed(model.state_dict(), "model.") | prefixed(body(model), "ema.")
+    assert "head" in refusal(headless, tmp_path)
+
+
+def test_averages_in_a_callback(tmp_path: Path) -> None:
+    """pytorch-lightning#10914: the average is kept in the callback's state, as ema_state_dict."""
+    model, ema = vit(), vit(seed=2)
+    content = {
+        "state_dict": prefixed(model.state_dict(), "model."),
+        "callbacks": {"EMA": {"ema_state_dict": prefixed(ema.state_dict(), "model.")}},
+    }
+    said = refusal(content, tmp_path)
+    assert "callbacks.EMA.ema_state_dict.model.cls_token" in said
+    assert difference(load(content, tmp_path, weights_key="ema_state_dict"), ema) == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of sparse tensors
+@pytest.mark.parametrize(
+    ("name", "tensor", "word"),
+    [
+        ("norm.weight", torch.ones(32, dtype=torch.complex64), "complex64"),
+        ("norm.weight", torch.ones(32, dtype=torch.int64), "int64"),
+        ("head.weight", torch.ones(3, 32).to_sparse(), "sparse"),
+        ("head.weight", torch.ones(3, 32, device="meta"), "meta"),
+    ],
+)
+def test_tensors_that_are_no_weights(name: str, tensor: torch.Tensor, word: str, tmp_path: Path) -> None:
+    said = refusal(vit().state_dict() | {name: tensor}, tmp_path)
+    assert name in said
+    assert word in said
+
+
+def test_a_layer_that_timm_gave_up_is_not_dropped(tmp_path: Path) -> None:
+    """Older ViTs have pre_logits, a layer before the classifier that timm's conversion leaves out."""
+    weights = vit().state_dict() | {"pre_logits.fc.weight": torch.ones(32, 32), "pre_logits.fc.bias": torch.ones(32)}
+    assert "pre_logits.fc.weight" in refusal(weights, tmp_path)
+
+
+def test_queues_of_contrastive_training(tmp_path: Path) -> None:
+    """vissl#573: MoCo keeps its queue beside the encoder."""
+    model = vit(0)
+    queue = {"queue": torch.ones(32, 10), "queue_ptr": torch.zeros(1)}
+    loaded = load({"state_dict": prefixed(body(model), "encoder_q.") | queue}, tmp_path)
+    assert difference(loaded, model) == 0
+    assert set(loaded.weights.left_out) == {"state_dict.queue", "state_dict.queue_ptr"}
+
+
+def test_another_network_beside_the_models(tmp_path: Path) -> None:
+    content = {"generator": vit().state_dict(), "discriminator": {"conv.weight": torch.ones(3, 3)}}
+    said = refusal(content, tmp_path)
+    assert "unexpected discriminator.conv.weight" in said
+    assert "weights_key: generator" in said
+    assert difference(load(content, tmp_path, weights_key="generator"), vit()) == 0

@@ -228,7 +228,7 @@ def test_preprocessing_is_the_models(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "preprocessing",
-    [{"mean": [0.5]}, {"std": [0, 1, 1]}, {"crop_pct": 1.5}, {"interpolation": "random"}, {"crop": 1}, 3],
+    [{"mean": [0.5, 0.5]}, {"std": [0, 1, 1]}, {"crop_pct": 1.5}, {"interpolation": "random"}, {"crop": 1}, 3],
 )
 def test_preprocessing_that_makes_no_sense(preprocessing: Any) -> None:
     with pytest.raises(ValueError, match="preprocessing"):

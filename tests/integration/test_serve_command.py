@@ -153,3 +153,48 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert server.address in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("architecture", ["resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("weights", ["--pretrained", "--checkpoint"])
+def test_what_is_no_vit_is_named_before_its_weights(architecture: str, weights: str, tmp_path: Path) -> None:
+    (tmp_path / "damaged.pth").write_bytes(b"nobody reads this")
+    flags = [weights] if weights == "--pretrained" else [weights, str(tmp_path / "damaged.pth")]
+    done = _serve("--model", architecture, *flags)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
+    assert f"no model can be explained, so there is nothing to serve: '{architecture}'" in line
+    assert "it is a convolutional network" in line or "it is hierarchical" in line
+
+
+def test_a_server_that_could_explain_nothing_ends(tmp_path: Path) -> None:
+    (tmp_path / "models.yaml").write_text(
+        "models:\n"
+        "  - {name: mixed, architecture: test_mambaout, random_weights: true}\n"
+        "  - {name: cross, architecture: crossvit_tiny_240, random_weights: true}\n"
+    )
+    done = _serve("--models-file", str(tmp_path / "models.yaml"))
+    assert done.returncode == 1
+    assert "'mixed'" in done.stderr
+    assert "'cross'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_log_tells_how_far_the_warm_up_is(tmp_path: Path) -> None:
+    (tmp_path / "models.yaml").write_text(
+        "models:\n"
+        "  - {name: first, architecture: demo}\n"
+        "  - {name: second, architecture: demo}\n"
+        "  - {name: resnet, architecture: test_resnet, random_weights: true}\n"
+    )
+    with serving(tmp_path / "log", "--models-file", str(tmp_path / "models.yaml")) as server:
+        lines = server.log_lines()
+    events = [(line["event"], line.get("model"), line.get("number"), line.get("of")) for line in lines]
+    assert ("warming up", "first", 1, 2) in events
+    assert ("warm", "second", 2, 2) in events
+    batches = [(line["model"], line["batch_size"], line["input_size"]) for line in lines if line["event"] == "warmed"]
+    assert {batch[::2] for batch in batches} == {("first", "64 x 64"), ("second", "64 x 64")}
+    assert next(size for model, size, _ in batches if model == "first") == 1
+    assert len(batches) == 4
+    (refused,) = [line for line in lines if line["event"] == "model can't be explained"]
+    assert refused["model"] == "resnet"

@@ -27,7 +27,11 @@ NO_NORMALISED_TOKENS: dict[str, tuple[str, dict[str, Any], str]] = {
     "parallel_attention_and_mlp": ("vit_base_patch16_xp_224", {**SMALL, "img_size": 32}, "ParallelScalingBlock"),
     "parallel_attentions": ("vit_small_patch16_18x2_224", {**SMALL, "img_size": 32}, "ParallelThingsBlock"),
     "differential_parallel": ("vit_dpwee_patch16_reg1_gap_256", {**SMALL, "img_size": 32}, "DiffParallelScalingBlock"),
-    "relative_position_post_norm": ("vit_relpos_small_patch16_rpn_224", {**SMALL, "img_size": 32}, "ResPostRelPosBlock"),
+    "relative_position_post_norm": (
+        "vit_relpos_small_patch16_rpn_224",
+        {**SMALL, "img_size": 32},
+        "ResPostRelPosBlock",
+    ),
     "eva_post_norm": (
         "eva02_tiny_patch14_224",
         {**SMALL, "img_size": 28, "use_post_norm": True},
@@ -35,7 +39,11 @@ NO_NORMALISED_TOKENS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 UNKNOWN: dict[str, tuple[str, dict[str, Any], str]] = {
-    "swin": ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_classes": 5}, "SwinTransformer is hierarchical"),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_classes": 5},
+        "SwinTransformer is hierarchical",
+    ),
     "resnet": ("test_resnet", {"num_classes": 5}, "ResNet is no Vision Transformer: it has no attention"),
     "convnext": ("test_convnext", {"num_classes": 5}, "ConvNeXt is no Vision Transformer: it has no attention"),
     "hiera": ("hiera_tiny_224", {"num_classes": 5}, "Hiera is hierarchical"),

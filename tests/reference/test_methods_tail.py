@@ -36,6 +36,10 @@ from reference.models import BY_ID, CASES, Case, available, build, images
 
 # Reads out [CLS] (and DeiT's second token), no rotary positions, no norm of queries and keys.
 FAST = {
+    "cait",
+    "cait_one_class_block",
+    "one_channel",
+    "relative_positions_token",
     "vit_tiny",
     "vit_small",
     "vit_base",

@@ -251,8 +251,15 @@ def test_a_closed_client_says_so(script: Script) -> None:
 
 
 def test_messages_have_a_limit(script: Script) -> None:
-    with cdam.Client(script.address, max_message_bytes=1000) as client, pytest.raises(cdam.ResourceExhausted) as error:
-        client.explain(IMAGE, 1)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    with (
+        cdam.Client(script.address, max_message_bytes=1000) as client,
+        pytest.raises(
+            cdam.ResourceExhausted, match=r"7\d\d\d bytes, over the client's max_message_bytes of 1000: send a"
+        ) as error,
+    ):
+        client.explain(noise, 1)
+    assert not script.requests
     assert not isinstance(error.value, cdam.Overloaded)
 
 

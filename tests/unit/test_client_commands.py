@@ -110,19 +110,21 @@ def test_no_target_is_made_up_for_methods_that_need_none(run: Run, script: Scrip
 
 
 def test_json_is_a_line_for_each_image_and_writes_nothing(run: Run, image: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.png"
+    other.write_bytes(image.read_bytes())
     before = set(tmp_path.iterdir())
-    result = run(explain, image, image, "--json")
+    result = run(explain, image, other, image, "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["image"] for line in lines] == [str(image)] * 2
+    assert [line["image"] for line in lines] == [str(image), str(other)]
     assert lines[0]["maps"][0]["overlay"] is None
     assert set(tmp_path.iterdir()) == before
 
 
 def test_images_of_the_same_name_keep_their_own_files(run: Run, image: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    Image.new("RGB", (60, 40)).save(other / "SCENE.png")
-    result = run(explain, image, other / "SCENE.png", image, "-t", "a", "-t", "a", "-o", "out")
+    for name in ("other/SCENE.png", "third/scene.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (60, 40)).save(tmp_path / name)
+    result = run(explain, image, "other/SCENE.png", "third", "-t", "a", "-t", "a", "-o", "out")
     assert result.exit_code == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == 6
     assert len({p.name.lower() for p in (tmp_path / "out").iterdir()}) == 9
@@ -154,12 +156,13 @@ def test_a_sheet_a_shared_scale_and_blocks(run: Run, image: Path, tmp_path: Path
 
 def test_one_bad_image_does_not_stop_the_others(run: Run, image: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
-    result = run(explain, "notes.txt", "nowhere.png", tmp_path, image, "-o", "out")
+    (tmp_path / "empty").mkdir()
+    result = run(explain, "notes.txt", "nowhere.png", "empty", image, "-o", "out")
     assert result.exit_code == 1
-    first, second, third = result.stderr.splitlines()
-    assert first.startswith("Error: notes.txt: not an image")
-    assert second == "Error: nowhere.png: No such file or directory"
-    assert third == f"Error: {tmp_path}: Is a directory"
+    empty, notes, nowhere = result.stderr.splitlines()
+    assert empty == "Error: empty: no JPEG, PNG or WebP file below this folder"
+    assert notes.startswith("Error: notes.txt: not an image")
+    assert nowhere == "Error: nowhere.png: No such file or directory"
     assert (tmp_path / "out" / "scene.json").exists()
 
 

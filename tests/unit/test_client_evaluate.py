@@ -468,7 +468,7 @@ def test_a_sample_fails_alone(script: Evaluating, collect: Collect, tmp_path: Pa
         cdam.Sample("mask", IMAGE, 3, mask=np.zeros((4, 6))),  # type: ignore[arg-type]
         cdam.Sample("several", IMAGE, cdam.TopK(2)),
         cdam.Sample("target", IMAGE, None),  # type: ignore[arg-type]
-        cdam.Sample("large", np.zeros((300, 300, 3), np.uint8), 3),
+        cdam.Sample("large", np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8), 3),
         cdam.Sample("", IMAGE, 3),
         cdam.Sample(5, IMAGE, 3),  # type: ignore[arg-type]
     ]

@@ -63,7 +63,7 @@ def test_arrays_travel_as_pixels(pixels: np.ndarray) -> None:
 def test_images_of_any_colours(mode: str) -> None:
     image = Image.fromarray(PIXELS).convert(mode)
     message = encode_image(image)
-    assert message.raw.channels == (1 if mode == "L" else 3)
+    assert message.raw.channels == (1 if mode in {"1", "L", "LA"} else 3)
     np.testing.assert_allclose(np.asarray(open_image(message), int), np.asarray(image.convert("RGB"), int), atol=2)
 
 

@@ -10,7 +10,7 @@ import cdam
 from cdam import _overlay
 from cdam._decode import decode_explanation
 from cdam._encode import encode_explain
-from cdam._images import _plain, encode_image
+from cdam._images import _upright, encode_image
 from cdam._methods import as_methods
 from cdam._overlay import Region
 from scripted_server import answer
@@ -189,4 +189,4 @@ def test_a_sheet_without_maps() -> None:
 
 def test_a_16_bit_grey_picture_is_taken_by_its_high_byte() -> None:
     samples = np.array([[0x0102, 0xFF00], [0x7FFF, 0x0000]], np.uint16)
-    assert np.asarray(_plain(Image.fromarray(samples))).tolist() == [[1, 255], [127, 0]]
+    assert np.asarray(_upright(Image.fromarray(samples))).tolist() == [[1, 255], [127, 0]]

@@ -233,7 +233,7 @@ def test_an_item_fails_alone(script: Streaming, collect: Collect, tmp_path: Path
         cdam.Item(IMAGE, methods="no such method", key="method"),  # type: ignore[arg-type]
         cdam.Item(IMAGE, targets=[], key="no target"),
         None,
-        np.zeros((300, 300, 3), np.uint8),
+        np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8),  # PNG does not make it smaller
         IMAGE,
     ]
     results = by_key(collect(script.address, items, "cat", settings={"max_message_bytes": 100_000}))

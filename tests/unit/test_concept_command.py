@@ -137,7 +137,7 @@ def test_what_is_left_out_is_named(run: Run, script: Script, photos: Path) -> No
     result = run("concept", "register", "loops", "photos", "photos/b.jpg")
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
-        "left out: 2 files that are no JPEG, PNG or WebP: photos/.DS_Store, photos/notes.txt",
+        "left out: 1 file that is no JPEG, PNG or WebP: photos/notes.txt",
         "left out: 1 duplicate: photos/copy.jpg",
     ]
 
@@ -226,7 +226,7 @@ def test_files_folders_and_patterns(photos: Path, monkeypatch: pytest.MonkeyPatc
         (["import"], "FILE"),
         (["import", "nowhere"], "nowhere"),
         (["import", "photos"], "no .safetensors file below photos"),
-        (["import", "axis.npy", "axis.npy", "--name", "x"], "--name is for a single file"),
+        (["import", "axis.npy", "photos/notes.txt", "--name", "x"], "--name is for a single file"),
         (["list", "--token", "t", "--server", "far:1"], "refusing to send a token in plaintext"),
     ],
 )

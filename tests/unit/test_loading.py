@@ -419,8 +419,25 @@ def test_other_preprocessing(checkpoint: Path) -> None:
     assert loaded.fingerprint != load_model(spec(checkpoint=checkpoint)).fingerprint
 
 
-def test_grey_models_are_refused() -> None:
-    assert "RGB" in failure(random_weights=True, model_kwargs={**SMALL, "in_chans": 1}).message
+def test_grey_models_are_served() -> None:
+    loaded = load_model(spec(random_weights=True, model_kwargs={**SMALL, "in_chans": 1}))
+    assert (loaded.data_config.channels, loaded.data_config.mean) == (1, (0.5,))  # the architecture's, thrice the same
+    assert loaded.module(torch.zeros(1, 1, 32, 32)).shape == (1, 1000)
+
+
+def test_grey_models_need_a_mean_of_their_own() -> None:
+    settings: dict[str, Any] = {
+        "architecture": "vit_small_patch14_dinov2",
+        "random_weights": True,
+        "model_kwargs": {**SMALL, "img_size": 28, "in_chans": 1},
+    }
+    assert "mean has 3 values" in failure(**settings).message
+    loaded = load_model(spec(**settings, preprocessing={"mean": [0.4], "std": [0.2]}))
+    assert (loaded.data_config.mean, loaded.data_config.std) == ((0.4,), (0.2,))
+
+
+def test_models_of_other_channels_are_refused() -> None:
+    assert "4 channels" in failure(random_weights=True, model_kwargs={**SMALL, "in_chans": 4}).message
 
 
 def test_random_weights_are_the_same_each_time_and_leave_the_random_state_alone() -> None:

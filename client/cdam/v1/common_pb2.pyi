@@ -57,8 +57,9 @@ class Image(_message.Message):
     ENCODED_FIELD_NUMBER: _builtins.int
     RAW_FIELD_NUMBER: _builtins.int
     encoded: _builtins.bytes
-    """A JPEG, PNG or WebP file. Colour is converted to 8-bit sRGB-like RGB; transparency is laid over white;
-    of an animation the first frame is used.
+    """A JPEG, PNG or WebP file. Its first picture is brought upright by EXIF's orientation, or XMP's where EXIF has
+    none; converted to 8-bit RGB, samples of 16 bits by their high byte, without regard to colour profiles;
+    and laid over white where it is transparent. What else is in the file, or behind the picture, is left out.
     """
     @_builtins.property
     def raw(self) -> Global___RawImage:

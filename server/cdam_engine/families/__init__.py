@@ -47,6 +47,7 @@ FAMILIES: tuple[type[Family], ...] = (
     SamFamily,
 )
 
+
 def family_of(model: nn.Module) -> Family:
     """The model's family.
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from cdam_engine.attention import check_known, is_changed, is_code_of
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedMethodError
 
+# What timm has after the last block, by the first part of its name.
+_AFTER_BLOCKS: Final = frozenset({"norm", "fc_norm", "attn_pool", "neck", "head", "head_dist"})
 # By their names in timm's blocks, what comes after the attention.
 _AFTER_ATTENTION: Final = ("norm2", "mlp", "ls1", "ls2", "drop_path", "drop_path1", "drop_path2")
 
@@ -170,6 +172,13 @@ class Family:
         its = [getattr(block, name, None) for name in _AFTER_ATTENTION]
         its += [getattr(block.attn, name, None) for name in ("norm", "proj", "proj_drop")]
         return [part for part in (*its, self.model.norm) if part is not None]
+
+    def is_of_trunk(self, name: str) -> bool:
+        """Whether a tensor of the model's state dict has a part in the last attention's tokens, or may have."""
+        last = next(name for name, module in self.model.named_modules() if module is self.blocks[-1])
+        if name.startswith(f"{last}."):
+            return name.startswith(f"{last}.norm1.")
+        return name.partition(".")[0] not in _AFTER_BLOCKS
 
     # --- what it does, in this order
 

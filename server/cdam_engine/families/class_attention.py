@@ -34,7 +34,8 @@ class ClassAttentionFamily(Family):
         """See `Family`."""
         if self.model.global_pool == "avg":
             raise UnsupportedArchitectureError(
-                "NO_READOUT", "its average pooling reads patches that no class attention changes: use global_pool='token'"
+                "NO_READOUT",
+                "its average pooling reads patches that no class attention changes: use global_pool='token'",
             )
         return super().readout
 
@@ -60,4 +61,6 @@ class ClassAttentionFamily(Family):
 
     def check_attend(self) -> None:
         """See `Family`."""
-        raise UnsupportedMethodError("UNKNOWN_BLOCK", "its talking heads and class attention are no attention of tokens on all tokens")
+        raise UnsupportedMethodError(
+            "UNKNOWN_BLOCK", "its talking heads and class attention are no attention of tokens on all tokens"
+        )

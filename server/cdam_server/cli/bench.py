@@ -24,7 +24,7 @@ import cdam
 from cdam._channel import Connection, connection
 from cdam._encode import Priority
 from cdam_server.cli.explain import Failure, Server, connection_options, describe, server_from
-from cdam_server.cli.images import SUFFIXES
+from cdam_server.cli.images import find_images
 from cdam_server.cli.load import OK, ClosedLoop, Load, OpenLoop, generate, summary
 from cdam_server.cli.report import columns
 from cdam_server.cli.spelling import method_option, model_option, target_option, targets_or_default
@@ -43,7 +43,8 @@ _CONNECTION: Final[dict[str, Any]] = {
 
 _HELP = """Put a server under load, and measure what it does.
 
-IMAGE is a JPEG, PNG or WebP file, or a folder of such; they are sent in turn. Without any, pictures are made up, JPEGs
+IMAGE is a JPEG, PNG or WebP file, a folder, which stands for all such files below it, or a pattern in quotes; they are
+sent in turn. Without any, pictures are made up, JPEGs
 of the model's input size.
 
 With --callers each caller waits for its answer before it asks again: what can the server do? With --rate requests come
@@ -111,7 +112,7 @@ def _parse_request(text: str) -> Kind:
 
 
 @click.command(help=_HELP)
-@click.argument("paths", nargs=-1, metavar="[IMAGE|DIR]...", type=click.Path(exists=True, path_type=Path))
+@click.argument("paths", nargs=-1, metavar="[IMAGE|DIR]...")
 @click.option("--callers", type=click.IntRange(min=1), help="Closed loop: callers that each wait for an answer.  [8]")
 @click.option(
     "--rate",
@@ -160,7 +161,7 @@ def _parse_request(text: str) -> Kind:
 @connection_options
 def bench(
     *,
-    paths: tuple[Path, ...],
+    paths: tuple[str, ...],
     callers: int | None,
     rate: float | None,
     kinds: tuple[Kind, ...],
@@ -181,12 +182,13 @@ def bench(
         **{name: options.pop(name) for name in ("duration", "warm_up", "fresh", "connections", "seed")},
     )
     made_up = options.pop("images")
+    files = find_images(paths).images
     server = server_from(**options)
     server = Server(server.address, {**server.arguments, "retries": 0})  # a retry would hide the refusal
     try:
         with server.client() as client:
             model = client.model(plan.kinds[0].model)
-            images: Sequence[cdam.ImageLike] = _files(paths) or pictures(made_up, model.input_size, plan.seed)
+            images: Sequence[cdam.ImageLike] = files or pictures(made_up, model.input_size, plan.seed)
             requests = Requests(plan.kinds, images, fresh=plan.fresh, seed=plan.seed)
             for kind in plan.kinds:
                 _probe(client, kind, images[0])
@@ -224,17 +226,6 @@ class Plan:
     fresh: bool
     connections: int
     seed: int
-
-
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """The files, those in folders included."""
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not inside:
-            raise click.UsageError(f"{path}: no JPEG, PNG or WebP file in this folder")
-        found += inside
-    return found
 
 
 def _probe(client: cdam.Client, kind: Kind, image: cdam.ImageLike) -> None:

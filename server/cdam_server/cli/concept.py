@@ -17,7 +17,7 @@ import cdam
 from cdam_server.cli import concept_report
 from cdam_server.cli.explain import Aborted, Failure, Server, connection_options, describe, server_from
 from cdam_server.cli.hints import hint
-from cdam_server.cli.images import digests, find_images, some
+from cdam_server.cli.images import digests, find_images, once, some, tell_left_out, walk
 from cdam_server.cli.report import safe
 from cdam_server.cli.spelling import CONCEPT_ID, CONCEPT_NAME, WHOLE_ID, model_option, parse_size
 
@@ -183,11 +183,12 @@ def register(
     request = {setting: options.pop(setting) for setting in settings}
     found, against = find_images(images), find_images(negatives)
     files = {"examples": found.images, "negatives": against.images}
-    if twice := set(files["examples"]) & set(files["negatives"]):
-        raise click.UsageError(f"{min(twice)}: both an example and a negative")
+    if len(both := [*files["examples"], *files["negatives"]]) > len(different := once(both)):
+        twice = next(file for file in both if file not in different or both.count(file) > 1)
+        raise click.UsageError(f"{twice}: both an example and a negative")
     values = None if vector is None else _read_vector(vector)
     server = server_from(**options)
-    known = digests([*files["examples"], *files["negatives"]])
+    known = digests(both)
     _tell_what_is_left_out([*found.left_out, *against.left_out], files, known)
     with (
         failures(server, {"name": name, **request, **files}),
@@ -207,9 +208,7 @@ def register(
 def _tell_what_is_left_out(
     others: Sequence[Path], files: Mapping[str, Sequence[Path]], known: Mapping[Path, str]
 ) -> None:
-    if others:
-        are = "1 file that is" if len(others) == 1 else f"{len(others)} files that are"
-        click.echo(f"left out: {are} no JPEG, PNG or WebP: {some(others)}", err=True)
+    tell_left_out(others)
     if twice := [file for side in files.values() for file in _repeated(side, known)]:
         click.echo(f"left out: {len(twice)} duplicate{'s' * (len(twice) > 1)}: {some(twice)}", err=True)
 
@@ -394,7 +393,7 @@ def _export(client: cdam.Client, found: cdam.RegisteredConcept, file: Path) -> N
 @connection_options
 def import_concepts(*, files: tuple[Path, ...], name: str | None, model: str, replace: bool, **connection: Any) -> None:
     """Import concepts."""
-    every = [file for path in files for file in (sorted(path.rglob("*" + _SUFFIX)) if path.is_dir() else [path])]
+    every = once(file for path in files for file in (walk(path, {_SUFFIX})[0] if path.is_dir() else [path]))
     if not every:
         raise click.UsageError(f"no {_SUFFIX} file below {', '.join(map(str, files))}")
     if name is not None and len(every) != 1:

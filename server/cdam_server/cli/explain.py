@@ -1,8 +1,9 @@
 """`cdam explain`, and how the client commands reach a server."""
 
+import glob
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 
 import cdam
 from cdam_server.cli.hints import hint
+from cdam_server.cli.images import find_images, once, tell_left_out
 from cdam_server.cli.report import Report
 from cdam_server.cli.spelling import (
     Given,
@@ -31,7 +33,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 _HELP = """Explain images: one map for each target and method, orange where the image speaks for it, blue against it.
 
-IMAGE is a JPEG, PNG or WebP file. For each, this writes to the folder given by -o an overlay for every map,
+IMAGE is a JPEG, PNG or WebP file, a folder, which stands for all such files below it, or a pattern in quotes. For each, this writes to the folder given by -o an overlay for every map,
 IMAGE.TARGET.METHOD.png, and IMAGE.json with all scores and where on the image they lie.
 
 \b
@@ -191,10 +193,16 @@ def local_server(model: str) -> Iterator[tuple[str, str]]:
             logs.configure(settings.log_format, settings.log_level)
             address = stack.enter_context(bootstrap.serve_in_background(settings))
         except ValidationError as error:
-            raise Failure("--local: " + "; ".join(item["msg"] for item in error.errors())) from error
+            raise Failure("--local: " + "; ".join(map(_blamed_variable, error.errors()))) from error
         except (LoadError, ValueError, OSError) as error:
             raise Failure(f"--local: {_plain(error)}") from error
         yield address, model
+
+
+def _blamed_variable(error: Mapping[str, Any]) -> str:
+    """What is wrong with a setting, which --local reads from the environment alone."""
+    said = str(error["msg"]).removeprefix("Value error, ")
+    return f"CDAM_{str(error['loc'][0]).upper()}: {said}" if error["loc"] else said
 
 
 def _plain(error: Exception) -> str:
@@ -204,7 +212,7 @@ def _plain(error: Exception) -> str:
 
 
 @click.command(help=_HELP)
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @target_option
 @click.option(
     "--minus",
@@ -240,7 +248,7 @@ def _plain(error: Exception) -> str:
 )
 @connection_options
 def explain(
-    images: tuple[Path, ...],
+    images: tuple[str, ...],
     targets: tuple[Given, ...],
     minus: cdam.Output | cdam.Concept | None,
     *,
@@ -257,12 +265,34 @@ def explain(
         raise click.UsageError("--sheet with --json needs a folder: -o DIR")
     report = Report(**look)
     server = server_from(**options)
-    if local:
+    files, failed = _files(images)
+    if local and files:
         with local_server(request["model"]) as (address, request["model"]):
-            failed = _explain_all(images, Server(address, {"timeout": server.arguments["timeout"]}), request, report)
-    else:
-        failed = _explain_all(images, server, request, report)
+            failed += _explain_all(files, Server(address, {"timeout": server.arguments["timeout"]}), request, report)
+    elif files:
+        failed += _explain_all(files, server, request, report)
     sys.exit(1 if failed else 0)
+
+
+def _files(words: Sequence[str]) -> tuple[list[Path], int]:
+    """The images that are meant, each once, and how many words mean none; a file that is not there fails when read."""
+    files: list[Path] = []
+    others: list[Path] = []
+    failed = 0
+    for word in words:
+        if Path(word).exists() or glob.has_magic(word):
+            try:
+                found = find_images([word])
+            except click.UsageError as error:
+                failed += 1
+                click.echo(f"Error: {error.message}", err=True)
+            else:
+                files += found.images
+                others += found.left_out
+        else:
+            files.append(Path(word))
+    tell_left_out(once(others))
+    return once(files), failed
 
 
 def _targets(

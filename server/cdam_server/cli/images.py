@@ -1,9 +1,15 @@
-"""Which images the command line means by files, folders and patterns."""
+"""Which files the command line means by names, folders and patterns: one walk for all commands.
+
+Below a folder nothing hidden is found: no file or folder whose name begins with a dot, such as the ``._photo.jpg`` of
+macOS, ``.DS_Store`` and ``.ipynb_checkpoints``, and nothing that systems add of themselves. What is named is taken,
+hidden or not. A file counts once, by whatever names and links it is reached.
+"""
 
 import glob
 import hashlib
+import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -12,8 +18,12 @@ from typing import Final
 import click
 from PIL import Image
 
+from cdam_images.files import find_picture
+
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _FORMATS: Final = ("JPEG", "PNG", "WEBP")
+# In lower case: of Windows, of archives made on macOS, of network drives (thumbnails, which are images).
+_OF_SYSTEMS: Final = frozenset({"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "@eadir"})
 _NAMED: Final = 16
 
 
@@ -36,15 +46,47 @@ def find_images(words: Iterable[str]) -> Found:
     Raises:
         click.UsageError: if a word means none.
     """
-    found: dict[Path, None] = {}
-    left_out: dict[Path, None] = {}
+    found: list[Path] = []
+    left_out: list[Path] = []
     for word in words:
         files, others = _files(word)
         if not files:
             raise click.UsageError(f"{word}: {_nothing(word)}")
-        found.update(dict.fromkeys(files))
-        left_out.update(dict.fromkeys(others))
-    return Found(list(found), [file for file in left_out if file not in found])
+        found += files
+        left_out += others
+    images = once(found)
+    return Found(images, once(images + left_out)[len(images) :])
+
+
+def walk(folder: Path, suffixes: Collection[str] = SUFFIXES) -> tuple[list[Path], list[Path]]:
+    """Files of some suffixes below a folder, and other files; sorted, each once, nothing hidden.
+
+    Args:
+        folder: The folder, hidden or not; links to other folders below it are not followed.
+        suffixes: In lower case.
+    """
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = filter(is_shown, folders)
+        files += (Path(parent, name) for name in names if is_shown(name))
+    files = once(sorted(file for file in files if file.is_file()))
+    wanted = [file for file in files if file.suffix.lower() in suffixes]
+    return wanted, [file for file in files if file.suffix.lower() not in suffixes]
+
+
+def once(files: Iterable[Path]) -> list[Path]:
+    """Each file by the first of its names."""
+    found: dict[Path, Path] = {}
+    for file in files:
+        found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def tell_left_out(others: Sequence[Path]) -> None:
+    """Say which files below folders are no images."""
+    if others:
+        are = "1 file that is" if len(others) == 1 else f"{len(others)} files that are"
+        click.echo(f"left out: {are} no JPEG, PNG or WebP: {some(others)}", err=True)
 
 
 def digests(files: Sequence[Path]) -> dict[Path, str]:
@@ -74,7 +116,7 @@ def _is_image(data: bytes) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.open(BytesIO(data), formats=_FORMATS).close()  # reads the header alone
+            Image.open(BytesIO(find_picture(data).data), formats=_FORMATS).close()  # reads the header alone
     except Image.DecompressionBombError:
         return True  # how large it may be is the server's business
     except (OSError, SyntaxError, ValueError):
@@ -90,17 +132,20 @@ def some(names: Sequence[object], most: int = 5) -> str:
 def _files(word: str) -> tuple[list[Path], list[Path]]:
     if Path(word).exists():
         return _below(Path(word))
-    sides = [_below(Path(path)) for path in sorted(glob.glob(word, recursive=True))]  # noqa: PTH207
+    named = set(Path(word).parts)
+    found = (Path(path) for path in sorted(glob.glob(word, recursive=True)))  # noqa: PTH207
+    sides = [_below(path) for path in found if all(part in named or is_shown(part) for part in path.parts)]
     return [file for files, _ in sides for file in files], [file for _, others in sides for file in others]
 
 
 def _below(path: Path) -> tuple[list[Path], list[Path]]:
     """Images, and other files; a file that is named counts as an image."""
-    if not path.is_dir():
-        return [path], []
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
-    return images, [file for file in files if file.suffix.lower() not in SUFFIXES]
+    return walk(path) if path.is_dir() else ([path], [])
+
+
+def is_shown(name: str) -> bool:
+    """Whether a file or folder of this name, below another, is anything that people put there."""
+    return not name.startswith(".") and name.lower() not in _OF_SYSTEMS
 
 
 def _nothing(word: str) -> str:

@@ -20,7 +20,8 @@ _OPTIONS: Final = (
     click.option(
         "--model",
         metavar="NAME",
-        help="timm architecture; hf-hub:ORG/NAME or local-dir:PATH, with their weights; or demo.  [demo]",
+        help="timm architecture; hf-hub:ORG/NAME or local-dir:PATH of timm, transformers or open_clip, with weights; "
+        "torchvision:NAME or open_clip:NAME, with a checkpoint; or demo.  [demo]",
     ),
     click.option("--model-name", metavar="NAME", help="Name that requests use.  [the architecture]"),
     click.option("--pretrained", is_flag=True, default=None, help="Fetch timm's weights from the hub."),

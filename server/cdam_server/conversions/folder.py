@@ -78,6 +78,16 @@ def kind_of(path: Path) -> Kind:
     return Kind.OPEN_CLIP if (path / OPEN_CLIP_CONFIG).is_file() else Kind.OTHER
 
 
+def check_type(path: Path, kind: Kind) -> None:
+    """Refuses a folder by its configuration, before weights that nobody can convert are fetched or read.
+
+    Raises:
+        ConversionError: With the reason.
+    """
+    if kind is Kind.TRANSFORMERS:
+        hugging_face.check_type(_json(path / CONFIG))
+
+
 def has_weights(path: Path, kind: Kind) -> bool:
     """Whether there is a file of weights, or a list of several."""
     names = _OPEN_CLIP_WEIGHTS if kind is Kind.OPEN_CLIP else _WEIGHTS
@@ -110,9 +120,8 @@ def read(path: Path) -> Folder:
     """
     if not (path / CONFIG).is_file():
         raise ConversionError(f"there is no {CONFIG} in {path}, but {few(_listed(path))}")
-    config = _json(path / CONFIG)
-    hugging_face.check_type(config)  # before weights that nobody can convert are read
-    return Folder(config, _processor(path), _tensors(path, _WEIGHTS))
+    check_type(path, Kind.TRANSFORMERS)
+    return Folder(_json(path / CONFIG), _processor(path), _tensors(path, _WEIGHTS))
 
 
 def _listed(path: Path) -> list[str]:

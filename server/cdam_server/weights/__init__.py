@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from cdam_server.load_error import LoadError, few, reason
 from cdam_server.weights.classifier import classifier_weights
 from cdam_server.weights.files import Checkpoint, StateDict, checkpoint_of, read_checkpoint
 from cdam_server.weights.geometry import Resampling, Size, compare, geometry_of, misfit
-from cdam_server.weights.names import select
+from cdam_server.weights.names import Selection, select
 
 __all__ = [
     "NO_REPORT",
@@ -33,6 +34,10 @@ __all__ = [
 __all__ += ["read_checkpoint"]
 
 _HEAD_NAMES: Final = ("", "head.", "fc.", "linear.", "classifier.")
+# What timm's conversions leave out and computes itself, or what was of training alone.
+_DROPPED: Final = re.compile(
+    r"mask_token$|relative_position_index$|(^|\.)rope|\.periods$|\.bias_mask$|num_batches_tracked$"
+)
 _POSITIONS: Final = ("pos_embed", "relative_position_bias_table")
 
 
@@ -102,9 +107,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
     if found.native and wish.num_outputs == 0:
         left_out += heads
     elif found.native:
-        asked, latent = wish.asked or bool(wish.num_outputs), int(getattr(model, "num_features", 0))
-        latent = int(getattr(model, "head_hidden_size", 0) or latent)
-        head, pretext = classifier_weights(found.classifiers, names, latent, asked=asked, setting=setting)
+        asked = wish.asked or bool(wish.num_outputs)
+        head, pretext = classifier_weights(found.classifiers, names, _latent(model), asked=asked, setting=setting)
         weights, left_out = weights | head, left_out + pretext
     count = wish.num_outputs if wish.num_outputs is not None else _outputs_in(weights, names)
     if count:
@@ -117,7 +121,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
         allowed=wish.resample,
         setting=setting,
     )
-    _load(model, weights, resampling, None if count else names, setting)
+    hint = _hint_of_outside(found, latent=_latent(model))
+    _load(model, weights, resampling, None if count else names, hint, setting, native=found.native)
     report = Report(checkpoint.source, found.prefix, tuple(left_out))
     return report if resampling is None else replace(report, resampled=resampling.text)
 
@@ -173,6 +178,25 @@ def _unwrapped_head(tensors: Mapping[str, Tensor]) -> StateDict:
     return plain
 
 
+def _latent(model: nn.Module) -> int:
+    return int(getattr(model, "head_hidden_size", 0) or getattr(model, "num_features", 0))
+
+
+def _hint_of_outside(found: Selection, latent: int) -> str:
+    """What to do about tensors that stand beside the network and are of no known kind."""
+    if not found.outside:
+        return ""
+    matrices = [
+        name for name in found.outside if found.weights[name].ndim == 2 and found.weights[name].shape[1] == latent
+    ]
+    if matrices:
+        return (
+            f"{few(matrices, 2)} may be a classifier of another name: save it as weight and bias for the setting head"
+        )
+    key = found.prefix.removesuffix(".")
+    return f"weights_key: {key} would leave out what stands beside it" if key else ""
+
+
 def _classifier_names(model: nn.Module) -> Sequence[str]:
     """The architecture's classifiers: one, or two of a distilled model."""
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
@@ -192,6 +216,13 @@ def _refuse_unfit(weights: Mapping[str, Tensor], source: str, setting: str) -> N
         raise LoadError(
             setting, f"{few(empty)} in {source} are empty, as in shards of DeepSpeed's ZeRO stage 3: gather them first"
         )
+    strange = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')}, {str(tensor.layout).removeprefix('torch.')}, {tensor.device})"
+        for name, tensor in weights.items()
+        if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_meta
+    ]
+    if strange:
+        raise LoadError(setting, f"{few(strange)} in {source} can't be weights: save plain floating-point tensors")
     floats = ((name, tensor) for name, tensor in weights.items() if tensor.is_floating_point())
     if broken := [name for name, tensor in floats if not tensor.float().isfinite().all()]:
         raise LoadError(setting, f"{source} holds values that are not finite, in {few(broken)}")
@@ -202,7 +233,10 @@ def _load(
     weights: StateDict,
     resampling: Resampling | None,
     unwanted: Sequence[str] | None,
+    hint: str,
     setting: str,
+    *,
+    native: bool,
 ) -> None:
     """Convert and load; the model has the file's geometry meanwhile, so that nothing but what is said is resampled."""
     embedding: Any = getattr(model, "patch_embed", None)
@@ -210,7 +244,7 @@ def _load(
         size, patch = tuple(embedding.img_size), tuple(embedding.feat_ratio(as_scalar=False))
         changes = {} if resampling.patch == patch else {"patch_size": resampling.patch}
         _set_input_size(model, resampling.size, changes, setting)
-    converted = _converted(model, weights, setting)
+    converted = _converted(model, weights, setting, native=native)
     own = model.state_dict()
     if unwanted is not None:
         converted = {
@@ -218,7 +252,7 @@ def _load(
         }
     complaints = list(_differences(own, converted))
     if complaints:
-        hint = misfit(geometry_of(converted), geometry_of(own)) or _hint(own, converted)
+        hint = misfit(geometry_of(converted), geometry_of(own)) or _hint(own, converted) or hint
         what = "; ".join(filter(None, (hint, *complaints)))
         raise LoadError(setting, f"these are not weights of this architecture: {what}")
     model.load_state_dict(converted)
@@ -234,7 +268,7 @@ def _set_input_size(model: nn.Module, size: Size, more: Mapping[str, Any], setti
         raise LoadError(setting, f"timm can't resample this architecture to {size} ({reason(error)})") from error
 
 
-def _converted(model: nn.Module, weights: StateDict, setting: str) -> StateDict:
+def _converted(model: nn.Module, weights: StateDict, setting: str, *, native: bool) -> StateDict:
     """After timm's conversion; positions of the model's shape are left as they are, whatever timm takes their grid for."""
     try:
         converted = dict(_converter(model)(dict(weights), model))
@@ -243,6 +277,14 @@ def _converted(model: nn.Module, weights: StateDict, setting: str) -> StateDict:
             setting, f"these are not weights of this architecture ({reason(error)}): it has {few(weights)}"
         ) from error
     own = model.state_dict()
+    kept = {tensor.data_ptr() for tensor in converted.values()}
+    lost = [
+        name
+        for name, tensor in weights.items()
+        if name not in converted and not _DROPPED.search(name) and tensor.data_ptr() not in kept and tensor.any()
+    ]
+    if native and lost:
+        raise LoadError(setting, f"it has {few(lost)}, which timm's code of this architecture no longer computes")
     if "mask_token" not in own:
         converted.pop("mask_token", None)  # of pretraining; timm's conversions know by it whose format it is
     for name in own:
@@ -275,6 +317,13 @@ def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iter
     ]
     if shapes:
         yield f"other shapes: {few(shapes)}"
+    kinds = [
+        f"{name} of {str(given[name].dtype).removeprefix('torch.')}"
+        for name, tensor in own.items()
+        if name in given and tensor.is_floating_point() != given[name].is_floating_point()
+    ]
+    if kinds:
+        yield f"other numbers: {few(kinds)}"
 
 
 # What in the names tells of a keyword argument: (in the file alone, in the model alone) -> the argument.
@@ -294,7 +343,9 @@ _TRAITS: Final = (
 
 
 def _hint(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Keyword arguments of the architecture that the names speak for."""
+    """Keyword arguments of the architecture that the names speak for, if most of the names are the architecture's."""
+    if 2 * len(own.keys() & given.keys()) < len(own):
+        return ""
     words = [
         text.format(count=given[name].shape[1] if name in given and given[name].ndim > 1 else 0)
         for in_file, name, text in _TRAITS

@@ -16,7 +16,7 @@ import click
 import numpy as np
 
 import cdam
-from cdam_server.cli.images import SUFFIXES, some
+from cdam_server.cli.images import is_shown, some, walk
 from cdam_server.cli.spelling import parse_target, spelled
 
 OPTIONAL: Final = ("wrong_target", "mask", "counterfactual", "wrong_mask")
@@ -162,10 +162,10 @@ class _Folder(Dataset):
     def __init__(self, name: str, model: cdam.Model) -> None:
         self.name = name
         self._root = Path(name)
-        classes = sorted(path for path in self._root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        classes = sorted(path for path in self._root.iterdir() if path.is_dir() and is_shown(path.name))
         if not classes:
             raise click.UsageError(f"{name}: no sub-folders; there is to be one for each class. A CSV file is freer")
-        files = {folder.name: sorted(filter(_is_image, folder.rglob("*"))) for folder in classes}
+        files = {folder.name: walk(folder)[0] for folder in classes}
         if not any(files.values()):
             raise click.UsageError(f"{name}: no JPEG, PNG or WebP file below its folders")
         targets, how = _targets_of(name, list(files), model)
@@ -182,10 +182,6 @@ class _Folder(Dataset):
 
     def _id(self, file: Path) -> str:
         return file.relative_to(self._root).as_posix()
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def _targets_of(name: str, labels: Sequence[str], model: cdam.Model) -> tuple[dict[str, cdam.Output], str]:
