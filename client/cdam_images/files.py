@@ -306,10 +306,10 @@ def _webp(data: bytes) -> Picture:
         end = position + 8 + length
         if kind in notes:
             if announced & _WEBP_NOTES[kind]:  # libwebp passes over others
-                notes[kind] = notes[kind] or bytes(view[position + 8 : min(end, stop)])
+                notes[kind] = notes[kind] or bytes(view[position + 8 : end])
         elif kind in _WEBP_PIXELS and kind not in seen:
             seen.add(kind)
-            chunk = view[position : min(end, stop)]
+            chunk = view[position:end]
             kept += [_without_notes(chunk) if kind == b"VP8X" else chunk, b"\0" * (length % 2)]
         position = end + length % 2
     body = b"".join([b"WEBP", *kept])

@@ -326,6 +326,15 @@ def test_the_first_frame_of_a_webp_whose_others_are_broken() -> None:
     assert_same(data[:place] + bytes(20) + data[place + 20 :], PNG)
 
 
+@pytest.mark.parametrize("wrong", [-9, -1, 1, 1_000_000])
+def test_a_webp_whose_header_counts_its_bytes_wrongly(wrong: int) -> None:
+    """A chunk says how long it is, too; whoever cut off or appended a chunk forgot the file's header."""
+    for options in ({}, {"lossless": True}, {"xmp": b"<x/>"}):
+        data = saved(PHOTO, "WEBP", **options)
+        size = struct.unpack_from("<L", data, 4)[0] + wrong
+        assert_same(data[:4] + struct.pack("<L", size) + data[8:], data)
+
+
 def test_a_webp_with_alpha_keeps_it() -> None:
     alpha = Image.fromarray(RNG.integers(0, 256, (72, 96), dtype=np.uint8))
     image = Image.merge("RGBA", (*PHOTO.split(), alpha))
