@@ -42,8 +42,9 @@ class ImageLimits:
 
     Attributes:
         max_bytes: Largest size of an encoded image; raw ones are bounded by their pixels.
-        max_pixels: Largest height * width. Decoding takes about 4 bytes a pixel, with transparency about 8, a JPEG of
-            several scans about 10. PIL's own guard stays on behind it, at 179 million pixels.
+        max_pixels: Largest height * width. Decoding takes about 4 bytes a pixel, 8 where the image is turned or
+            transparent, up to 12 where it is both, and a JPEG of several scans up to 6 more. PIL's own guard stays on behind
+            it, at 179 million pixels.
     """
 
     max_bytes: int = 32 * 1024 * 1024
