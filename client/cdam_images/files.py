@@ -32,6 +32,8 @@ _SEQUENTIAL: Final = frozenset({0xC0, 0xC1, 0xC9})
 _JPEG_MARKER: Final = re.compile(rb"\xff([\x01-\xfe])")
 # Entropy-coded data hold stuffed zeros and restart markers; any other marker ends them.
 _SCAN_END: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+# Between restart markers a decoder passes over markers that there are none of, to find the next interval.
+_RESTARTED_END: Final = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 _XMP_ORIENTATION: Final = re.compile(rb"tiff:Orientation(?:=\"|>)([0-9])")
 _EXIF: Final = b"Exif\0\0"
 _EXIF_HEADS: Final = re.compile(rb"(?:Exif\0\0)*")  # some write more than one
@@ -121,6 +123,7 @@ class _JpegParts:
         self._view = memoryview(data)
         self._position = 2
         self._complete = False
+        self._restarts = False
         self._single = -1  # components of a scan that is the whole picture, if one can be
         self.kept: list[bytes | memoryview] = [b"\xff\xd8"]
         self.exif = bytearray()
@@ -162,12 +165,14 @@ class _JpegParts:
         if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC} and len(body) > 5 and self.size is None:
             self.size = (int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big"))
             self._single = body[5] if marker in _SEQUENTIAL else -1
+        elif marker == 0xDD:
+            self._restarts = any(body[:2])
         elif marker == 0xDA:
             self._scan(components=body[0] if body else 0, start=end)
 
     def _scan(self, components: int, start: int) -> None:
         self.scans += 1
-        after = _SCAN_END.search(self._data, start)
+        after = (_RESTARTED_END if self._restarts else _SCAN_END).search(self._data, start)
         self._position = after.start() if after else len(self._data)
         if self._complete:
             return
