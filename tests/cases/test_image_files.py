@@ -23,7 +23,8 @@ import cdam
 from cdam._images import open_image
 from cdam.v1 import common_pb2
 from cdam_images import upright_rgb
-from cdam_images.files import MAX_INFLATED, MAX_PARTS, _exif_orientation, find_picture
+from cdam_images.files import MAX_INFLATED, MAX_PARTS, find_picture
+from cdam_images.orientation import exif_orientation
 from cdam_server.errors import InvalidArgumentError
 from cdam_server.rpc.images import ImageLimits, decode_image
 
@@ -101,6 +102,17 @@ def test_padding_behind_the_end(padding: bytes) -> None:
     for kind, data in JPEGS.items():
         assert_same(data + padding, data)
         assert len(find_picture(data + padding).data) <= len(data), kind
+
+
+def test_a_scan_that_is_cut_short_before_a_video_is_refused() -> None:
+    """intel/libyami#801: an end that is not marked is no proof that all is there."""
+    for kind in ("baseline", "cmyk"):
+        data = JPEGS[kind]
+        scan = data.rindex(b"\xff\xda")
+        for part in (0.2, 0.5, 0.9):
+            cut = scan + int((len(data) - scan) * part)
+            refused(data[:cut] + b"\xff\xe7\0\x02" + video(100_000), "damaged or truncated")
+            refused(data[:cut] + b"\xff\x9b" + data[cut:], "damaged or truncated")
 
 
 def test_pictures_behind_the_picture() -> None:
@@ -371,7 +383,7 @@ def test_the_orientation_is_read_as_pillow_reads_it(body: bytes, head: bytes) ->
             except Exception:  # noqa: BLE001 - it promises no set of exceptions
                 said = None
         try:
-            ours = _exif_orientation(b"Exif\0\0" + exif)
+            ours = exif_orientation(b"Exif\0\0" + exif)
         except (ValueError, struct.error):
             ours = None
         usual = range(2, 9)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 # The plugins are imported here so that no request, and no two at once, is the one that registers them.
-from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import Image, ImageChops, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from cdam.v1 import common_pb2
 from cdam_images import UndefinedRangeError, upright_mask, upright_rgb
@@ -93,6 +93,8 @@ def _decode_encoded(data: bytes, limits: ImageLimits, field: str, convert: _Conv
                 raise InvalidArgumentError(field, "is not a JPEG, PNG or WebP file")
             _check_size(file.size, limits, field)
             _check_scans(file, picture, limits, field)
+            if picture.probe is not None:
+                _check_whole(file, picture.probe, field)
             return convert(file, picture.orientation)
 
 
@@ -158,6 +160,13 @@ def _check_size(size: tuple[int, int], limits: ImageLimits, field: str) -> None:
             field,
             f"has {height} x {width} (height x width) = {height * width} pixels, over the limit of {limits.max_pixels}",
         )
+
+
+def _check_whole(file: Image.Image, probe: bytes, field: str) -> None:
+    """Refuse a JPEG that has no end because a part of it is missing."""
+    with Image.open(io.BytesIO(probe), formats=FORMATS) as other:
+        if ImageChops.difference(file, other).getbbox() is not None:
+            raise InvalidArgumentError(field, "is damaged or truncated (its pixels end too early)")
 
 
 def _check_scans(file: Image.Image, picture: Picture, limits: ImageLimits, field: str) -> None:
