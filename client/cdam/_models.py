@@ -42,7 +42,8 @@ class Model:
         patch_grid: Patches down and across at the default input size.
         prefix_tokens: Number of [CLS], distillation and register tokens.
         latent_size: Length of the latent, and so of concept vectors.
-        readout: ``cls_token``, ``cls_and_distillation_tokens``, ``average_pool``, ``attention_pool`` or ``max_pool``.
+        readout: ``cls_token``, ``cls_and_distillation_tokens``, ``average_pool``, ``attention_pool``,
+            ``max_pool`` or ``cls_token_and_average_pool``.
         precision: Arithmetic of the trunk: ``fp32`` or ``bf16``.
         methods: Names of the methods that it can serve.
         unsupported: Names of those that it can't, and why.

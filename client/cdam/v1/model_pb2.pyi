@@ -71,6 +71,8 @@ class _ReadoutEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Readout.Value
     """Learned attention over tokens."""
     READOUT_MAX_POOL: _Readout.ValueType  # 5
     """Maximum over tokens, or the mean of average and maximum."""
+    READOUT_CLS_TOKEN_AND_AVERAGE_POOL: _Readout.ValueType  # 6
+    """From the [CLS] token and the mean over patch tokens, one after the other."""
 
 class Readout(_Readout, metaclass=_ReadoutEnumTypeWrapper):
     """How a model's latent is read out of its tokens."""
@@ -87,6 +89,8 @@ READOUT_ATTENTION_POOL: Readout.ValueType  # 4
 """Learned attention over tokens."""
 READOUT_MAX_POOL: Readout.ValueType  # 5
 """Maximum over tokens, or the mean of average and maximum."""
+READOUT_CLS_TOKEN_AND_AVERAGE_POOL: Readout.ValueType  # 6
+"""From the [CLS] token and the mean over patch tokens, one after the other."""
 Global___Readout: _TypeAlias = Readout  # noqa: Y015
 
 class _Precision:
