@@ -558,3 +558,21 @@ def test_layers_that_are_not_the_heads(tmp_path: Path) -> None:
 def test_layers_that_make_no_sense(layers: Any) -> None:
     with pytest.raises(ValueError, match="head_layers"):
         ModelSpec(name="m", architecture=ARCHITECTURE, checkpoint=Path("w.pth"), head_layers=layers)
+
+
+def test_segment_anythings_own_checkpoints(tmp_path: Path) -> None:
+    """MedSAM#200, segment-anything-finetuner#2: image_encoder.*, with names of its own, beside prompts and masks."""
+    architecture, kwargs = "samvit_base_patch16", {"window_size": 0, "global_attn_indexes": [0, 1]}
+    model = vit(0, architecture=architecture, **kwargs)
+    weights = {f"image_encoder.{name.replace('mlp.fc', 'mlp.lin')}": t for name, t in model.state_dict().items()}
+    weights |= {
+        "prompt_encoder.no_mask_embed.weight": torch.ones(1, 8),
+        "mask_decoder.iou_token.weight": torch.ones(1, 8),
+    }
+    for prefix in ("", "module."):
+        loaded = load(prefixed(weights, prefix), tmp_path, architecture=architecture, model_kwargs=kwargs)
+        assert difference(loaded, model) == 0
+        assert f"{prefix}mask_decoder.iou_token.weight" in loaded.weights.left_out
+    larger = vit(0, architecture=architecture, img_size=64, **kwargs)
+    said = refusal(larger.state_dict(), tmp_path, architecture=architecture, model_kwargs=kwargs)
+    assert "for inputs of 64 x 64 pixels" in said or "4 x 4 for 64 x 64" in said
