@@ -116,6 +116,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
     )
     unwanted = () if count else names
     prefix, hint = found.prefix if found.native else None, _hint_of_outside(found, latent_size(model))
+    hint = _hint_of_naming(weights) or hint
     source = _Source(weights, prefix, unwanted, found.outside, hint)
     left_out += _load(model, source, resampling, setting)
     if layers is not None:
@@ -146,6 +147,15 @@ def _hint_of_outside(found: Selection, latent: int) -> str:
         )
     key = found.prefix.removesuffix(".")
     return f"weights_key: {key} would leave out what stands beside it" if key else ""
+
+
+def _hint_of_naming(weights: Mapping[str, Tensor]) -> str:
+    """Where else the file belongs, if its names are another library's."""
+    if not any("embeddings.patch_embeddings.projection." in name for name in weights):
+        return ""
+    return (
+        "they have the names of transformers: give its folder, config.json and weights, as architecture local-dir:PATH"
+    )
 
 
 def _classifier_names(model: nn.Module) -> Sequence[str]:
