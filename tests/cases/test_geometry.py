@@ -80,11 +80,22 @@ def test_what_the_settings_say_of_the_file_must_be_so(tmp_path: Path) -> None:
         ({"qk_norm": True}, ["qk_norm: true"]),
         ({"pre_norm": True}, ["pre_norm: true"]),
         ({"global_pool": "avg"}, ["global_pool: avg"]),
+        ({"no_embed_class": True}, ["model_kwargs: {no_embed_class: true}"]),
     ],
 )
 def test_other_networks_say_what_they_are(trained: dict[str, Any], words: list[str], tmp_path: Path) -> None:
     said = refusal(vit(**trained).state_dict(), tmp_path)
     assert all(word in said for word in words), said
+
+
+def test_an_input_size_that_patches_do_not_fit(tmp_path: Path) -> None:
+    for settings, name in (
+        ({"input_size": (50, 50)}, "input_size"),
+        ({"model_kwargs": {"img_size": 40}}, "model_kwargs"),
+    ):
+        with pytest.raises(LoadError, match=r"not a multiple of the patch size 16 x 16") as caught:
+            load(vit().state_dict(), tmp_path, **{"model_kwargs": {"img_size": None}, **settings})
+        assert caught.value.setting == name
 
 
 def test_a_common_size_is_called_by_its_architecture(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ _TRAITS: Final = (
     (True, "blocks.0.attn.qkv.bias", "qkv_bias: true"),
     (True, "blocks.0.attn.q_norm.weight", "qk_norm: true"),
     (False, "cls_token", "class_token: false"),
+    (True, "cls_token", "class_token: true"),
     (True, "head_dist.weight", "an architecture with a distillation token, deit_*_distilled_*"),
 )
 

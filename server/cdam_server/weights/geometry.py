@@ -184,6 +184,12 @@ def _grid(
         return side, side
     if math.prod(grid) == count:
         return grid
+    if math.isqrt(file.positions) ** 2 == file.positions and hasattr(model, "no_embed_class"):
+        raise LoadError(
+            setting,
+            f"its {file.positions} positions are a square grid without one for [CLS]: it may need "
+            "model_kwargs: {no_embed_class: true}",
+        )
     raise LoadError(
         setting,
         f"its {file.positions} positions are no square grid and {_prefix(file.positions, embedded, grid)}: say for which "
