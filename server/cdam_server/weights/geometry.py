@@ -39,6 +39,9 @@ class Geometry:
         width: D.
         depth: Number of blocks.
         positions: Number of learned positions, prefix tokens included as they are in the file.
+        grid: Of positions that are kept as a grid (SAM), (down, across).
+        prefix: Number of positions of prefix tokens, where the names tell another than the model's: DINOv2's own
+            checkpoints with registers have one for [CLS].
         rows: Of the first table of relative positions.
     """
 
@@ -47,6 +50,8 @@ class Geometry:
     width: int | None = None
     depth: int = 0
     positions: int | None = None
+    grid: Size | None = None
+    prefix: int | None = None
     rows: int | None = None
 
 
@@ -62,7 +67,9 @@ def geometry_of(tensors: Mapping[str, Tensor]) -> Geometry:
         channels=None if patches is None else patches.shape[1],
         width=None if patches is None else patches.shape[0],
         depth=max(blocks) + 1 if blocks else 0,
-        positions=None if positions is None or positions.ndim < 2 else positions.shape[-2],
+        positions=None if positions is None or positions.ndim not in {2, 3} else positions.shape[-2],
+        grid=None if positions is None or positions.ndim != 4 else (positions.shape[1], positions.shape[2]),
+        prefix=1 if any(name.rpartition(".")[2] == "register_tokens" for name in tensors) else None,
         rows=None if table is None else table.shape[0],
     )
 
@@ -122,14 +129,14 @@ def compare(
         return None
     source = source or grid
     size = (source[0] * patch[0], source[1] * patch[1])
-    if not allowed and (input_size is None or trained_size not in {None, size}):
-        raise LoadError(setting, _other_positions(size, source, embedding))
     if not hasattr(model, "set_input_size"):
         raise LoadError(
             setting,
             f"the file is for inputs of {_times(size)} pixels, and timm {timm.__version__} can't resample this "
             f"architecture: set {_paste(input_size=size)}",
         )
+    if not allowed and (input_size is None or trained_size not in {None, size}):
+        raise LoadError(setting, _other_positions(size, source, embedding))
     return Resampling(size, patch, "; ".join(_texts(same_patch, patch, stride, source, grid)))
 
 
@@ -149,12 +156,13 @@ def _grid(
     setting: str,
 ) -> Size | None:
     """The file's grid of positions, (down, across); None if the file has none that the model's could differ from."""
-    if file.rows is not None:
-        return _grid_of_table(file.rows, grid, setting)
+    if file.rows is not None or file.grid is not None:
+        return file.grid or _grid_of_table(file.rows or 0, grid, setting)
     embedded = getattr(model, "pos_embed", None)
     if file.positions is None or not isinstance(embedded, Tensor):
         return None
-    count = file.positions - (embedded.shape[1] - grid[0] * grid[1])
+    own_prefix = embedded.shape[1] - grid[0] * grid[1]
+    count = file.positions - (own_prefix if file.prefix is None else file.prefix)
     candidates = {trained_size: "model_kwargs"} if trained_size else {}
     for size in candidates:
         trained = (size[0] // patch[0], size[1] // patch[1])
@@ -176,6 +184,12 @@ def _grid(
         return side, side
     if math.prod(grid) == count:
         return grid
+    if math.isqrt(file.positions) ** 2 == file.positions and hasattr(model, "no_embed_class"):
+        raise LoadError(
+            setting,
+            f"its {file.positions} positions are a square grid without one for [CLS]: it may need "
+            "model_kwargs: {no_embed_class: true}",
+        )
     raise LoadError(
         setting,
         f"its {file.positions} positions are no square grid and {_prefix(file.positions, embedded, grid)}: say for which "
