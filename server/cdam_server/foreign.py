@@ -68,7 +68,7 @@ def converted_of(spec: ModelSpec) -> tuple[Converted, Report] | None:
         path, kind = found
         _check_settings(spec, {"checkpoint", "random_weights", "weights_key"})
         converted = folder.convert(path, kind, spec.input_size)
-    return converted, Report(str(path), resampled=converted.resampled)
+    return converted, Report(str(path), resampled=converted.resampled, notes=converted.notes)
 
 
 def refuse_foreign(checkpoint: Checkpoint, setting: str) -> None:
@@ -150,7 +150,7 @@ def _from_checkpoint(spec: ModelSpec, library: str) -> tuple[Converted, Report]:
                 num_heads=heads if isinstance(heads, int) else None,
                 input_size=spec.input_size,
             )
-    return converted, Report(checkpoint.source, prefix, tuple(left_out), converted.resampled)
+    return converted, Report(checkpoint.source, prefix, tuple(left_out), converted.resampled, converted.notes)
 
 
 def _network(checkpoint: Checkpoint, library: str, key: str | None) -> tuple[StateDict, str, list[str]]:

@@ -404,8 +404,14 @@ def test_several_networks_and_what_stands_beside_one(tmp_path: Path) -> None:
 def test_architectures_of_other_libraries_need_a_checkpoint(torchvision_file: Path) -> None:
     message = failure("torchvision:vit_b_16", random_weights=True)
     assert "architecture: torchvision:vit_b_16 needs its weights: give them as the checkpoint" in message
-    with pytest.raises(ValidationError, match="give one source of weights"):
+    with pytest.raises(
+        ValidationError, match=r"give one source of weights: .*; torchvision:vit_b_16 needs a checkpoint"
+    ):
         spec("torchvision:vit_b_16")
+    with pytest.raises(ValidationError, match=f"; for the folder say local-dir:{torchvision_file.parent}"):
+        spec(str(torchvision_file.parent))
+    message = failure("vit_b_16", checkpoint=torchvision_file)
+    assert message.endswith("architecture: vit_b_16 is torchvision's: say torchvision:vit_b_16, with a checkpoint")
     message = failure("torchvision:swin_t", checkpoint=torchvision_file)
     assert "architecture: torchvision has no Vision Transformer 'swin_t', but vit_b_16, vit_b_32" in message
     message = failure("open_clip:RN50", checkpoint=torchvision_file)
@@ -440,6 +446,8 @@ def test_a_checkpoint_of_open_clip(clip: nn.Module, tmp_path: Path) -> None:
     assert same(loaded, clip.encode_image)
     assert loaded.output_count == 0
     assert loaded.architecture == "open_clip:ViT-B-8-quickgelu"
+    assert loaded.weights.notes[0].startswith("images are prepared as open_clip does it")
+    assert loaded.weights.notes[1].startswith("left out: the text tower (")
     assert loaded.text is not None
     assert loaded.text.logit_scale == pytest.approx(clip.logit_scale.item())
     assert (loaded.data_config.input_size, loaded.data_config.crop_pct) == ((32, 32), 1.0)
