@@ -11,7 +11,7 @@
 from cdam_engine.cache import TokenCache
 from cdam_engine.concepts import Formed, mean_concept
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedError, UnsupportedMethodError
-from cdam_engine.explainer import Explainer
+from cdam_engine.explainer import Asked, Explainer, explain_together
 from cdam_engine.explanation import ExplainedTarget, Explanation, RelevanceMap
 from cdam_engine.families import Grid, Readout
 from cdam_engine.methods import (
@@ -38,6 +38,7 @@ from cdam_images import upright_rgb
 
 __all__ = [
     "METHODS",
+    "Asked",
     "Attention",
     "AttentionRollout",
     "Cdam",
@@ -69,6 +70,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "UnsupportedError",
     "UnsupportedMethodError",
+    "explain_together",
     "interruptible",
     "mean_concept",
     "upright_rgb",

@@ -65,6 +65,10 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether something is kept of an image; neither hit nor miss."""
+        return key in self._kept
+
     def get(self, key: Hashable) -> Kept | None:
         """What is kept of an image; None if nothing is."""
         with self._lock:

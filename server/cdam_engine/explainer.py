@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 from uuid import uuid4
@@ -17,17 +17,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cdam_engine.batch import Batch
-from cdam_engine.cache import TokenCache, digest, join
+from cdam_engine.cache import TokenCache
 from cdam_engine.clock import Clock
 from cdam_engine.explanation import ExplainedTarget, Explanation, RelevanceMap
 from cdam_engine.families import Grid, TailOutput
 from cdam_engine.methods import Cdam
 from cdam_engine.methods.base import Method, Scores
-from cdam_engine.preprocess import DataConfig, normalise, prepare
-from cdam_engine.proof import prove
+from cdam_engine.preprocess import DataConfig, prepare
+from cdam_engine.proof import check_same_trunk, prove
 from cdam_engine.tail import ClsTail
 from cdam_engine.targets import Output, Scalar, Target, TopK, check, count
 from cdam_engine.trunk import Trunk, resolve_precision
+from cdam_engine.trunks import Trunks
 from cdam_engine.vit import SplitViT
 from cdam_images import upright_rgb
 
@@ -60,13 +61,12 @@ class Explainer:
             changing a model's weights.
         data_config: How the model wants its pixels; None: as timm says.
         proven: The model is a copy of one that was proven, in code and hooks, so it need not be.
-        fingerprint: What tells the model from all others in a shared cache: of equal fingerprints entries are shared;
-            None: with nobody.
+        fingerprint: What tells the model's trunk from all others in a shared cache: of equal fingerprints entries are
+            shared; None: with nobody.
 
     Attributes:
         vit: The model, split.
         precision: "fp32" or "bf16".
-        cache: The token cache, or None.
 
     Raises:
         UnsupportedArchitectureError: CDAM is not defined for the model, its code is not known here, or what its parts give
@@ -92,12 +92,21 @@ class Explainer:
         self._proven = self.vit.parts()
         weight = next(model.parameters())
         self.precision = resolve_precision(precision, weight.device)
-        self.cache = cache
         self._data_config = data_config
         if self.precision == "bf16" and weight.dtype not in {torch.float32, torch.float64}:
             raise ValueError(f"precision bf16 is for models in float32; this one is in {weight.dtype}")
-        self._name = f"{fingerprint or uuid4()}/{self.precision}/{weight.dtype}/{data_config}"
-        self._trunk = Trunk(self.vit, self.precision, compile=compile, batch_sizes=compile_batch_sizes)
+        self._trunks = Trunks(
+            self.vit,
+            Trunk(self.vit, self.precision, compile=compile, batch_sizes=compile_batch_sizes),
+            cache,
+            f"{fingerprint or uuid4()}/{self.precision}/{weight.dtype}/{data_config}",
+            lambda: self.data_config,
+        )
+
+    @property
+    def cache(self) -> TokenCache | None:
+        """The token cache, or None."""
+        return self._trunks.cache
 
     @property
     def data_config(self) -> DataConfig:
@@ -133,7 +142,28 @@ class Explainer:
     def uncached(self) -> Explainer:
         """The same explainer without a token cache: its maps don't depend on what was asked before."""
         other = copy.copy(self)
-        other.cache = None
+        other._trunks = replace(self._trunks, cache=None)  # noqa: SLF001
+        return other
+
+    def share_trunk(self, model: nn.Module) -> Explainer:
+        """An explainer of a model that differs in its tail alone: another head on the same backbone, say.
+
+        Precision, compiled trunk, preprocessing and token cache are this explainer's, and `explain_together` runs the
+        trunk once for both.
+
+        Args:
+            model: A model whose weights are the same up to the last attention's tokens; best the very same tensors.
+
+        Raises:
+            UnsupportedArchitectureError: As for any model.
+            ValueError: Its trunk makes other tokens of the same images.
+        """
+        other = copy.copy(self)
+        other.vit = SplitViT(model)
+        prove(other.vit)
+        check_same_trunk(other.vit, self.vit)
+        other._proven = other.vit.parts()  # noqa: SLF001
+        vars(other).pop("_gradient_cost", None)
         return other
 
     def like(self, model: nn.Module) -> Explainer:
@@ -150,7 +180,7 @@ class Explainer:
             ValueError: The model does not take inputs of this size, or is in training mode.
         """
         with _own_modes(self._device):
-            trunk = self._trunk(pixels)
+            trunk = self._trunks.run(pixels)
             if ClsTail.fits(self.vit, trunk):  # does without most of the last block
                 tail = ClsTail(self.vit, trunk)
                 return TailOutput(tail.latent, tail.logits)
@@ -208,29 +238,26 @@ class Explainer:
                 of length B, or a concept's vector is not one of the model's latent space.
             IndexError: A target names an output that the model does not have.
         """
-        asked = [[Cdam()]] * len(images) if methods is None else methods
+        return self._explain(Asked(self, images, targets, methods), self._trunks)
+
+    def _explain(self, asked: Asked, trunks: Trunks, trunk_seconds: float = 0.0) -> list[Explanation]:
+        images, targets, methods = asked.images, asked.targets, asked.each_methods
         self._prove_again_if_changed()
-        self._check(images, targets, asked)
+        self._check(images, targets, methods)
         if not len(images):
             return []
         clock = Clock(self._device)
         with _own_modes(self._device):
-            keys = self._keys(images)
+            keys = trunks.keys(images, several=bool(trunks.made))
             places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
             distinct = images if len(places) == len(keys) else images[[keys.index(key) for key in places]]
-            batch = Batch(self.vit, self._grid(images), len(distinct), lambda: self._load(distinct))
+            batch = Batch(self.vit, self._grid(images), len(distinct), lambda: trunks.load(distinct))
             hits = [False] * len(distinct)
-            runs = [
-                any(count(wanted) or not method.needs_target for method in its)
-                for wanted, its in zip(targets, asked, strict=True)
-            ]
-            # In bf16 always: else an image's outputs would depend on what is asked about the others.
-            reads = any(method.reads_tokens for its in asked for method in its)
-            if reads or not all(runs) or self.precision == "bf16":
-                hits = self._start(batch, distinct, list(places), clock)
+            if self._reads_tokens(asked):
+                hits = self._start(batch, trunks, distinct, list(places), clock)
             units = [
                 [_Unit(places[key], method, tuple(wanted) if method.needs_target else ()) for method in its]
-                for key, wanted, its in zip(keys, targets, asked, strict=True)
+                for key, wanted, its in zip(keys, targets, methods, strict=True)
             ]
             with clock("tail"):
                 found = _run(batch, [unit for its in units for unit in its], clock)
@@ -254,13 +281,24 @@ class Explainer:
                     if unit in found
                     for relevance in found[unit].maps(index)
                 ),
-                trunk_seconds=seconds.get("trunk", 0.0),
+                trunk_seconds=seconds.get("trunk", 0.0) + trunk_seconds,
                 tail_seconds=seconds.get("tail", 0.0),
                 method_seconds={kind: seconds.get(kind, 0.0) for kind in kinds},
                 token_cache_hit=hits[order[row]],
             )
             for row, its in enumerate(units)
         ]
+
+    def _reads_tokens(self, asked: Asked) -> bool:
+        """Whether anything starts from the trunk's output."""
+        methods = asked.each_methods
+        runs = (
+            any(count(wanted) or not method.needs_target for method in its)
+            for wanted, its in zip(asked.targets, methods, strict=True)
+        )
+        # In bf16 always: else an image's outputs would depend on what is asked about the others.
+        reads = any(method.reads_tokens for its in methods for method in its)
+        return reads or not all(runs) or self.precision == "bf16"
 
     @cached_property
     def _gradient_cost(self) -> float:
@@ -289,6 +327,24 @@ class Explainer:
                 raise TypeError(f"a method is one of cdam_engine's, such as Cdam(), not {method!r}")
             self.check(method)
 
+    def _together(self, asked: Sequence[Asked]) -> list[list[Explanation]]:
+        trunks, clock = self._trunks, Clock(self._device)
+        wanted: dict[Hashable, Tensor] = {}
+        for its in asked:
+            its.explainer._check(its.images, its.targets, its.each_methods)  # noqa: SLF001
+            if its.explainer._reads_tokens(its):  # noqa: SLF001
+                wanted |= zip(trunks.keys(its.images, several=True), its.images, strict=True)
+        if trunks.cache is not None:
+            wanted = {key: image for key, image in wanted.items() if key not in trunks.cache}
+        made = {}
+        if wanted:
+            with _own_modes(self._device):
+                trunk = trunks.fetch(torch.stack(list(wanted.values())), list(wanted), clock).trunk
+            made = {key: trunk.part(place) for place, key in enumerate(wanted)}
+        seconds = clock.seconds().get("trunk", 0.0)
+        with_made = trunks.with_made(made)
+        return [its.explainer._explain(its, with_made, seconds) for its in asked]  # noqa: SLF001
+
     def _prove_again_if_changed(self) -> None:
         """What was proven holds for the hooks, the head and the blocks that were there."""
         parts = self.vit.parts()
@@ -300,48 +356,62 @@ class Explainer:
         height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
         return self.vit.grid((height, width))
 
-    def _keys(self, images: Tensor) -> list[Hashable]:
-        """What is equal for equal images; without a cache, a single image or one that is on a GPU is not looked at."""
-        if self.cache is None and (len(images) == 1 or images.is_cuda):
-            return list(range(len(images)))
-        return [(self._name, digest(image)) for image in images]
-
-    def _load(self, images: Tensor) -> Tensor:
-        """Normalised input on the model's device."""
-        if images.is_inference():  # which autograd refuses; a copy is a tensor like any other
-            images = images.clone()
-        if images.dtype != torch.uint8:
-            return images.detach()
-        if self._device.type == "cuda" and not images.is_cuda:
-            images = images.pin_memory()
-        weight = next(self.vit.model.parameters())
-        return normalise(images.to(self._device, non_blocking=True), self.data_config, weight.dtype)
-
-    def _start(self, batch: Batch, images: Tensor, keys: Sequence[Hashable], clock: Clock) -> list[bool]:
-        """Run the trunk for the images that the cache does not know, and the tail; returns which it knew."""
-        kept = [None if self.cache is None else self.cache.get(key) for key in keys]
-        missing = [place for place, found in enumerate(kept) if found is None]
-        if not missing and len(kept) == 1 and kept[0] is not None:
-            batch.start_from(kept[0].trunk, kept[0].tail)
-            return [True]
-        with clock("trunk") if missing else nullcontext():
-            trunks = [None if found is None else found.trunk for found in kept]
-            if len(missing) == len(keys):
-                trunk = self._trunk(batch.pixels)
-            else:
-                if missing:
-                    out = self._trunk(self._load(images[missing]))
-                    trunks = [
-                        out.part(missing.index(place)) if its is None else its for place, its in enumerate(trunks)
-                    ]
-                trunk = join([its for its in trunks if its is not None])
+    def _start(
+        self, batch: Batch, trunks: Trunks, images: Tensor, keys: Sequence[Hashable], clock: Clock
+    ) -> list[bool]:
+        """Fetch the trunk's output, and start the tail from it; returns which images the cache knew."""
+        trunk, hits, alone = trunks.fetch(images, keys, clock, lambda: batch.pixels)
+        if alone is not None and isinstance(alone.tail, ClsTail) and alone.tail.vit is self.vit:
+            batch.start_from(trunk, alone.tail)
+            return hits
         with clock("tail"):
             tail = batch.start_from(trunk)
-        if self.cache is not None:
-            alone = tail if len(keys) == 1 and isinstance(tail, ClsTail) else None  # the other kind is large
-            for place in missing:
-                self.cache.put(keys[place], trunk.part(place), alone)
-        return [place not in missing for place in range(len(keys))]
+        if trunks.cache is not None and not all(hits):
+            small = tail if len(keys) == 1 and isinstance(tail, ClsTail) else None  # the other kind is large
+            for place, hit in enumerate(hits):
+                if not hit:
+                    trunks.cache.put(keys[place], trunk.part(place), small)
+        return hits
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What `explain_together` is asked by one explainer: the arguments of its `explain`.
+
+    Attributes:
+        explainer: Who explains.
+        images: The images.
+        targets: The targets of each.
+        methods: The methods of each; None: CDAM for all.
+    """
+
+    explainer: Explainer
+    images: Tensor
+    targets: Sequence[Sequence[Target]]
+    methods: Sequence[Sequence[Method]] | None = None
+
+    @property
+    def each_methods(self) -> Sequence[Sequence[Method]]:
+        """The methods of each image."""
+        return [[Cdam()]] * len(self.images) if self.methods is None else self.methods
+
+
+def explain_together(asked: Sequence[Asked]) -> list[list[Explanation]]:
+    """What several explainers of one trunk make of their images; the trunk runs once, for all that it has to.
+
+    Args:
+        asked: At least one; the explainers come of each other's `share_trunk`, the images are of one size.
+
+    Returns:
+        For each what its explainer alone would answer.
+
+    Raises:
+        ValueError: The explainers do not share a trunk; and as for `Explainer.explain`.
+    """
+    lead = asked[0].explainer
+    if any(its.explainer._trunks.run is not lead._trunks.run for its in asked):  # noqa: SLF001
+        raise ValueError("these explainers do not share a trunk: make the others by `share_trunk` of the first")
+    return lead._together(asked)  # noqa: SLF001
 
 
 def _as_targets(targets: object) -> list[Target]:

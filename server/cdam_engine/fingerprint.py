@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
@@ -18,7 +18,13 @@ from torch import nn
 _FORMAT: Final = "cdam-fingerprint-1"  # another name whenever the recipe below changes
 
 
-def fingerprint(module: nn.Module, architecture: str, settings: Mapping[str, object]) -> str:
+def fingerprint(
+    module: nn.Module,
+    architecture: str,
+    settings: Mapping[str, object],
+    *,
+    counts: Callable[[str], bool] = lambda _: True,
+) -> str:
     """SHA-256 over architecture, settings and every tensor of the state dict.
 
     Args:
@@ -26,6 +32,7 @@ def fingerprint(module: nn.Module, architecture: str, settings: Mapping[str, obj
         architecture: Name of its code, for example ``vit_small_patch16_224``.
         settings: What else decides its output and is not in the tensors: keyword arguments of the architecture,
             pooling, preprocessing. Must be representable in JSON; tuples and lists are the same.
+        counts: Which tensors count, by their names.
 
     Returns:
         64 hexadecimal digits.
@@ -37,6 +44,8 @@ def fingerprint(module: nn.Module, architecture: str, settings: Mapping[str, obj
     header = {"format": _FORMAT, "architecture": architecture, "settings": dict(settings)}
     digest.update(_line(header))
     for name, tensor in sorted(module.state_dict().items()):
+        if not counts(name):
+            continue
         digest.update(_line([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]))
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())

@@ -38,6 +38,7 @@ _CLOSE: Final = 0.01
 _DIRECTIONS: Final = 3
 _ROUNDINGS: Final = 8  # of an output, in units of its last digit
 _SEED: Final = 20240615
+_LARGEST_GRID: Final = 16  # patches a side, where the model takes inputs of any size: more would only take longer
 
 
 @dataclass(eq=False)
@@ -93,10 +94,8 @@ def prove(vit: SplitViT) -> None:
     Raises:
         UnsupportedArchitectureError: What is explained would not be `model(x)`; with what differs.
     """
-    weight = next(vit.model.parameters())
-    draw = torch.Generator().manual_seed(_SEED)
-    pixels = torch.randn(2, vit.channels, *vit.input_size, generator=draw).to(weight.device, weight.dtype)
-    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    pixels = _noise(vit, 2)
+    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
         vit.refresh()  # the head may have no row of outputs for an image
         heard = _listen(vit, pixels[:1])
         trunk = vit.trunk(pixels)
@@ -115,6 +114,32 @@ def _listen(vit: SplitViT, pixels: Tensor) -> _Heard:
     if heard.outputs is None or not heard.outputs.requires_grad:
         raise _no_gradient(heard)
     return heard
+
+
+def check_same_trunk(vit: SplitViT, other: SplitViT) -> None:
+    """Refuse two models whose last attentions are given other tokens.
+
+    Raises:
+        ValueError: The trunks differ on images of noise.
+    """
+    if (vit.channels, vit.input_size) != (other.channels, other.input_size):
+        raise ValueError("these models do not share a trunk: their inputs are of other sizes")
+    pixels = _noise(vit, 1)
+    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        ours, theirs = vit.trunk(pixels), other.trunk(pixels)
+    tolerance = _tolerances(ours.tokens)[0]
+    if not _close(ours.tokens, theirs.tokens, tolerance) or not _close(ours.residual, theirs.residual, tolerance):
+        raise ValueError("these models do not share a trunk: it makes other tokens of the same image")
+
+
+def _noise(vit: SplitViT, count: int) -> Tensor:
+    """Images of noise, normalised, at a size that the model takes."""
+    weight = next(vit.model.parameters())
+    size = vit.input_size
+    if vit.flexible_input_size and max(vit.grid(size)) > _LARGEST_GRID:
+        size = (_LARGEST_GRID * vit.patch_size[0], _LARGEST_GRID * vit.patch_size[1])
+    draw = torch.Generator().manual_seed(_SEED)
+    return torch.randn(count, vit.channels, *size, generator=draw).to(weight.device, weight.dtype)
 
 
 def _run(vit: SplitViT, pixels: Tensor, *, from_input: bool) -> _Heard:
@@ -158,9 +183,9 @@ def _why_outputs_differ(vit: SplitViT, found: Tensor, alone: Tensor, pixels: Ten
     if hooks := _hooks_on(vit):
         return how + hooks
     if not _close(vit.model(pixels[:1]), alone, tolerance):
-        return f"{how}: they are random, another for each call"
+        return f"{how}: they are random, another for each call; switch off what draws in eval mode"
     if not _close(vit.model(pixels)[:1], alone, tolerance):
-        return f"{how}: those of an image depend on the other images of its batch"
+        return f"{how}: those of an image depend on the other images of its batch, so that it has no map of its own"
     return f"{how}: its code is not what it is taken for"
 
 
@@ -267,9 +292,10 @@ def _hooks_on(vit: SplitViT) -> str:
     found = []
     for name, module in vit.bypassed():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]  # noqa: SLF001
-        found += [f"{getattr(hook, '__name__', type(hook).__name__)} on {name}" for hook in hooks]
-        found += ["a forward pass of its own on " + name] if "forward" in vars(module) else []
-    return f"; there is a hook that the parts don't run: {', '.join(found)}" if found else ""
+        found += [f"the hook {getattr(hook, '__name__', type(hook).__name__)} on {name}" for hook in hooks]
+        found += [f"the forward pass that was put on {name}"] if "forward" in vars(module) else []
+    advice = "move what it does into the patch embedding or the head, or remove it"
+    return f"; the parts don't run {', '.join(found)}: {advice}" if found else ""
 
 
 def _tolerances(values: Tensor) -> tuple[float, float]:

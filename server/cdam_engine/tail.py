@@ -159,7 +159,7 @@ class ClsTail:
     """
 
     def __init__(self, vit: SplitViT, trunk: TrunkOutput) -> None:
-        self._vit = vit
+        self.vit = self._vit = vit
         self._tokens = trunk.tokens
         self._grid = trunk.grid
         self._rows = rows = vit.num_readout_tokens

@@ -250,6 +250,10 @@ class SplitViT:
             yield "its list of blocks", container
         yield "its last block", self.blocks[-1]
 
+    def is_of_trunk(self, name: str) -> bool:
+        """Whether a tensor of the model's state dict has a part in T, or may have; see `Family`."""
+        return self.family.is_of_trunk(name)
+
     def parts(self) -> tuple[object, ...]:
         """What a proof is about and the split would not notice: other hooks on the whole, another head, other blocks.
 

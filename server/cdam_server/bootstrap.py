@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -28,7 +29,7 @@ from cdam_server.config import MIB, Settings, unknown_variables
 from cdam_server.evaluate import EvaluateUseCase
 from cdam_server.explain import ExplainUseCase
 from cdam_server.health import Health
-from cdam_server.loading import load_model
+from cdam_server.loading import LoadedModel, load_model, share_weights
 from cdam_server.models import Bucket, Catalog, EvaluationBucket, Job, ServedModel
 from cdam_server.registration import RegisterUseCase
 from cdam_server.rpc.decode import Limits
@@ -281,7 +282,7 @@ class Application:
         if self._catalog.cache is not None:
             for job, answer in zip(jobs, answers, strict=True):
                 if isinstance(answer, Explanation) and any(method.reads_tokens for method in job.methods):
-                    self._telemetry.observe_cache(bucket.model, hit=answer.token_cache_hit)
+                    self._telemetry.observe_cache(job.model or bucket.model, hit=answer.token_cache_hit)
         return answers
 
     async def _beat(self) -> None:
@@ -334,21 +335,36 @@ def load_catalog(settings: Settings) -> Catalog:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
     cache = TokenCache(settings.token_cache_mib * MIB) if settings.token_cache_mib else None
-    models = []
+    models: list[ServedModel] = []
     for number, spec in enumerate(specs, 1):
         _log.info("loading", model=spec.name, number=number, of=len(specs))
+        loaded = load_model(spec, device=device)
+        alike = [its for its in models if its.loaded.architecture == loaded.architecture]
+        share_weights(loaded.module, [its.loaded.module for its in alike])
         served = ServedModel(
-            load_model(spec, device=device),
+            loaded,
             precision=settings.precision,
             compiled_batch_sizes=_batch_sizes(settings) if settings.compile else (),
             cache=cache,
+            trunk_of=next(filter(partial(_share_a_trunk, loaded), alike), None),
         )
+        if served.trunk_of is not None:
+            _log.info("shares its trunk", model=spec.name, of=served.trunk_of.loaded.name)
         if served.unsupported is not None:
             _log.warning("model can't be explained", model=spec.name, reason=str(served.unsupported))
         models.append(served)
     if all(served.unsupported is not None for served in models):
         raise none_explainable({served.loaded.name: str(served.unsupported) for served in models})
     return Catalog(models, cache)
+
+
+def _share_a_trunk(loaded: LoadedModel, other: ServedModel) -> bool:
+    """Whether a model may use another one's trunk: one of its own, and the same."""
+    return (
+        other.trunk_of is None
+        and other.unsupported is None
+        and (loaded.trunk_fingerprint == other.loaded.trunk_fingerprint)
+    )
 
 
 async def serve(settings: Settings, catalog: Catalog) -> None:

@@ -227,7 +227,7 @@ class ExplainUseCase:
         with refusals(), self._scheduler.admit(terms) as ticket:
             prepared, decode_seconds = await self._prepare(model, command, input_size)
             try:
-                done = await ticket.submit(Job(prepared.pixels, targets, methods))
+                done = await ticket.submit(Job(prepared.pixels, targets, methods, model.loaded.name))
             except NonFiniteError as error:
                 if all(isinstance(target, Output | TopK) for target in targets):
                     raise
@@ -354,7 +354,7 @@ class ExplainUseCase:
             message = f"take {passes} passes through the whole model; at most {self._max_passes} are allowed a request"
             raise InvalidArgumentError("methods", message)
         return Terms(
-            bucket=Bucket(model.loaded.name, input_size),
+            bucket=self.catalog.bucket(model, input_size),
             cost=larger * model.explainer.cost(methods, number, patches),
             bytes=command.bytes + 3 * math.prod(input_size),
             caller=command.caller,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +20,7 @@ import timm.models
 import torch
 from torch import nn
 
+from cdam_engine import SplitViT, UnsupportedArchitectureError
 from cdam_engine.fingerprint import fingerprint
 from cdam_engine.preprocess import DataConfig
 from cdam_server import foreign
@@ -31,7 +32,7 @@ from cdam_server.specs import DEMO, HUB, TORCHVISION, ModelSpec, Task, load_mode
 from cdam_server.validation import unknown
 from cdam_server.weights import NO_REPORT, Report, Wish, attach_head, load_weights, read_checkpoint
 
-__all__ = ["LoadError", "LoadedModel", "ModelSpec", "Task", "load_model", "load_models_file"]
+__all__ = ["LoadError", "LoadedModel", "ModelSpec", "Task", "load_model", "load_models_file", "share_weights"]
 
 # Keyword arguments that leave a model's output alone, or show in its tensors or its preprocessing.
 _NOT_IN_FINGERPRINT: Final = {
@@ -68,6 +69,8 @@ class LoadedModel:
         output_names: In order; empty if there are none. Several outputs may share one.
         output_count: 0 for a backbone without head, which serves concepts only.
         fingerprint: Of architecture, preprocessing and weights, see `cdam_engine.fingerprint`.
+        trunk_fingerprint: Likewise, without the weights that come after the last attention's tokens: models of equal
+            ones share their trunk. Empty for a model that can't be explained.
         weights: Where its weights are from, and what was done to them.
         text: What compares its latent with a text's embedding, if it was trained with texts and the files say it.
     """
@@ -80,6 +83,7 @@ class LoadedModel:
     output_names: tuple[str, ...]
     output_count: int
     fingerprint: str
+    trunk_fingerprint: str = ""
     weights: Report = NO_REPORT
     text: TextSide | None = None
 
@@ -103,19 +107,44 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
         else:
             module, report, converted = _build(spec, names)
         module = module.eval().requires_grad_(False)
-        count = _count_outputs(module)
+        split = _split(module)
+        count = _count_outputs(module, split)
         if not names:
             names = _default_names(spec, module, count, converted)
         task = _task(spec, converted)
         _check_outputs(spec, names, count, task)
         architecture = _architecture(spec, module) if converted is None else converted.source
         data_config = _data_config(spec, module)
-        digest = fingerprint(module, architecture, _settings(spec, module, data_config, converted))
+        settings = _settings(spec, module, data_config, converted)
+        digest = fingerprint(module, architecture, settings)
+        trunk = "" if split is None else fingerprint(module, architecture, settings, counts=split.is_of_trunk)
     _tell(spec.name, report)
     text = None if converted is None else converted.text
     return LoadedModel(
-        spec.name, architecture, module.to(device), data_config, task, tuple(names), count, digest, report, text
+        spec.name, architecture, module.to(device), data_config, task, tuple(names), count, digest, trunk, report, text
     )
+
+
+def share_weights(module: nn.Module, others: Sequence[nn.Module]) -> None:
+    """Let a model use the tensors of others wherever they have the same under the same name: they are kept once.
+
+    Args:
+        module: The model; what it computes stays the same.
+        others: Models that live as long.
+    """
+    for other in others:
+        theirs: dict[str, Any] = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        for prefix, part in module.named_modules():
+            for tensors in (part._parameters, part._buffers):  # noqa: SLF001
+                for name, own in tensors.items():
+                    same = theirs.get(f"{prefix}.{name}" if prefix else name)
+                    if own is not None and same is not None and same is not own and _are_equal(own, same):
+                        tensors[name] = same
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    kinds = ((its.shape, its.dtype, its.device, its.requires_grad) for its in (one, other))
+    return len(set(kinds)) == 1 and torch.equal(one, other)
 
 
 def _tell(model: str, report: Report) -> None:
@@ -148,7 +177,7 @@ def _build(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report, Conver
         module, report = foreign.build(spec, found[0]), found[1]
         foreign.tell(spec.name, found[0])
     if spec.head is not None:
-        attach_head(module, spec.head, "head")
+        attach_head(module, spec.head, "head", spec.head_layers)
     return module, report, None if found is None else found[0]
 
 
@@ -191,6 +220,7 @@ def _wish(spec: ModelSpec, wanted: int | None, names: list[str]) -> Wish:
         trained_size=None if trained is None else _pair(trained),
         input_size=spec.input_size,
         resample=spec.resample,
+        head_layers=None if spec.head is not None else spec.head_layers,
     )
 
 
@@ -316,15 +346,17 @@ def _architecture(spec: ModelSpec, module: nn.Module) -> str:
     return DEMO if spec.architecture == DEMO else str(config.get("architecture") or spec.architecture)
 
 
-def _count_outputs(module: nn.Module) -> int:
-    """From the head itself; what is no plain head of timm's says it by its count of classes."""
-    get = getattr(module, "get_classifier", None)
-    head = None if get is None else get()
-    if isinstance(head, tuple):  # a distilled model's two, which are averaged
-        head = head[0]
-    if isinstance(head, nn.Linear):
-        return head.out_features
-    return 0 if isinstance(head, nn.Identity) else int(getattr(module, "num_classes", 0))
+def _split(module: nn.Module) -> SplitViT | None:
+    """The model as the engine sees it; None if CDAM is not defined for it."""
+    try:
+        return SplitViT(module)
+    except UnsupportedArchitectureError:
+        return None
+
+
+def _count_outputs(module: nn.Module, split: SplitViT | None) -> int:
+    """From the head itself; of a model that can't be explained, as timm says."""
+    return int(getattr(module, "num_classes", 0)) if split is None else split.num_outputs
 
 
 def _data_config(spec: ModelSpec, module: nn.Module) -> DataConfig:
@@ -342,12 +374,15 @@ def _settings(
     spec: ModelSpec, module: nn.Module, data_config: DataConfig, converted: Converted | None
 ) -> dict[str, object]:
     kwargs = {name: value for name, value in spec.model_kwargs.items() if name not in _NOT_IN_FINGERPRINT}
-    return {
+    settings: dict[str, object] = {
         "model_kwargs": kwargs,
         **({} if converted is None else {"converted": converted.settings}),
         "global_pool": str(getattr(module, "global_pool", "")),
         "data_config": asdict(data_config),
     }
+    if spec.head_layers is not None:
+        settings["head_layers"] = [[layer.kind, layer.eps] for layer in spec.head_layers]
+    return settings
 
 
 # --- names of outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from cdam_engine import (
     METHODS,
+    Asked,
     Explainer,
     Explanation,
     Method,
@@ -22,6 +24,7 @@ from cdam_engine import (
     TokenCache,
     UnsupportedArchitectureError,
     UnsupportedMethodError,
+    explain_together,
     interruptible,
 )
 from cdam_engine.evaluation import Evaluator, Measured, Protocol, Sample, SampleError
@@ -39,19 +42,26 @@ class Job:
     """One image, and what is to be explained about it.
 
     Attributes:
-        pixels: uint8, shape (H, W, 3), at the model's input size.
+        pixels: uint8, shape (H, W, C), at the model's input size.
         targets: What to explain.
         methods: How; every method is applied to every target.
+        model: Name of the model; empty: the one that its batch is named after.
     """
 
     pixels: NDArray[np.uint8]
     targets: tuple[Target, ...]
     methods: tuple[Method, ...]
+    model: str = ""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """What the images of a batch have in common: model and input size (height, width)."""
+    """What the images of a batch have in common.
+
+    Attributes:
+        model: Name of the first of the models that share their trunk.
+        input_size: (height, width) in pixels.
+    """
 
     model: str
     input_size: tuple[int, int]
@@ -95,12 +105,14 @@ class ServedModel:
         precision: Arithmetic of the trunk: ``fp32``, ``bf16``, or ``auto`` for what is fast on the device.
         compiled_batch_sizes: Compile the model for batches of these sizes; empty: run it as it is.
         cache: Where what the trunk made of recent images is kept; several models may share it.
+        trunk_of: A model of the same trunk, which is used for this one, too.
 
     Attributes:
         loaded: The model and what is known about it.
         unsupported: Why CDAM can't be had from it, or None.
         refusals: The methods that it can't serve, by their names.
         compiled_batch_sizes: As given.
+        trunk_of: As given.
     """
 
     def __init__(
@@ -110,24 +122,32 @@ class ServedModel:
         precision: str = "fp32",
         compiled_batch_sizes: Sequence[int] = (),
         cache: TokenCache | None = None,
+        trunk_of: ServedModel | None = None,
     ) -> None:
         self.loaded = loaded
         self.compiled_batch_sizes = tuple(compiled_batch_sizes)
         self.unsupported: UnsupportedArchitectureError | None = None
         self._explainer: Explainer | None = None
+        self.trunk_of = trunk_of
         try:
-            self._explainer = Explainer(
-                loaded.module,
-                precision=precision,
-                compile=bool(compiled_batch_sizes),
-                compile_batch_sizes=self.compiled_batch_sizes or (1,),
-                cache=cache,
-                data_config=loaded.data_config,
-                fingerprint=loaded.fingerprint,
-            )
+            self._explainer = self._explain_by(precision, cache)
         except UnsupportedArchitectureError as error:
             self.unsupported = error
         self.refusals: Mapping[str, Refusal] = MappingProxyType(dict(self._ask()))
+
+    def _explain_by(self, precision: str, cache: TokenCache | None) -> Explainer:
+        loaded = self.loaded
+        if self.trunk_of is not None:
+            return self.trunk_of.explainer.share_trunk(loaded.module)
+        return Explainer(
+            loaded.module,
+            precision=precision,
+            compile=bool(self.compiled_batch_sizes),
+            compile_batch_sizes=self.compiled_batch_sizes or (1,),
+            cache=cache,
+            data_config=loaded.data_config,
+            fingerprint=loaded.trunk_fingerprint,
+        )
 
     @property
     def explainer(self) -> Explainer:
@@ -190,12 +210,15 @@ class ServedModel:
             raise InvalidArgumentError(field, f"outputs {matches} are all named {name!r}; say which by index")
         return matches[0]
 
-    def compute(self, jobs: Sequence[Job], rest: Callable[[], None]) -> list[Explanation | Exception]:
+    def compute(
+        self, jobs: Sequence[Job], rest: Callable[[], None], models: Sequence[ServedModel] | None = None
+    ) -> list[Explanation | Exception]:
         """Explain a batch of images of one size; blocks until the device is done.
 
         Args:
             jobs: The images, and what is asked about them.
             rest: Called wherever the work may rest.
+            models: Who explains each, of those that share this one's trunk; None: this one, all of them.
 
         Raises:
             TooLargeError: The batch does not fit into the device's memory.
@@ -203,12 +226,19 @@ class ServedModel:
             FailedPreconditionError: A method is not defined for inputs of this size.
         """
         with self._engine_errors():
-            pixels = torch.from_numpy(np.stack([job.pixels for job in jobs]))
+            places: dict[ServedModel, list[int]] = {}
+            for place, model in enumerate(models or [self] * len(jobs)):
+                places.setdefault(model, []).append(place)
             with interruptible(rest):
-                explanations = self.explainer.explain(
-                    pixels, [job.targets for job in jobs], [job.methods for job in jobs]
+                if len(places) == 1:
+                    (model,) = places
+                    its = _asked(model, jobs)
+                    return list(map(_checked, model.explainer.explain(its.images, its.targets, its.methods)))
+                several = explain_together(
+                    [_asked(model, [jobs[place] for place in its]) for model, its in places.items()]
                 )
-        return [_checked(explanation) for explanation in explanations]
+        answers = dict(zip(itertools.chain(*places.values()), itertools.chain(*several), strict=True))
+        return [_checked(answers[place]) for place in range(len(jobs))]
 
     def evaluate(
         self, evaluator: Evaluator, samples: Sequence[Sample], rest: Callable[[], None]
@@ -312,9 +342,14 @@ class Catalog:
             raise NotFoundError("model", name, f"there is no model {name!r}; the server has {', '.join(self._models)}")
         return self._models[name]
 
+    def bucket(self, model: ServedModel, input_size: tuple[int, int]) -> Bucket:
+        """Where an image of a model goes: into one batch with those of the models that share its trunk."""
+        return Bucket((model.trunk_of or model).loaded.name, input_size)
+
     def compute(self, bucket: Bucket, jobs: Sequence[Job], rest: Rest) -> list[Explanation | Exception]:
         """Explain one batch; called in a worker's thread."""
-        return self.get(bucket.model).compute(jobs, self._sharing(rest))
+        lead = self.get(bucket.model)
+        return lead.compute(jobs, self._sharing(rest), [self.get(job.model or bucket.model) for job in jobs])
 
     def evaluate(self, bucket: EvaluationBucket, samples: Sequence[Sample], rest: Rest) -> list[Measured | Exception]:
         """Measure one batch of samples; called in a worker's thread."""
@@ -350,6 +385,11 @@ class _Cores:
         if threads != self._last or threads != getattr(self._own, "threads", None):
             torch.set_num_threads(threads)
             self._last = self._own.threads = threads
+
+
+def _asked(model: ServedModel, jobs: Sequence[Job]) -> Asked:
+    pixels = torch.from_numpy(np.stack([job.pixels for job in jobs]))
+    return Asked(model.explainer, pixels, [job.targets for job in jobs], [job.methods for job in jobs])
 
 
 def _checked(explanation: Explanation) -> Explanation | Exception:

@@ -22,7 +22,7 @@ _log = structlog.get_logger("cdam.server")
 
 
 async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanation], largest: int) -> None:
-    """Compute batches of all models: a single image, then several.
+    """Compute batches of all models, of those that share a trunk for the first alone: a single image, then several.
 
     Args:
         catalog: The models.
@@ -32,7 +32,7 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanatio
     Raises:
         ValueError: A model can't be used, or not be compiled.
     """
-    models = [served for served in catalog if served.unsupported is None]
+    models = [served for served in catalog if served.unsupported is None and served.trunk_of is None]
     for number, served in enumerate(models, 1):
         name = served.loaded.name
         _log.info("warming up", model=name, number=number, of=len(models), compiled=bool(served.compiled_batch_sizes))

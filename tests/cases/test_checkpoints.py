@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cdam_server.loading import LoadError, ModelSpec, load_model
+from cdam_server.models import ServedModel
 from small_models import ARCHITECTURE, SHAPE, StateDict, body, difference, load, prefixed, refusal, vit
 
 HEAD = ("head.weight", "head.bias")
@@ -436,3 +437,124 @@ def test_safetensors_with_metadata(tmp_path: Path) -> None:
         model_kwargs={"img_size": 32, **SHAPE},
     )
     assert difference(load_model(spec), model) == 0
+
+
+def test_equal_backbones_with_other_classifiers(tmp_path: Path) -> None:
+    """A frozen backbone is the same in a model and in its average; their heads are not."""
+    model = vit()
+    other = {name: 2 * tensor if name.startswith("head.") else tensor for name, tensor in model.state_dict().items()}
+    weights = prefixed(model.state_dict(), "model.") | prefixed(other, "ema.")
+    said = refusal(weights, tmp_path)
+    assert "model.head.bias and ema.head.bias" in said
+    assert difference(load(weights, tmp_path, weights_key="model"), model) == 0
+    headless = prefixed(model.state_dict(), "model.") | prefixed(body(model), "ema.")
+    assert "head" in refusal(headless, tmp_path)
+
+
+def test_averages_in_a_callback(tmp_path: Path) -> None:
+    """pytorch-lightning#10914: the average is kept in the callback's state, as ema_state_dict."""
+    model, ema = vit(), vit(seed=2)
+    content = {
+        "state_dict": prefixed(model.state_dict(), "model."),
+        "callbacks": {"EMA": {"ema_state_dict": prefixed(ema.state_dict(), "model.")}},
+    }
+    said = refusal(content, tmp_path)
+    assert "callbacks.EMA.ema_state_dict.model.cls_token" in said
+    assert difference(load(content, tmp_path, weights_key="ema_state_dict"), ema) == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of sparse tensors
+@pytest.mark.parametrize(
+    ("name", "tensor", "word"),
+    [
+        ("norm.weight", torch.ones(32, dtype=torch.complex64), "complex64"),
+        ("norm.weight", torch.ones(32, dtype=torch.int64), "int64"),
+        ("head.weight", torch.ones(3, 32).to_sparse(), "sparse"),
+        ("head.weight", torch.ones(3, 32, device="meta"), "meta"),
+    ],
+)
+def test_tensors_that_are_no_weights(name: str, tensor: torch.Tensor, word: str, tmp_path: Path) -> None:
+    said = refusal(vit().state_dict() | {name: tensor}, tmp_path)
+    assert name in said
+    assert word in said
+
+
+def test_a_layer_that_timm_gave_up_is_not_dropped(tmp_path: Path) -> None:
+    """Older ViTs have pre_logits, a layer before the classifier that timm's conversion leaves out."""
+    weights = vit().state_dict() | {"pre_logits.fc.weight": torch.ones(32, 32), "pre_logits.fc.bias": torch.ones(32)}
+    assert "pre_logits.fc.weight" in refusal(weights, tmp_path)
+
+
+def test_queues_of_contrastive_training(tmp_path: Path) -> None:
+    """vissl#573: MoCo keeps its queue beside the encoder."""
+    model = vit(0)
+    queue = {"queue": torch.ones(32, 10), "queue_ptr": torch.zeros(1)}
+    loaded = load({"state_dict": prefixed(body(model), "encoder_q.") | queue}, tmp_path)
+    assert difference(loaded, model) == 0
+    assert set(loaded.weights.left_out) == {"state_dict.queue", "state_dict.queue_ptr"}
+
+
+def test_another_network_beside_the_models(tmp_path: Path) -> None:
+    content = {"generator": vit().state_dict(), "discriminator": {"conv.weight": torch.ones(3, 3)}}
+    said = refusal(content, tmp_path)
+    assert "unexpected discriminator.conv.weight" in said
+    assert "weights_key: generator" in said
+    assert difference(load(content, tmp_path, weights_key="generator"), vit()) == 0
+
+
+# --- heads of several layers, spelled out
+
+
+@pytest.mark.parametrize(
+    ("layers", "spelled"),
+    [
+        (nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 3)), ["linear", "gelu", "linear"]),
+        (nn.Sequential(nn.Dropout(), nn.Linear(32, 3)), ["dropout", "linear"]),
+        (
+            nn.Sequential(nn.BatchNorm1d(32, affine=False, eps=1e-6), nn.Linear(32, 3)),  # MAE's linear probe
+            [{"batch_norm": 1e-6}, "linear"],
+        ),
+        (
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 8), nn.Tanh(), nn.Dropout(), nn.Linear(8, 3, bias=False)),
+            ["layer_norm", "linear", "tanh", "dropout", "linear"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("apart", [True, False])
+def test_heads_of_several_layers(layers: nn.Sequential, spelled: list[Any], apart: bool, tmp_path: Path) -> None:
+    backbone = vit(0)
+    with torch.no_grad():
+        layers.train()(torch.randn(64, 32))  # so that running averages are some
+    layers.eval()
+    settings: dict[str, Any] = {"head_layers": spelled, "outputs": ["a", "b", "c"]}
+    weights = prefixed(body(backbone), "backbone.")
+    if apart:
+        torch.save(prefixed(layers.state_dict(), "module.classifier."), tmp_path / "head.pth")
+        settings["head"] = tmp_path / "head.pth"
+    else:
+        weights |= prefixed(layers.state_dict(), "classifier.")
+    loaded = load(weights, tmp_path, **settings)
+    assert loaded.output_count == 3
+    assert difference(loaded, nn.Sequential(backbone, layers)) < 1e-6
+    assert ServedModel(loaded).unsupported is None
+    assert load(weights, tmp_path, **settings).fingerprint == loaded.fingerprint
+
+
+def test_layers_that_are_not_the_heads(tmp_path: Path) -> None:
+    weights = body(vit()) | prefixed(nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 3)).state_dict(), "head.")
+    for wrong in (["linear"], ["linear", "linear"], ["dropout", "linear", "gelu", "linear"]):
+        said = refusal(weights, tmp_path, head_layers=wrong)
+        assert "head.0" not in said
+        assert "0.weight (8, 32)" in said
+    one = load(weights, tmp_path, head_layers=["linear", "gelu", "linear"])
+    other = load(weights, tmp_path, head_layers=["linear", "relu", "linear"])
+    assert one.fingerprint != other.fingerprint
+    assert "there is none" in refusal(body(vit()), tmp_path, head_layers=["linear"])
+
+
+@pytest.mark.parametrize(
+    "layers", [[], "linear", ["linear", "softmax"], ["linear", "gelu"], [{"norm": 1e-6}, "linear"]]
+)
+def test_layers_that_make_no_sense(layers: Any) -> None:
+    with pytest.raises(ValueError, match="head_layers"):
+        ModelSpec(name="m", architecture=ARCHITECTURE, checkpoint=Path("w.pth"), head_layers=layers)

@@ -139,7 +139,7 @@ def test_what_cannot_be_explained_says_why(stub: Stub, picture: bytes) -> None:
     assert _unmet(asked) == ("UNKNOWN_ARCHITECTURE", {"model": "convolutions"})
     described = stub.GetModel(model_pb2.GetModelRequest(name="convolutions")).model
     assert not any(support.supported for support in described.methods)
-    assert "Vision Transformers" in described.methods[0].reason
+    assert "no Vision Transformer" in described.methods[0].reason
 
 
 @pytest.mark.parametrize(

@@ -420,13 +420,23 @@ def test_other_preprocessing(checkpoint: Path) -> None:
 
 
 def test_grey_models_are_served() -> None:
-    settings: dict[str, Any] = {"random_weights": True, "model_kwargs": {**SMALL, "in_chans": 1}}
-    assert load_model(spec(**settings)).data_config.mean == (0.5,)
-    told = load_model(spec(**settings, preprocessing={"mean": [0.2], "std": [0.3]}))
-    assert (told.data_config.mean, told.data_config.std) == ((0.2,), (0.3,))
+    loaded = load_model(spec(random_weights=True, model_kwargs={**SMALL, "in_chans": 1}))
+    assert (loaded.data_config.channels, loaded.data_config.mean) == (1, (0.5,))  # the architecture's, thrice the same
+    assert loaded.module(torch.zeros(1, 1, 32, 32)).shape == (1, 1000)
 
 
-def test_other_channels_than_a_picture_has_are_refused() -> None:
+def test_grey_models_need_a_mean_of_their_own() -> None:
+    settings: dict[str, Any] = {
+        "architecture": "vit_small_patch14_dinov2",
+        "random_weights": True,
+        "model_kwargs": {**SMALL, "img_size": 28, "in_chans": 1},
+    }
+    assert "mean has 3 values" in failure(**settings).message
+    loaded = load_model(spec(**settings, preprocessing={"mean": [0.4], "std": [0.2]}))
+    assert (loaded.data_config.mean, loaded.data_config.std) == ((0.4,), (0.2,))
+
+
+def test_models_of_other_channels_are_refused() -> None:
     assert "4 channels" in failure(random_weights=True, model_kwargs={**SMALL, "in_chans": 4}).message
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from cdam_engine.attention import check_known, is_changed, is_code_of
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedMethodError
 
+# What timm has after the last block, by the first part of its name.
+_AFTER_BLOCKS: Final = frozenset({"norm", "fc_norm", "attn_pool", "neck", "head", "head_dist"})
 # By their names in timm's blocks, what comes after the attention.
 _AFTER_ATTENTION: Final = ("norm2", "mlp", "ls1", "ls2", "drop_path", "drop_path1", "drop_path2")
 
@@ -32,6 +34,7 @@ class Readout(StrEnum):
     AVERAGE_POOL = "average_pool"
     MAX_POOL = "max_pool"
     ATTENTION_POOL = "attention_pool"
+    CLS_TOKEN_AND_AVERAGE_POOL = "cls_token_and_average_pool"
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +146,9 @@ class Family:
         Raises:
             UnsupportedArchitectureError: There is no latent, or the last attention has no part in it.
         """
-        if getattr(self.model, "attn_pool", None) is not None:
-            return Readout.ATTENTION_POOL
+        pooling = getattr(self.model, "attn_pool", None)
+        if pooling is not None:  # or another module in its place, which says what it is
+            return Readout(getattr(pooling, "readout", Readout.ATTENTION_POOL))
         pools = {
             "token": Readout.CLS_TOKEN,
             "avg": Readout.AVERAGE_POOL,
@@ -170,6 +174,13 @@ class Family:
         its = [getattr(block, name, None) for name in _AFTER_ATTENTION]
         its += [getattr(block.attn, name, None) for name in ("norm", "proj", "proj_drop")]
         return [part for part in (*its, self.model.norm) if part is not None]
+
+    def is_of_trunk(self, name: str) -> bool:
+        """Whether a tensor of the model's state dict has a part in the last attention's tokens, or may have."""
+        last = next(name for name, module in self.model.named_modules() if module is self.blocks[-1])
+        if name.startswith(f"{last}."):
+            return name.startswith(f"{last}.norm1.")
+        return name.partition(".")[0] not in _AFTER_BLOCKS
 
     # --- what it does, in this order
 
@@ -221,7 +232,7 @@ class Family:
         Raises:
             UnsupportedMethodError: With the reason.
         """
-        if self.readout in {Readout.MAX_POOL, Readout.ATTENTION_POOL}:
+        if self.readout in {Readout.MAX_POOL, Readout.ATTENTION_POOL, Readout.CLS_TOKEN_AND_AVERAGE_POOL}:
             raise UnsupportedMethodError(
                 "NO_READOUT_TOKEN",
                 f"its readout ({self.readout}) is no average of tokens whose attention could be read",

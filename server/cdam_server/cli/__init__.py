@@ -6,6 +6,7 @@ from cdam import __version__
 from cdam_server.cli.bench import bench
 from cdam_server.cli.check import check
 from cdam_server.cli.concept import concept
+from cdam_server.cli.concept_text import text
 from cdam_server.cli.evaluate import evaluate
 from cdam_server.cli.explain import explain
 from cdam_server.cli.models import models
@@ -18,5 +19,6 @@ def main() -> None:
     """Explain what a Vision Transformer sees: serve explanations, or ask a server for them."""
 
 
+concept.add_command(text)
 for command in (serve, check, explain, models, concept, evaluate, bench):
     main.add_command(command)

@@ -95,7 +95,7 @@ def concept() -> None:
 
 
 @contextmanager
-def _failures(server: Server, request: dict[str, Any] | None = None) -> Iterator[None]:
+def failures(server: Server, request: dict[str, Any] | None = None) -> Iterator[None]:
     """Ends the run with one line that says what is wrong."""
     try:
         yield
@@ -125,17 +125,17 @@ def _labels(_context: click.Context, _parameter: click.Parameter, words: Sequenc
     return labels
 
 
-def _label_option(help_text: str) -> Callable[[Any], Any]:
+def label_option(help_text: str) -> Callable[[Any], Any]:
     return click.option("--label", "labels", multiple=True, callback=_labels, metavar="KEY=VALUE", help=help_text)
 
 
-_expected_version = click.option(
+expected_version_option = click.option(
     "--expected-version",
     type=click.IntRange(min=0),
     metavar="N",
     help="Only if the name's newest version is this one; 0: if the name is free.",
 )
-_replace = click.option("--replace", is_flag=True, help="If NAME has other content, make a new version of it.")
+replace_option = click.option("--replace", is_flag=True, help="If NAME has other content, make a new version of it.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print everything that is known, as JSON.")
 
 
@@ -158,7 +158,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print everything t
 )
 @model_option
 @click.option("--description", default="", help="For people.")
-@_label_option("For finding it again; repeatable.")
+@label_option("For finding it again; repeatable.")
 @click.option(
     "--resize",
     type=click.Choice(get_args(cdam.Resize)),
@@ -170,8 +170,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print everything t
     callback=lambda _ctx, _param, text: parse_size(text) if text else None,
     help="The model's input in pixels, where it is flexible; `cdam explain` may use another.",
 )
-@_replace
-@_expected_version
+@replace_option
+@expected_version_option
 @connection_options
 def register(
     *, name: str, images: tuple[str, ...], negatives: tuple[str, ...], vector: Path | None, **options: Any
@@ -191,7 +191,7 @@ def register(
     known = digests(both)
     _tell_what_is_left_out([*found.left_out, *against.left_out], files, known)
     with (
-        _failures(server, {"name": name, **request, **files}),
+        failures(server, {"name": name, **request, **files}),
         server.client() as client,
         _progress(len(known)) as progress,
         _ending(name, len(known), server, progress) as sent,
@@ -272,13 +272,13 @@ def _progress(count: int) -> Iterator[Callable[[int], None] | None]:
 
 @concept.command("list", help=_LIST)
 @click.option("--model", default="", metavar="NAME", help="Only concepts of this model.")
-@_label_option("Only those that have it; repeatable.")
+@label_option("Only those that have it; repeatable.")
 @_json
 @connection_options
 def list_concepts(*, model: str, labels: dict[str, str], as_json: bool, **connection: Any) -> None:
     """List concepts."""
     server = server_from(**connection)
-    with _failures(server), server.client() as client:
+    with failures(server), server.client() as client:
         found = list(client.concepts(model=model, labels=labels))
         if not found:
             _check_model(client, model)
@@ -303,7 +303,7 @@ def show(*, name: str | None, concept_id: str | None, model: str, as_json: bool,
     if concept_id is not None and not re.fullmatch(CONCEPT_ID, concept_id):
         raise click.UsageError(f"--id: {WHOLE_ID}")
     server = server_from(**connection)
-    with _failures(server, {"model": model}), server.client() as client:
+    with failures(server, {"model": model}), server.client() as client:
         found = client.concept(name, id=concept_id, model=model)
     click.echo(json.dumps(concept_report.as_json(found)) if as_json else concept_report.shown(found))
 
@@ -311,14 +311,14 @@ def show(*, name: str | None, concept_id: str | None, model: str, as_json: bool,
 @concept.command(help=_DELETE)
 @click.argument("name")
 @click.option("--model", required=True, metavar="NAME", help="Its model; for safety, none by default.")
-@_expected_version
+@expected_version_option
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @connection_options
 def delete(*, name: str, model: str, expected_version: int | None, yes: bool, **connection: Any) -> None:
     """Delete a concept."""
     server = server_from(**connection)
     request = {"name": name, "model": model, "expected_version": expected_version}
-    with _failures(server, request), server.client() as client:
+    with failures(server, request), server.client() as client:
         if not yes:
             if not sys.stdin.isatty():
                 raise click.UsageError("there is no terminal to ask on: --yes deletes without")
@@ -347,7 +347,7 @@ def export(*, name: str | None, everything: bool, model: str, out: str | None, *
     if everything and target.exists() and not target.is_dir():
         raise click.UsageError(f"-o {out}: with --all, a folder")
     server = server_from(**connection)
-    with _failures(server, {"model": model}), server.client() as client:
+    with failures(server, {"model": model}), server.client() as client:
         if name is not None:
             folder = out is None or out.endswith(("/", os.sep)) or target.is_dir()
             # The concept comes first, so that a name that is none leaves no folder behind.
@@ -389,7 +389,7 @@ def _export(client: cdam.Client, found: cdam.RegisteredConcept, file: Path) -> N
 @click.argument("files", nargs=-1, required=True, metavar="FILE|DIR...", type=click.Path(exists=True, path_type=Path))
 @click.option("--name", metavar="NAME", help="Another name; for a single FILE.")
 @click.option("--model", default="", metavar="NAME", help="The model; without it, the one that the concept is of.")
-@_replace
+@replace_option
 @connection_options
 def import_concepts(*, files: tuple[Path, ...], name: str | None, model: str, replace: bool, **connection: Any) -> None:
     """Import concepts."""
@@ -403,7 +403,7 @@ def import_concepts(*, files: tuple[Path, ...], name: str | None, model: str, re
     with server.client() as client:
         for file in every:
             try:
-                with _failures(server):
+                with failures(server):
                     found = client.import_concept(file, name=name, model=model, replace=replace)
             except Failure as failure:
                 if isinstance(failure.__cause__, cdam.Unavailable | cdam.Unauthenticated | cdam.PermissionDenied):

@@ -67,8 +67,8 @@ def walk(folder: Path, suffixes: Collection[str] = SUFFIXES) -> tuple[list[Path]
     """
     files: list[Path] = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = filter(_is_shown, folders)
-        files += (Path(parent, name) for name in names if _is_shown(name))
+        folders[:] = filter(is_shown, folders)
+        files += (Path(parent, name) for name in names if is_shown(name))
     files = once(sorted(file for file in files if file.is_file()))
     wanted = [file for file in files if file.suffix.lower() in suffixes]
     return wanted, [file for file in files if file.suffix.lower() not in suffixes]
@@ -132,7 +132,9 @@ def some(names: Sequence[object], most: int = 5) -> str:
 def _files(word: str) -> tuple[list[Path], list[Path]]:
     if Path(word).exists():
         return _below(Path(word))
-    sides = [_below(Path(path)) for path in sorted(glob.glob(word, recursive=True))]  # noqa: PTH207
+    named = set(Path(word).parts)
+    found = (Path(path) for path in sorted(glob.glob(word, recursive=True)))  # noqa: PTH207
+    sides = [_below(path) for path in found if all(part in named or is_shown(part) for part in path.parts)]
     return [file for files, _ in sides for file in files], [file for _, others in sides for file in others]
 
 
@@ -141,7 +143,8 @@ def _below(path: Path) -> tuple[list[Path], list[Path]]:
     return walk(path) if path.is_dir() else ([path], [])
 
 
-def _is_shown(name: str) -> bool:
+def is_shown(name: str) -> bool:
+    """Whether a file or folder of this name, below another, is anything that people put there."""
     return not name.startswith(".") and name.lower() not in _OF_SYSTEMS
 
 

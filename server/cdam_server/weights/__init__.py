@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from cdam_server.load_error import LoadError, few, reason
+from cdam_server.specs import Layer
 from cdam_server.weights.classifier import classifier_weights
 from cdam_server.weights.files import Checkpoint, StateDict, checkpoint_of, read_checkpoint
 from cdam_server.weights.geometry import Resampling, Size, compare, geometry_of, misfit
-from cdam_server.weights.names import select
+from cdam_server.weights.head_layers import build_head, put_head
+from cdam_server.weights.names import Selection, is_pretext, select
 
 __all__ = [
     "NO_REPORT",
@@ -33,6 +36,10 @@ __all__ = [
 __all__ += ["read_checkpoint"]
 
 _HEAD_NAMES: Final = ("", "head.", "fc.", "linear.", "classifier.")
+# What timm's conversions leave out and computes itself, or what was of training alone.
+_DROPPED: Final = re.compile(
+    r"mask_token$|relative_position_index$|(^|\.)rope|\.periods$|\.bias_mask$|num_batches_tracked$"
+)
 _POSITIONS: Final = ("pos_embed", "relative_position_bias_table")
 
 
@@ -47,6 +54,7 @@ class Wish:
         trained_size: (height, width) that the file's positions are for.
         input_size: (height, width) to which positions may be resampled.
         resample: Whether patch embedding and positions may be.
+        head_layers: Of a classifier of several layers.
     """
 
     key: str | None = None
@@ -55,6 +63,7 @@ class Wish:
     trained_size: Size | None = None
     input_size: Size | None = None
     resample: bool = False
+    head_layers: Sequence[Layer] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
     names = _classifier_names(model)
     own = [name for name in model.state_dict() if name.rpartition(".")[0] not in names]
     found = select(checkpoint, own, setting, wish.key)
-    left_out, weights = found.left_out, found.weights
+    left_out, weights, layers = found.left_out, found.weights, None
     heads = {f"{name}.{rest}": tensor for name, its in found.classifiers.items() for rest, tensor in its.items()}
     _refuse_unfit(weights | heads, checkpoint.source, setting)
     file, architecture = geometry_of(weights), geometry_of(model.state_dict())
@@ -103,12 +112,14 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
         raise LoadError(setting, f"these are not weights of this architecture: {wrong}")
     if found.native and wish.num_outputs == 0:
         left_out += heads
+    elif wish.head_layers is not None:
+        name, its = _only_classifier(found, setting)
+        layers = build_head(wish.head_layers, its, _latent(model), f"{setting} ({name})")
     elif found.native:
-        asked, latent = wish.asked or bool(wish.num_outputs), int(getattr(model, "num_features", 0))
-        latent = int(getattr(model, "head_hidden_size", 0) or latent)
-        head, pretext = classifier_weights(found.classifiers, names, latent, asked=asked, setting=setting)
+        asked = wish.asked or bool(wish.num_outputs)
+        head, pretext = classifier_weights(found.classifiers, names, _latent(model), asked=asked, setting=setting)
         weights, left_out = weights | head, left_out + pretext
-    count = wish.num_outputs if wish.num_outputs is not None else _outputs_in(weights, names)
+    count = _outputs_in(weights, names) if wish.num_outputs is None or layers is not None else wish.num_outputs
     if count:
         model.reset_classifier(count)  # type: ignore[operator]  # nn.Module's attributes are untyped
     resampling = compare(
@@ -119,25 +130,36 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
         allowed=wish.resample,
         setting=setting,
     )
-    _load(model, weights, resampling, None if count else names, setting)
+    hint = _hint_of_outside(found, latent=_latent(model))
+    _load(model, weights, resampling, None if count else names, hint, setting, native=found.native)
+    if layers is not None:
+        put_head(model, layers)
     report = Report(checkpoint.source, found.prefix, tuple(left_out))
     return report if resampling is None else replace(report, resampled=resampling.text)
 
 
-def attach_head(model: nn.Module, path: Path, setting: str) -> None:
-    """Put a linear classifier of one's own on a backbone without one.
+def attach_head(model: nn.Module, path: Path, setting: str, layers: Sequence[Layer] | None = None) -> None:
+    """Put a classifier of one's own on a backbone without one.
 
     Args:
         model: A timm model.
         path: A file with `weight`, shape (C, D), and maybe `bias`, shape (C), which may be named as parts of `head`,
             `fc`, `linear` or `classifier`, and wrapped as training code does it.
         setting: Name of the setting, for errors.
+        layers: Of a classifier of several layers, whose tensors have the names of an `nn.Sequential`; None: linear.
 
     Raises:
-        LoadError: The file holds no linear head, or one for another latent size.
+        LoadError: The file holds no such head, or one for another latent size.
     """
     tensors = _unwrapped_head(read_checkpoint(path, setting).tensors)
     _refuse_unfit(tensors, str(path), setting)
+    if layers is not None:
+        plain = {
+            name.partition(".")[2] if f"{name.partition('.')[0]}." in _HEAD_NAMES else name: t
+            for name, t in tensors.items()
+        }
+        put_head(model, build_head(layers, plain, _latent(model), setting))
+        return
     prefix = next((prefix for prefix in _HEAD_NAMES if f"{prefix}weight" in tensors), None)
     if prefix is None:
         raise LoadError(setting, f"{path} has no `weight` or `head.weight`, but {few(tensors)}")
@@ -175,6 +197,34 @@ def _unwrapped_head(tensors: Mapping[str, Tensor]) -> StateDict:
     return plain
 
 
+def _only_classifier(found: Selection, setting: str) -> tuple[str, StateDict]:
+    """The classifier whose layers the settings spell out."""
+    heads = {name: its for name, its in found.classifiers.items() if not is_pretext(name, its)}
+    if len(heads) != 1:
+        there = f"there are {' and '.join(sorted(heads))}" if heads else "there is none"
+        raise LoadError("head_layers", f"they are of one classifier in {setting}, and {there}")
+    return next(iter(heads.items()))
+
+
+def _latent(model: nn.Module) -> int:
+    return int(getattr(model, "head_hidden_size", 0) or getattr(model, "num_features", 0))
+
+
+def _hint_of_outside(found: Selection, latent: int) -> str:
+    """What to do about tensors that stand beside the network and are of no known kind."""
+    if not found.outside:
+        return ""
+    matrices = [
+        name for name in found.outside if found.weights[name].ndim == 2 and found.weights[name].shape[1] == latent
+    ]
+    if matrices:
+        return (
+            f"{few(matrices, 2)} may be a classifier of another name: save it as weight and bias for the setting head"
+        )
+    key = found.prefix.removesuffix(".")
+    return f"weights_key: {key} would leave out what stands beside it" if key else ""
+
+
 def _classifier_names(model: nn.Module) -> Sequence[str]:
     """The architecture's classifiers: one, or two of a distilled model."""
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
@@ -194,6 +244,13 @@ def _refuse_unfit(weights: Mapping[str, Tensor], source: str, setting: str) -> N
         raise LoadError(
             setting, f"{few(empty)} in {source} are empty, as in shards of DeepSpeed's ZeRO stage 3: gather them first"
         )
+    strange = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')}, {str(tensor.layout).removeprefix('torch.')}, {tensor.device})"
+        for name, tensor in weights.items()
+        if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_meta
+    ]
+    if strange:
+        raise LoadError(setting, f"{few(strange)} in {source} can't be weights: save plain floating-point tensors")
     floats = ((name, tensor) for name, tensor in weights.items() if tensor.is_floating_point())
     if broken := [name for name, tensor in floats if not tensor.float().isfinite().all()]:
         raise LoadError(setting, f"{source} holds values that are not finite, in {few(broken)}")
@@ -204,7 +261,10 @@ def _load(
     weights: StateDict,
     resampling: Resampling | None,
     unwanted: Sequence[str] | None,
+    hint: str,
     setting: str,
+    *,
+    native: bool,
 ) -> None:
     """Convert and load; the model has the file's geometry meanwhile, so that nothing but what is said is resampled."""
     embedding: Any = getattr(model, "patch_embed", None)
@@ -212,7 +272,7 @@ def _load(
         size, patch = tuple(embedding.img_size), tuple(embedding.feat_ratio(as_scalar=False))
         changes = {} if resampling.patch == patch else {"patch_size": resampling.patch}
         _set_input_size(model, resampling.size, changes, setting)
-    converted = _converted(model, weights, setting)
+    converted = _converted(model, weights, setting, native=native)
     own = model.state_dict()
     if unwanted is not None:
         converted = {
@@ -220,7 +280,7 @@ def _load(
         }
     complaints = list(_differences(own, converted))
     if complaints:
-        hint = misfit(geometry_of(converted), geometry_of(own)) or _hint(own, converted)
+        hint = misfit(geometry_of(converted), geometry_of(own)) or _hint(own, converted) or hint
         what = "; ".join(filter(None, (hint, *complaints)))
         raise LoadError(setting, f"these are not weights of this architecture: {what}")
     model.load_state_dict(converted)
@@ -236,7 +296,7 @@ def _set_input_size(model: nn.Module, size: Size, more: Mapping[str, Any], setti
         raise LoadError(setting, f"timm can't resample this architecture to {size} ({reason(error)})") from error
 
 
-def _converted(model: nn.Module, weights: StateDict, setting: str) -> StateDict:
+def _converted(model: nn.Module, weights: StateDict, setting: str, *, native: bool) -> StateDict:
     """After timm's conversion; positions of the model's shape are left as they are, whatever timm takes their grid for."""
     try:
         converted = dict(_converter(model)(dict(weights), model))
@@ -245,6 +305,14 @@ def _converted(model: nn.Module, weights: StateDict, setting: str) -> StateDict:
             setting, f"these are not weights of this architecture ({reason(error)}): it has {few(weights)}"
         ) from error
     own = model.state_dict()
+    kept = {tensor.data_ptr() for tensor in converted.values()}
+    lost = [
+        name
+        for name, tensor in weights.items()
+        if name not in converted and not _DROPPED.search(name) and tensor.data_ptr() not in kept and tensor.any()
+    ]
+    if native and lost:
+        raise LoadError(setting, f"it has {few(lost)}, which timm's code of this architecture no longer computes")
     if "mask_token" not in own:
         converted.pop("mask_token", None)  # of pretraining; timm's conversions know by it whose format it is
     for name in own:
@@ -277,6 +345,13 @@ def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iter
     ]
     if shapes:
         yield f"other shapes: {few(shapes)}"
+    kinds = [
+        f"{name} of {str(given[name].dtype).removeprefix('torch.')}"
+        for name, tensor in own.items()
+        if name in given and tensor.is_floating_point() != given[name].is_floating_point()
+    ]
+    if kinds:
+        yield f"other numbers: {few(kinds)}"
 
 
 # What in the names tells of a keyword argument: (in the file alone, in the model alone) -> the argument.
@@ -296,7 +371,9 @@ _TRAITS: Final = (
 
 
 def _hint(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Keyword arguments of the architecture that the names speak for."""
+    """Keyword arguments of the architecture that the names speak for, if most of the names are the architecture's."""
+    if 2 * len(own.keys() & given.keys()) < len(own):
+        return ""
     words = [
         text.format(count=given[name].shape[1] if name in given and given[name].ndim > 1 else 0)
         for in_file, name, text in _TRAITS

@@ -36,7 +36,7 @@ _CHUNK: Final = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")  # DINOv2 trains block
 _TRAINING: Final = re.compile(r"optim|sched|scaler|^amp$|^loops$|callback|rng|^args$|config|hyper|metric|history")
 # Heads of self-supervised training, and decoders of masked images.
 _PRETEXT_HEADS: Final = {"dino_head", "ibot_head", "projector", "projection_head", "predictor", "prototypes"}
-_PRETEXT: Final = re.compile(r"mask_token$|decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)")
+_PRETEXT: Final = re.compile(r"(mask_token|queue|queue_ptr)$|decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)")
 _PRETEXT_PARTS: Final = {"mlp", "last_layer"}
 CLASSIFIERS: Final = frozenset(
     {"head", "heads", "fc", "classifier", "linear", "mlp_head", "cls_head", "class_head", "classification_head"}
@@ -56,6 +56,7 @@ class Selection:
         weights: The backbone's tensors, under the model's names where these are known, and whatever stood among them.
         classifiers: Tensors of classifiers by the classifier's name in the file, then by the name within.
         left_out: What is not the model's, for the log.
+        outside: What of the weights stands outside the network and is of no known kind.
         native: Whether the names are the model's own; else they are for a conversion.
     """
 
@@ -63,6 +64,7 @@ class Selection:
     weights: StateDict = field(default_factory=dict)
     classifiers: dict[str, StateDict] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
     native: bool = True
 
 
@@ -85,7 +87,7 @@ def select(checkpoint: Checkpoint, own: Collection[str], setting: str, key: str 
         found = {prefix: names for prefix, names in found.items() if _names_part(key, prefix)}
         if not any(_names_part(key, name) for name in tensors):
             raise LoadError("weights_key", f"there is no {key!r} in {checkpoint.source}; it has {_parts(tensors)}")
-    best = max(found, key=lambda prefix: (len(found[prefix]), -len(prefix)), default=None)
+    best = max(found, key=lambda prefix: len(found[prefix]), default=None)
     if best is None or len(found[best]) < _NATIVE * min(len(own), len(tensors)):
         return _foreign(checkpoint, tensors, key, setting)
     best, copies = _one_place(checkpoint, tensors, found, best, setting)
@@ -170,23 +172,33 @@ def _one_place(
         shared = [name for name in places[place] if name in places[best]]
         if place == best or len(places[place]) < _COPY * len(places[best]) or not shared:
             continue
-        if all(_equal(tensors[places[place][name]], tensors[places[best][name]]) for name in shared):
+        pairs = [(name, places[best][name], places[place][name]) for name in shared]
+        pairs += _around(tensors, best, place)
+        other = next((pair for pair in pairs if not _equal(tensors.get(pair[1]), tensors.get(pair[2]))), None)
+        if other is None:
             copies.append(place)
             continue
         average = _average(checkpoint, place, best)
         if average is None:
-            name = next(
-                name for name in shared if not _equal(tensors[places[place][name]], tensors[places[best][name]])
-            )
+            keys = " or ".join(filter(None, (_dotless(best), _dotless(place))))
             raise LoadError(
                 setting,
-                f"there are two sources for {name}: {places[best][name]} and {places[place][name]}; say which with "
-                f"weights_key: {_dotless(best) or _dotless(place)}"
-                + (f" or {_dotless(place)}" if best and place else ""),
+                f"there are two sources for {other[0]}: {other[1]} and {other[2]}; say which with weights_key: {keys}",
             )
         copies.append(place if average == best else best)
         best = average
     return best, copies
+
+
+def _around(tensors: Mapping[str, Tensor], best: str, place: str) -> list[tuple[str, str, str]]:
+    """What stands around two copies of the network, a classifier above all: (name, in the one, in the other)."""
+    roots = _root(best, place), _root(place, best)
+    if not all(roots):
+        return []
+    rests = {name.removeprefix(root) for root in roots for name in tensors if name.startswith(root)}
+    return [
+        (rest, roots[0] + rest, roots[1] + rest) for rest in sorted(rests) if rest.rpartition(".")[2] not in _COUNTERS
+    ]
 
 
 def _average(checkpoint: Checkpoint, *places: str) -> str | None:
@@ -233,6 +245,7 @@ def _sort(
             chosen.left_out.append(name)
         else:
             chosen.weights[name] = tensor
+            chosen.outside.append(name)
     return chosen
 
 
@@ -275,8 +288,8 @@ def is_of_training(name: str, tensor: Tensor) -> bool:
     """Whether a tensor outside the network is one of training alone."""
     parts = name.split(".")
     return (
-        tensor.ndim == 0
-        or _is_counter(name, tensor)
+        tensor.numel() == 1
+        or _PRETEXT.match(name.rpartition(".")[2]) is not None
         or (tensor.ndim < 2 and any(part in _LOSSES for part in parts))
         or any(_TRAINING.search(part) for part in parts)
     )
@@ -329,5 +342,8 @@ def _dotless(prefix: str) -> str:
     return prefix.removesuffix(".")
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    plain = a.layout == b.layout == torch.strided and not a.is_meta and not b.is_meta
+    return a is b or (plain and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))

@@ -16,7 +16,7 @@ import click
 import numpy as np
 
 import cdam
-from cdam_server.cli.images import some, walk
+from cdam_server.cli.images import is_shown, some, walk
 from cdam_server.cli.spelling import parse_target, spelled
 
 OPTIONAL: Final = ("wrong_target", "mask", "counterfactual", "wrong_mask")
@@ -162,7 +162,7 @@ class _Folder(Dataset):
     def __init__(self, name: str, model: cdam.Model) -> None:
         self.name = name
         self._root = Path(name)
-        classes = sorted(path for path in self._root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        classes = sorted(path for path in self._root.iterdir() if path.is_dir() and is_shown(path.name))
         if not classes:
             raise click.UsageError(f"{name}: no sub-folders; there is to be one for each class. A CSV file is freer")
         files = {folder.name: walk(folder)[0] for folder in classes}

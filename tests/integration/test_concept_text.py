@@ -1,0 +1,277 @@
+"""Concepts of texts: open_clip's own model on one side, its image tower on a running server on the other."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import cdam
+from cdam_server import logs
+from cdam_server.bootstrap import serve_in_background
+from cdam_server.cli import main
+from cdam_server.config import Settings
+from cdam_server.text_vectors import TextModel, TextModelError
+from reference import foreign
+
+Run = Callable[..., Result]
+
+TEXT = {"context_length": 10, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+VISION = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 48, "head_width": 16}
+SIGLIP = {"image_size": 160, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none"}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "clip": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": True},
+    "siglip": {
+        "embed_dim": 96,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": SIGLIP,
+        "text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+    },
+}
+CAT, PICTURE, DOG = "a photo of a cat", "a picture of a cat", "a photo of a dog"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model as open_clip saves it, and the model itself."""
+
+    path: Path
+    model: Any
+
+    @property
+    def norm1(self) -> nn.Module:
+        """The first norm of the image tower's last block."""
+        if hasattr(self.model.visual, "trunk"):
+            return self.model.visual.trunk.blocks[-1].norm1
+        return self.model.visual.transformer.resblocks[-1].ln_1
+
+    def transform(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=False)(image)
+        return pixels[None]
+
+    def directions(self, *texts: str) -> Tensor:
+        """Text embeddings by open_clip itself, each of length 1."""
+        with torch.no_grad():
+            return self.model.encode_text(open_clip.get_tokenizer(f"local-dir:{self.path}")(texts), normalize=True)
+
+
+def save(path: Path, kind: str, seed: int = 0) -> Folder:
+    path.mkdir()
+    config = CONFIGS[kind]
+    preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.3], "interpolation": "bicubic", "resize_mode": "squash"}
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    made = open_clip.create_model(f"local-dir:{path}", pretrained_image=False)
+    foreign.randomise(made, seed)
+    save_file({name: tensor.contiguous() for name, tensor in made.state_dict().items()}, path / "model.safetensors")
+    (path / "model.safetensors").rename(path / "open_clip_model.safetensors")
+    return Folder(path, made)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folder]:
+    root = tmp_path_factory.mktemp("clip")
+    return {**{kind: save(root / kind, kind) for kind in CONFIGS}, "other": save(root / "other", "clip", seed=1)}
+
+
+@pytest.fixture(scope="module")
+def client(folders: dict[str, Folder], tmp_path_factory: pytest.TempPathFactory) -> Iterator[cdam.Client]:
+    root = tmp_path_factory.mktemp("server")
+    models: list[dict[str, Any]] = [
+        {"name": kind, "architecture": f"local-dir:{folders[kind].path}"} for kind in CONFIGS
+    ]
+    (root / "models.yaml").write_text(json.dumps({"models": [*models, {"name": "demo", "architecture": "demo"}]}))
+    settings = Settings.load(
+        address="127.0.0.1:0",
+        admin_address="127.0.0.1:0",
+        models_file=root / "models.yaml",
+        data_dir=root / "data",
+        log_level="error",
+    )
+    logs.configure("console", "error")  # the commands run in this process, and say what they say on its stderr
+    with serve_in_background(settings) as address, cdam.Client(address) as client:
+        yield client
+
+
+@pytest.fixture
+def run(client: cdam.Client, folders: dict[str, Folder], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`cdam concept text` with the text model `clip`, unless the words say another."""
+    monkeypatch.setenv("CDAM_SERVER", client._connection.address)
+
+    def run(*words: str) -> Result:
+        model = [] if "--text-model" in words else ["--text-model", f"local-dir:{folders['clip'].path}"]
+        return CliRunner().invoke(main, ["concept", "text", *words, *model])
+
+    return run
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(3).integers(0, 256, (45, 60, 3), np.uint8))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_map_is_that_of_open_clips_own_cosine(
+    kind: str, run: Run, client: cdam.Client, folders: dict[str, Folder]
+) -> None:
+    folder = folders[kind]
+    done = run("cat", CAT, "--model", kind, "--text-model", f"local-dir:{folder.path}")
+    assert (done.exit_code, done.stderr) == (0, ""), done.output
+    assert done.stdout.splitlines()[0] == f"cat  version 1 of model {kind}"
+    assert done.stdout.splitlines()[-1] == "  explain with -t concept:cat:cosine"
+    assert client.concept("cat", model=kind).description == '"a photo of a cat"'
+
+    (relevance,) = client.explain(picture(), cdam.Concept("cat", similarity="cosine"), model=kind)
+    direction = folder.directions(CAT)[0]
+
+    def cosine(pixels: Tensor) -> Tensor:
+        return folder.model.encode_image(pixels, normalize=True) @ direction[:, None]
+
+    expected = foreign.cdam(folder.model, folder.norm1, cosine, folder.transform(picture()), torch.ones(1))
+    h, w = relevance.scores.shape
+    scores = expected.scores[0, -h * w :].reshape(h, w).numpy()
+    assert relevance.target is not None
+    assert relevance.target.value == pytest.approx(expected.outputs.item(), abs=1e-6)
+    np.testing.assert_allclose(relevance.scores, scores, rtol=0, atol=1e-5 * np.abs(scores).max())
+
+
+def test_several_texts_are_averaged_and_negative_ones_subtracted(
+    run: Run, client: cdam.Client, folders: dict[str, Folder]
+) -> None:
+    cat, other, dog = folders["clip"].directions(CAT, PICTURE, DOG).double()
+    mean = (cat + other) / 2
+    mean /= mean.norm()
+    run("cats", CAT, PICTURE, "--model", "clip")
+    np.testing.assert_allclose(client.concept("cats", model="clip").vector, mean, rtol=0, atol=1e-6)
+    done = run("cat_not_dog", CAT, PICTURE, "--negative", DOG, "--model", "clip", "--label", "a=b")
+    assert done.exit_code == 0, done.output
+    concept = client.concept("cat_not_dog", model="clip")
+    np.testing.assert_allclose(concept.vector, mean - dog, rtol=0, atol=1e-6)
+    assert concept.description == f'"{CAT}", "{PICTURE}" less "{DOG}"'
+    assert dict(concept.labels) == {"a": "b"}
+    assert "nothing changed" in run("cat_not_dog", CAT, PICTURE, "--negative", DOG, "--label", "a=b").stdout
+
+
+def test_the_cosine_of_a_difference_is_the_difference_of_cosines_but_for_a_constant(
+    client: cdam.Client, folders: dict[str, Folder]
+) -> None:
+    """The dot product is that difference times the length of the image's latent."""
+    folder = folders["clip"]
+    text = TextModel.load(f"local-dir:{folder.path}")
+    cat, dog = (cdam.Concept(vector=text.vector([one]), similarity="cosine") for one in (CAT, DOG))
+    vector = text.vector([CAT], [DOG])
+    targets = [cdam.Contrast(cat, dog), cdam.Concept(vector=vector, similarity="cosine"), cdam.Concept(vector=vector)]
+    explanation = client.explain(picture(), targets, model="clip")
+    difference, cosine, _ = (relevance.scores for relevance in explanation)
+    length = np.linalg.norm(vector)
+    np.testing.assert_allclose(length * cosine, difference, rtol=0, atol=1e-5 * np.abs(difference).max())
+    values = [target.value for target in explanation.targets]
+    latent = folder.model.encode_image(folder.transform(picture())).norm().item()
+    assert values[1] * length == pytest.approx(values[0], rel=1e-4)
+    assert values[2] == pytest.approx(values[0] * latent, rel=1e-4)
+
+
+def test_a_model_of_another_training_is_refused(run: Run, client: cdam.Client, folders: dict[str, Folder]) -> None:
+    words = ("stray", CAT, "--model", "clip", "--text-model", f"local-dir:{folders['other'].path}")
+    done = run(*words)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith(
+        f"Error: --text-model: clip is not the image tower of local-dir:{folders['other'].path}: of the same image they "
+        "make vectors with a cosine of "
+    )
+    assert done.stderr.endswith(", which should be 1; --unchecked registers all the same\n")
+    with pytest.raises(cdam.NotFound):
+        client.concept("stray", model="clip")
+    assert run(*words, "--unchecked").exit_code == 0
+    assert client.concept("stray", model="clip").version == 1
+
+
+def test_vectors_of_another_length_are_refused(run: Run) -> None:
+    for name, size in (("demo", 128), ("siglip", 96)):
+        done = run("cat", CAT, "--model", name)
+        assert (done.exit_code, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+        assert f"vectors of 24 numbers, the latents of {name} have {size}: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((" ",), "TEXT: a text is empty"),
+        ((CAT, "--negative", ""), "--negative: a text is empty"),
+        ((CAT, "--negative", CAT), "--negative: says the same as the prompts: nothing is left of their difference"),
+        ((CAT, "--text-model", "ViT-B-23"), "open_clip .* knows no 'ViT-B-23'; is it ViT-B-32"),
+        (
+            (CAT, "--text-model", "ViT-B-32"),
+            "--text-weights: say which weights ViT-B-32 has: a file, or one of openai,",
+        ),
+        (
+            (CAT, "--text-model", "ViT-B-32", "--text-weights", "opnai"),
+            "--text-weights: opnai is neither a file nor a tag of ViT-B-32: a file, or one of openai,",
+        ),
+        ((CAT, "--text-weights", "x.pt"), "--text-weights: local-dir:.* has its own weights: leave it out"),
+        ((CAT, "--text-model", "local-dir:/nowhere"), "--text-model: .*not found: /nowhere"),
+        ((CAT, "--model", "nope"), "there is no model 'nope'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(words: tuple[str, ...], said: str, run: Run) -> None:
+    done = run("wrong", *words)
+    assert (done.exit_code, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done.output
+    assert done.stderr.startswith("Error: ")
+    assert re.search(said, done.stderr), done.stderr
+
+
+def test_a_text_that_would_be_cut_is_refused(run: Run) -> None:
+    eight = "one two three four five six seven eight"  # and two that mark the ends: ten
+    assert run("eight", eight).exit_code == 0
+    done = run("nine", f"{eight} nine")
+    assert done.exit_code == 1
+    assert "eight nine'... is longer than the 10 tokens that local-dir:" in done.stderr
+
+
+def test_weights_are_never_random(folders: dict[str, Folder], tmp_path: Path) -> None:
+    config = folders["clip"].path / "open_clip_config.json"
+    (tmp_path / config.name).write_text(config.read_text())
+    with pytest.raises(TextModelError, match=r"weights .* could not be loaded") as caught:
+        TextModel.load(f"local-dir:{tmp_path}")
+    assert caught.value.setting == "text-model"
+    with pytest.raises(TextModelError, match=r"open_clip_model\.safetensors can't be loaded \(.*width changed"):
+        TextModel.load("ViT-B-32", folders["clip"].path / "open_clip_model.safetensors")
+
+
+def test_weights_from_a_file(folders: dict[str, Folder], tmp_path: Path) -> None:
+    (tmp_path / "ViT-small-test.json").write_text(json.dumps(CONFIGS["clip"]))
+    open_clip.add_model_config(tmp_path)
+    folder = folders["clip"]
+    text = TextModel.load("ViT-small-test", folder.path / "open_clip_model.safetensors")
+    np.testing.assert_allclose(text.vector([CAT]), folder.directions(CAT)[0], rtol=0, atol=1e-6)
+
+
+def test_weights_that_want_another_activation_are_refused(
+    folders: dict[str, Folder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip warns, and goes on to compute plausible, wrong embeddings."""
+    weights = folders["clip"].path / "open_clip_model.safetensors"
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_args, **_kwargs: str(weights))
+    with pytest.raises(TextModelError, match="QuickGELU mismatch") as caught:
+        TextModel.load("ViT-B-32", "openai")
+    assert caught.value.setting == "text-weights"
+
+
+def test_without_open_clip_the_extra_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    done = run("cat", CAT)
+    assert done.exit_code == 1
+    assert done.stderr == "Error: open_clip is needed for texts: pip install 'cdam-serve[clip]'\n"
