@@ -175,7 +175,7 @@ def _network(checkpoint: Checkpoint, library: str, key: str | None) -> tuple[Sta
         )
     (prefix,) = places
     left_out = [name for name in tensors if not name.startswith(prefix)]
-    if beside := [name for name in left_out if not is_of_training(name, tensors[name]) and key is None]:
+    if beside := [name for name in left_out if not is_of_training(checkpoint, name, prefix) and key is None]:
         raise LoadError("checkpoint", f"{checkpoint.source} holds more than {prefix}*: {few(beside)}")
     network = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return network, prefix, left_out

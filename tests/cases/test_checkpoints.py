@@ -558,3 +558,47 @@ def test_layers_that_are_not_the_heads(tmp_path: Path) -> None:
 def test_layers_that_make_no_sense(layers: Any) -> None:
     with pytest.raises(ValueError, match="head_layers"):
         ModelSpec(name="m", architecture=ARCHITECTURE, checkpoint=Path("w.pth"), head_layers=layers)
+
+
+def test_segment_anythings_own_checkpoints(tmp_path: Path) -> None:
+    """MedSAM#200, segment-anything-finetuner#2: image_encoder.*, with names of its own, beside prompts and masks."""
+    architecture, kwargs = "samvit_base_patch16", {"window_size": 0, "global_attn_indexes": [0, 1]}
+    model = vit(0, architecture=architecture, **kwargs)
+    weights = {f"image_encoder.{name.replace('mlp.fc', 'mlp.lin')}": t for name, t in model.state_dict().items()}
+    weights |= {
+        "prompt_encoder.no_mask_embed.weight": torch.ones(1, 8),
+        "mask_decoder.iou_token.weight": torch.ones(1, 8),
+    }
+    for prefix in ("", "module."):
+        loaded = load(prefixed(weights, prefix), tmp_path, architecture=architecture, model_kwargs=kwargs)
+        assert difference(loaded, model) == 0
+        assert f"{prefix}mask_decoder.iou_token.weight" in loaded.weights.left_out
+    larger = vit(0, architecture=architecture, img_size=64, **kwargs)
+    said = refusal(larger.state_dict(), tmp_path, architecture=architecture, model_kwargs=kwargs)
+    assert "for inputs of 64 x 64 pixels" in said or "4 x 4 for 64 x 64" in said
+
+
+@pytest.mark.parametrize("name", ["metric_fc", "optimizer_head", "config_head"])
+def test_a_matrix_is_never_taken_for_training(name: str, tmp_path: Path) -> None:
+    """pytorch-metric-learning#544: the classes are in the loss, or in a module that is called metric_fc."""
+    weights = prefixed(body(vit()), "model.") | {f"{name}.weight": torch.zeros(3, 32)}
+    for content in (weights, {"state_dict": weights}):
+        assert f"{name}.weight" in refusal(content, tmp_path)
+
+
+def test_a_temperature_is_part_of_the_network(tmp_path: Path) -> None:
+    """FARM#721: a calibrated model keeps its temperature beside the network; outputs are divided by it."""
+    weights = prefixed(vit().state_dict(), "model.") | {"temperature": torch.tensor(1.5)}
+    for content in (weights, {"state_dict": weights}):
+        assert "temperature" in refusal(content, tmp_path)
+    assert difference(load({"state_dict": vit().state_dict(), "loss": torch.tensor(0.5)}, tmp_path), vit()) == 0
+
+
+def test_a_predictor_of_one_layer_is_a_classifier(tmp_path: Path) -> None:
+    model = vit()
+    weights = prefixed(body(model), "backbone.")
+    weights |= {"predictor.weight": model.state_dict()[HEAD[0]], "predictor.bias": model.state_dict()[HEAD[1]]}
+    assert difference(load(weights, tmp_path), model) == 0
+    assert "may be a projection" in refusal(body(model) | {"projector.weight": torch.zeros(3, 32)}, tmp_path)
+    unnormed = body(model) | {"head.last_layer.weight": torch.zeros(3, 32)}
+    assert "head.last_layer.weight" in refusal(unnormed, tmp_path)

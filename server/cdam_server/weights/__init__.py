@@ -130,8 +130,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
         allowed=wish.resample,
         setting=setting,
     )
-    hint = _hint_of_outside(found, latent=_latent(model))
-    _load(model, weights, resampling, None if count else names, hint, setting, native=found.native)
+    unwanted = () if count else names
+    prefix, hint = found.prefix if found.native else None, _hint_of_outside(found, _latent(model))
+    source = _Source(weights, prefix, unwanted, found.outside, hint)
+    left_out += _load(model, source, resampling, setting)
     if layers is not None:
         put_head(model, layers)
     report = Report(checkpoint.source, found.prefix, tuple(left_out))
@@ -256,36 +258,76 @@ def _refuse_unfit(weights: Mapping[str, Tensor], source: str, setting: str) -> N
         raise LoadError(setting, f"{source} holds values that are not finite, in {few(broken)}")
 
 
-def _load(
-    model: nn.Module,
-    weights: StateDict,
-    resampling: Resampling | None,
-    unwanted: Sequence[str] | None,
-    hint: str,
-    setting: str,
-    *,
-    native: bool,
-) -> None:
-    """Convert and load; the model has the file's geometry meanwhile, so that nothing but what is said is resampled."""
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Tensors to load.
+
+    Attributes:
+        weights: By the model's names, or by foreign ones.
+        prefix: What stood before the model's names; None where they are foreign.
+        unwanted: Classifiers that are left out after a conversion.
+        outside: Names of tensors that stood outside the network.
+        hint: What to do if the tensors don't fit.
+    """
+
+    weights: StateDict
+    prefix: str | None
+    unwanted: Sequence[str]
+    outside: Sequence[str]
+    hint: str
+
+
+def _load(model: nn.Module, source: _Source, resampling: Resampling | None, setting: str) -> list[str]:
+    """Convert and load; the model has the file's geometry meanwhile, so that nothing but what is said is resampled.
+
+    Returns:
+        What timm's conversion has left out of a file of another library.
+    """
     embedding: Any = getattr(model, "patch_embed", None)
     if resampling is not None:
         size, patch = tuple(embedding.img_size), tuple(embedding.feat_ratio(as_scalar=False))
         changes = {} if resampling.patch == patch else {"patch_size": resampling.patch}
         _set_input_size(model, resampling.size, changes, setting)
-    converted = _converted(model, weights, setting, native=native)
+    converted = _converted(model, source.weights, setting, native=source.prefix is not None)
     own = model.state_dict()
-    if unwanted is not None:
-        converted = {
-            name: tensor for name, tensor in converted.items() if name in own or name.rpartition(".")[0] not in unwanted
-        }
-    complaints = list(_differences(own, converted))
+    converted = {
+        name: tensor
+        for name, tensor in converted.items()
+        if name in own or name.rpartition(".")[0] not in source.unwanted
+    }
+    complaints, left_out = list(_differences(own, converted)), []
+    if complaints and (other := _converted_by_its_prefix(model, source)) is not None:
+        converted, left_out, complaints = *other, []
     if complaints:
-        hint = misfit(geometry_of(converted), geometry_of(own)) or _hint(own, converted) or hint
+        hint = misfit(geometry_of(converted), geometry_of(own)) or _hint(own, converted) or source.hint
         what = "; ".join(filter(None, (hint, *complaints)))
         raise LoadError(setting, f"these are not weights of this architecture: {what}")
     model.load_state_dict(converted)
     if resampling is not None:
         _set_input_size(model, size, {"patch_size": patch} if changes else {}, setting)
+    return left_out
+
+
+def _converted_by_its_prefix(model: nn.Module, source: _Source) -> tuple[StateDict, list[str]] | None:
+    """After timm's conversion of a file that it knows by what stands before the names (SAM's image encoder), if it does.
+
+    Returns:
+        The model's tensors, and the names of those outside the network that the conversion leaves out.
+    """
+    parts = (source.prefix or "").split(".")[:-1]
+    own = model.state_dict()
+    for start in reversed(range(len(parts))):
+        prefix, outer = ("".join(f"{part}." for part in some) for some in (parts[start:], parts[:start]))
+        names = {
+            name: name.removeprefix(outer) if name in source.outside else f"{prefix}{name}" for name in source.weights
+        }
+        try:
+            converted = dict(_converter(model)({names[name]: t for name, t in source.weights.items()}, model))
+        except Exception:  # noqa: BLE001, S112 - it is no such file then
+            continue
+        if not list(_differences(own, converted)):
+            return converted, list(source.outside)
+    return None
 
 
 def _set_input_size(model: nn.Module, size: Size, more: Mapping[str, Any], setting: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from cdam_server.load_error import LoadError, few
 from cdam_server.weights.files import StateDict
-from cdam_server.weights.names import CLASSIFIERS, is_pretext
+from cdam_server.weights.names import CLASSIFIERS, PRETEXT_HEADS, is_pretext
 
 _WHAT_TO_DO: Final = "give a linear one with the setting head, or leave it out with num_outputs: 0"
 _LAYERS: Final = (
@@ -43,6 +43,8 @@ def classifier_weights(
     rest = {name: tensors for name, tensors in classifiers.items() if name not in pretext}
     if not rest:
         return {}, left_out
+    if unclear := [name for name in rest if name.rpartition(".")[2] in PRETEXT_HEADS - CLASSIFIERS]:
+        raise LoadError(setting, f"{few(unclear)} may be a projection, or the classifier: {_WHAT_TO_DO}")
     outer = {name.rpartition(".")[0] for name in rest}
     its_own = {name.rpartition(".")[2] for name in rest} <= set(names) and len(outer) == 1
     if len(rest) > 1 and not its_own:

@@ -39,6 +39,7 @@ class Geometry:
         width: D.
         depth: Number of blocks.
         positions: Number of learned positions, prefix tokens included as they are in the file.
+        grid: Of positions that are kept as a grid (SAM), (down, across).
         rows: Of the first table of relative positions.
     """
 
@@ -47,6 +48,7 @@ class Geometry:
     width: int | None = None
     depth: int = 0
     positions: int | None = None
+    grid: Size | None = None
     rows: int | None = None
 
 
@@ -62,7 +64,8 @@ def geometry_of(tensors: Mapping[str, Tensor]) -> Geometry:
         channels=None if patches is None else patches.shape[1],
         width=None if patches is None else patches.shape[0],
         depth=max(blocks) + 1 if blocks else 0,
-        positions=None if positions is None or positions.ndim < 2 else positions.shape[-2],
+        positions=None if positions is None or positions.ndim not in {2, 3} else positions.shape[-2],
+        grid=None if positions is None or positions.ndim != 4 else (positions.shape[1], positions.shape[2]),
         rows=None if table is None else table.shape[0],
     )
 
@@ -122,14 +125,14 @@ def compare(
         return None
     source = source or grid
     size = (source[0] * patch[0], source[1] * patch[1])
-    if not allowed and (input_size is None or trained_size not in {None, size}):
-        raise LoadError(setting, _other_positions(size, source, embedding))
     if not hasattr(model, "set_input_size"):
         raise LoadError(
             setting,
             f"the file is for inputs of {_times(size)} pixels, and timm {timm.__version__} can't resample this "
             f"architecture: set {_paste(input_size=size)}",
         )
+    if not allowed and (input_size is None or trained_size not in {None, size}):
+        raise LoadError(setting, _other_positions(size, source, embedding))
     return Resampling(size, patch, "; ".join(_texts(same_patch, patch, stride, source, grid)))
 
 
@@ -149,8 +152,8 @@ def _grid(
     setting: str,
 ) -> Size | None:
     """The file's grid of positions, (down, across); None if the file has none that the model's could differ from."""
-    if file.rows is not None:
-        return _grid_of_table(file.rows, grid, setting)
+    if file.rows is not None or file.grid is not None:
+        return file.grid or _grid_of_table(file.rows or 0, grid, setting)
     embedded = getattr(model, "pos_embed", None)
     if file.positions is None or not isinstance(embedded, Tensor):
         return None

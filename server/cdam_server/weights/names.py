@@ -33,14 +33,19 @@ _AVERAGES: Final = {"state_dict_ema": "state_dict", "model_ema": "model"}
 _COUNTERS: Final = {"n_averaged", "num_updates", "decay", "initted", "step", "epoch", "global_step", "iteration"}
 _LOSSES: Final = {"criterion", "loss", "loss_fct", "loss_fn", "loss_func", "loss_function"}
 _CHUNK: Final = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")  # DINOv2 trains blocks in chunks, numbered through
-_TRAINING: Final = re.compile(r"optim|sched|scaler|^amp$|^loops$|callback|rng|^args$|config|hyper|metric|history")
+# Under which outermost keys training keeps its own state.
+_TRAINING: Final = re.compile(
+    r"(\w*optim\w*|\w*sched\w*|\w*scaler\w*|amp|loops|callbacks|\w*rng\w*|args|config|hparams|hyper_parameters|history|metrics)$"
+)
 # Heads of self-supervised training, and decoders of masked images.
-_PRETEXT_HEADS: Final = {"dino_head", "ibot_head", "projector", "projection_head", "predictor", "prototypes"}
+PRETEXT_HEADS: Final = frozenset({"dino_head", "ibot_head", "projector", "projection_head", "predictor", "prototypes"})
+_SURE_PRETEXT: Final = {"dino_head", "ibot_head"}
 _PRETEXT: Final = re.compile(r"(mask_token|queue|queue_ptr)$|decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)")
-_PRETEXT_PARTS: Final = {"mlp", "last_layer"}
+_NORMED: Final = re.compile(r"last_layer\.(weight_[gv]|parametrizations\.)")  # DINO's prototypes
 CLASSIFIERS: Final = frozenset(
     {"head", "heads", "fc", "classifier", "linear", "mlp_head", "cls_head", "class_head", "classification_head"}
     | {"classifier_head", "linear_head", "prediction_head", "output_layer", "fc_out", "logits", "head_dist", "clf"}
+    | {"predictor"}
 )
 """Names under which a classifier may stand beside a backbone, or in it."""
 _NATIVE: Final = 0.3  # of its own names found, the checkpoint is in the model's naming
@@ -241,7 +246,7 @@ def _sort(
                 if inner != "mask_token":
                     continue
             chosen.weights[inner] = tensor  # for the architecture's conversion, or to be refused
-        elif is_of_training(name, tensor) or not strict:
+        elif not strict or is_of_training(checkpoint, name, prefix):
             chosen.left_out.append(name)
         else:
             chosen.weights[name] = tensor
@@ -263,7 +268,7 @@ def _classifier(name: str, prefix: str) -> tuple[str, str] | None:
     """(the classifier's name, the tensor's name in it), for one in the backbone or in what wraps it."""
     parts = name.split(".")
     for start, part in enumerate(parts[:-1]):
-        if part in CLASSIFIERS or part in _PRETEXT_HEADS:
+        if part in CLASSIFIERS or part in PRETEXT_HEADS:
             outer = "".join(f"{each}." for each in parts[:start])
             return (f"{outer}{part}", ".".join(parts[start + 1 :])) if prefix.startswith(outer) else None
     return None
@@ -271,8 +276,12 @@ def _classifier(name: str, prefix: str) -> tuple[str, str] | None:
 
 def is_pretext(name: str, tensors: Iterable[str]) -> bool:
     """Whether a head is one of self-supervised training, which nobody asks for its outputs."""
-    parts = {tensor.split(".")[0] for tensor in tensors}
-    return name.rpartition(".")[2] in _PRETEXT_HEADS or parts >= _PRETEXT_PARTS or parts == {"last_layer"}
+    names = list(tensors)
+    several = len({tensor.rpartition(".")[0] for tensor in names}) > 1  # one linear layer may be a classifier
+    last = name.rpartition(".")[2]
+    return (
+        last in _SURE_PRETEXT or (several and last in PRETEXT_HEADS) or any(_NORMED.search(tensor) for tensor in names)
+    )
 
 
 def _is_counter(name: str, tensor: Tensor) -> bool:
@@ -284,15 +293,32 @@ def _is_loss(name: str, tensor: Tensor) -> bool:
     return tensor.ndim < 2 and name.partition(".")[0] in _LOSSES
 
 
-def is_of_training(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor outside the network is one of training alone."""
-    parts = name.split(".")
+def is_of_training(checkpoint: Checkpoint, name: str, prefix: str) -> bool:
+    """Whether a tensor outside the network is one of training alone.
+
+    A number may be a temperature where it lies in one mapping with the network; elsewhere it is a figure of training.
+
+    Args:
+        checkpoint: The file.
+        name: The tensor's, wrappers within names being off.
+        prefix: What stands before the network's names.
+    """
+    tensor, parts = checkpoint.tensors.get(name), name.split(".")
+    small = tensor is not None and tensor.ndim < 2
+    container = _container(checkpoint, prefix)
+    apart = bool(container) and not name.startswith(f"{container}.")
     return (
-        tensor.numel() == 1
-        or _PRETEXT.match(name.rpartition(".")[2]) is not None
-        or (tensor.ndim < 2 and any(part in _LOSSES for part in parts))
-        or any(_TRAINING.search(part) for part in parts)
+        (tensor is not None and tensor.numel() == 1 and (apart or parts[-1] in _COUNTERS))
+        or _PRETEXT.match(parts[-1]) is not None
+        or (small and any(part in _LOSSES for part in parts))
+        or _is_trainings(checkpoint, name)
     )
+
+
+def _is_trainings(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor lies under a key of the file that holds training's own state."""
+    key = name.partition(".")[0]
+    return key in checkpoint.keys and _TRAINING.match(key) is not None
 
 
 def _container(checkpoint: Checkpoint, prefix: str) -> str:
@@ -315,7 +341,7 @@ def _foreign(checkpoint: Checkpoint, tensors: StateDict, key: str | None, settin
     kept = {
         name: tensor
         for name, tensor in tensors.items()
-        if (key is None or _names_part(key, name)) and not _TRAINING.search(name.partition(".")[0])
+        if (key is None or _names_part(key, name)) and not _is_trainings(checkpoint, name)
     }
     if not kept:
         raise LoadError(setting, f"there are no weights in {checkpoint.source}, but {_parts(tensors)}")
