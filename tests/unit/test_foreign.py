@@ -173,6 +173,44 @@ def test_the_classifier_may_be_left_out(pets: Path) -> None:
     assert "num_outputs: 7 are asked for, but the head has 3" in failure(f"local-dir:{pets}", num_outputs=7)
 
 
+def test_a_classifier_of_several_layers_is_refused_or_replaced(pets: Path, tmp_path: Path) -> None:
+    model = vit()
+    model.classifier = nn.Sequential(nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 3))
+    model.save_pretrained(pets)
+    folder = f"local-dir:{pets}"
+    message = failure(folder)
+    assert (
+        "architecture: the classifier is not one linear layer, and its activations are in no file: give one" in message
+    )
+    assert message.endswith("(classifier.0.bias, classifier.0.weight, classifier.2.bias and 1 more)")
+    message = failure(folder, head_layers=["linear", "relu", "linear"])
+    assert "head_layers: of a converted model only a linear classifier is read" in message
+    bare = load_model(spec(folder, num_outputs=0))
+    assert (bare.output_count, bare.output_names) == (0, ())
+    assert bare.weights.notes[0].startswith(
+        "left out: the classifier, for which another or none is asked (classifier.0"
+    )
+    save_file(
+        {name.removeprefix("classifier."): x for name, x in model.state_dict().items() if "classifier" in name},
+        tmp_path / "head.safetensors",
+    )
+    layers = ["linear", "relu", "linear"]
+    loaded = load_model(spec(folder, head=tmp_path / "head.safetensors", head_layers=layers, outputs=["a", "b", "c"]))
+    assert same(loaded, lambda pixels: model(pixels).logits)
+
+
+def test_another_head_takes_what_the_classifier_took(tmp_path: Path) -> None:
+    """DINOv2's reads [CLS] and the patches' mean."""
+    torch.manual_seed(0)
+    model = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**SIZES, **LABELS)).eval()
+    model.save_pretrained(tmp_path)
+    save_file(
+        {"weight": model.classifier.weight.data[:2].clone(), "bias": torch.ones(2)}, tmp_path / "head.safetensors"
+    )
+    loaded = load_model(spec(f"local-dir:{tmp_path}", head=tmp_path / "head.safetensors", preprocessing=PREPROCESSING))
+    assert same(loaded, lambda pixels: model(pixels).logits[:, :2] + 1)
+
+
 def test_a_head_on_a_projection_takes_the_embedding(tmp_path: Path) -> None:
     config = transformers.CLIPVisionConfig(**SIZES, intermediate_size=60, projection_dim=20)
     torch.manual_seed(0)
@@ -383,6 +421,18 @@ def test_training_wrappers_of_other_libraries_models(wrapping: str, tmp_path: Pa
     kwargs = {"num_heads": 3}
     settings = {"checkpoint": tmp_path / "w.pth", "model_kwargs": kwargs, "preprocessing": PREPROCESSING}
     assert same(load_model(spec("torchvision:VisionTransformer", **settings)), _torchvision())
+
+
+def test_a_torchvision_classifier_of_several_layers(tmp_path: Path) -> None:
+    model = _torchvision()
+    model.heads = nn.Sequential(nn.Linear(48, 8), nn.GELU(), nn.Linear(8, 2))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    settings = {"checkpoint": tmp_path / "w.pth", "model_kwargs": {"num_heads": 3}, "preprocessing": PREPROCESSING}
+    message = failure("torchvision:VisionTransformer", **settings)
+    assert "checkpoint: the classifier is not one linear layer" in message
+    loaded = load_model(spec("torchvision:VisionTransformer", num_outputs=0, **settings))
+    model.heads = nn.Identity()
+    assert same(loaded, model)
 
 
 def test_several_networks_and_what_stands_beside_one(tmp_path: Path) -> None:

@@ -221,9 +221,11 @@ def test_the_size_that_a_model_was_built_for_counts() -> None:
     assert DataConfig.from_timm(model).input_size == (64, 96)
 
 
-def test_grey_models_are_refused() -> None:
+def test_models_of_rgb_and_of_grey_pictures() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=1, in_chans=1)
-    with pytest.raises(ValueError, match="RGB"):
+    assert DataConfig.from_timm(model).channels == 1
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, in_chans=4)
+    with pytest.raises(ValueError, match="the model takes 4 channels, and a picture has 3"):
         DataConfig.from_timm(model)
 
 
