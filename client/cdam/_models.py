@@ -14,7 +14,7 @@ class ModelInput:
         std: Likewise.
         interpolation: Filter of the resize: ``bicubic``, ``bilinear``, ...
         crop_fraction: Input size over the size that the image is resized to before it is cropped.
-        crop_mode: ``center``, ``squash`` or ``border``.
+        crop_mode: ``center``, ``squash`` or ``border``; also ``center_floor`` and ``squash_top_left``, see `docs/models.md`.
     """
 
     mean: tuple[float, ...]

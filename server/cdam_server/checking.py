@@ -44,6 +44,7 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "weights": loaded.weights.source,
         "prefix taken off": loaded.weights.prefix,
         "left out": list(loaded.weights.left_out),
+        "converted": list(loaded.weights.notes),
         "resampled": loaded.resampled,
         "task": str(loaded.task),
         "outputs": loaded.output_count,

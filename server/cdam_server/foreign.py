@@ -58,6 +58,7 @@ def converted_of(spec: ModelSpec) -> tuple[Converted, Report] | None:
     """
     for library in _SIGNATURES:
         if spec.architecture.startswith(library):
+            _check_kwargs(spec)
             return _from_checkpoint(spec, library)
     if not spec.brings_weights:
         return None
@@ -66,9 +67,10 @@ def converted_of(spec: ModelSpec) -> tuple[Converted, Report] | None:
         if found is None:
             return None
         path, kind = found
+        _check_kwargs(spec)
         _check_settings(spec, {"checkpoint", "random_weights", "weights_key"})
-        converted = folder.convert(path, kind, spec.input_size)
-    return converted, Report(str(path), resampled=converted.resampled)
+        converted = folder.convert(path, kind, spec.input_size, keeps_classifier=_keeps_classifier(spec))
+    return converted, Report(str(path), resampled=converted.resampled, notes=converted.notes)
 
 
 def refuse_foreign(checkpoint: Checkpoint, setting: str) -> None:
@@ -103,22 +105,18 @@ def refuse_foreign_folder(name: str, setting: str) -> None:
 
 
 def build(spec: ModelSpec, converted: Converted) -> nn.Module:
-    """The converted model, with its classifier unless the settings leave it out.
+    """The converted model.
 
     Raises:
         LoadError: The files contradict each other, or nothing says how images are prepared.
     """
-    _check_kwargs(spec)
     if converted.data_config is None and (missing := _unsaid(spec)):
         raise LoadError(
             "preprocessing",
             f"no file says how images are prepared, and {', '.join(missing)} must not be guessed: give {_EXAMPLE}",
         )
     with _as_load_error("checkpoint" if spec.checkpoint is not None else "architecture"):
-        module = converted.build(spec.overlay, dynamic_img_size=spec.dynamic_img_size)
-    if spec.head is not None or spec.num_outputs == 0:
-        module.reset_classifier(0)  # type: ignore[operator]  # nn.Module's attributes are untyped
-    return module
+        return converted.build(spec.overlay, dynamic_img_size=spec.dynamic_img_size)
 
 
 def tell(model: str, converted: Converted) -> None:
@@ -149,8 +147,9 @@ def _from_checkpoint(spec: ModelSpec, library: str) -> tuple[Converted, Report]:
                 None if name == "VisionTransformer" else name,
                 num_heads=heads if isinstance(heads, int) else None,
                 input_size=spec.input_size,
+                keeps_classifier=_keeps_classifier(spec),
             )
-    return converted, Report(checkpoint.source, prefix, tuple(left_out), converted.resampled)
+    return converted, Report(checkpoint.source, prefix, tuple(left_out), converted.resampled, converted.notes)
 
 
 def _network(checkpoint: Checkpoint, library: str, key: str | None) -> tuple[StateDict, str, list[str]]:
@@ -197,10 +196,16 @@ def _check_settings(spec: ModelSpec, unwanted: set[str]) -> None:
             raise LoadError(setting, f"{spec.architecture} has its own weights: leave {setting} out")
 
 
+def _keeps_classifier(spec: ModelSpec) -> bool:
+    return spec.head is None and spec.num_outputs != 0
+
+
 def _check_kwargs(spec: ModelSpec) -> None:
     left = _LEFT if spec.architecture.startswith(TORCHVISION) else _LEFT - {"num_heads"}
     if extra := sorted(spec.model_kwargs.keys() - left):
         raise LoadError("model_kwargs", f"a converted model has its sizes from its files: leave {', '.join(extra)} out")
+    if spec.head_layers is not None and spec.head is None:
+        raise LoadError("head_layers", "of a converted model only a linear classifier is read: give the head as a file")
 
 
 def _unsaid(spec: ModelSpec) -> list[str]:

@@ -24,10 +24,11 @@ from cdam_engine import SplitViT, UnsupportedArchitectureError
 from cdam_engine.fingerprint import fingerprint
 from cdam_engine.preprocess import DataConfig
 from cdam_server import foreign
+from cdam_server.conversions import torchvision
 from cdam_server.conversions.converted import Converted, TextSide
 from cdam_server.load_error import LoadError, few, reason
 from cdam_server.output_names import imagenet_names, read_names
-from cdam_server.specs import DEMO, HUB, ModelSpec, Task, load_models_file, naming
+from cdam_server.specs import DEMO, HUB, TORCHVISION, ModelSpec, Task, load_models_file, naming
 from cdam_server.validation import unknown
 from cdam_server.weights import NO_REPORT, Report, Wish, attach_head, load_weights, read_checkpoint
 
@@ -263,6 +264,11 @@ def _resampled_by_timm(spec: ModelSpec, module: nn.Module) -> str:
 def _check_architecture(spec: ModelSpec) -> None:
     if spec.brings_weights:  # for timm to resolve
         return
+    if torchvision.is_name(spec.architecture):
+        raise LoadError(
+            "architecture",
+            f"{spec.architecture} is torchvision's: say {TORCHVISION}{spec.architecture}, with a checkpoint",
+        )
     if not timm.is_model(spec.architecture):
         similar = difflib.get_close_matches(spec.architecture.split(".")[0], timm.list_models(), n=3)
         hint = f"; is it {' or '.join(similar)}?" if similar else ""

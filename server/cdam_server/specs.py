@@ -195,6 +195,7 @@ class ModelSpec(BaseModel):
         if sum(sources) > 1 or (not any(sources) and not self.brings_weights):
             raise ValueError(
                 "give one source of weights: pretrained, checkpoint or random_weights (flags of the same names)"
+                f"{self._hint()}"
             )
         return self
 
@@ -210,6 +211,12 @@ class ModelSpec(BaseModel):
         if isinstance(overlay, dict) and (twice := sorted(overlay.keys() & self.preprocessing.given().keys())):
             raise ValueError(f"preprocessing: {', '.join(twice)} is in model_kwargs.pretrained_cfg_overlay, too")
         return self
+
+    def _hint(self) -> str:
+        """What is missing where an architecture is of another library, or a folder."""
+        if self.architecture.startswith((TORCHVISION, OPEN_CLIP)):
+            return f"; {self.architecture} needs a checkpoint"
+        return f"; for the folder say {FOLDER}{self.architecture}" if Path(self.architecture).is_dir() else ""
 
     @property
     def brings_weights(self) -> bool:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 from open_clip.factory import get_model_config
-from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.model import CLIP, CustomTextCLIP, _build_vision_tower
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
@@ -125,6 +126,37 @@ def test_names_stand_for_what_open_clip_has(name: str) -> None:
     assert {key: value for key, value in mine.items() if key not in sizes} == {
         key: value for key, value in vision.items() if key not in sizes
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ViT-S-32-alt",
+        "ViT-M-16-alt",
+        "ViT-B-16-plus-240",
+        "ViT-L-14-336-quickgelu",
+        "ViT-H-14-CLIPA",
+        "ViT-g-14",
+        "ViT-bigG-14",
+        "ViT-e-14",
+        "ViT-SO400M-14-SigLIP-384",
+        "ViT-gopt-16-SigLIP2-256",
+    ],
+)
+def test_full_size_towers_have_timms_shapes_and_open_clips_heads(name: str) -> None:
+    """Without memory for the numbers."""
+    config = get_model_config(name)
+    with torch.device("meta"):
+        tower = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+    converted = convert({f"visual.{key}": x for key, x in tower.state_dict().items()}, Description.from_name(name))
+    with torch.device("meta"):
+        model = timm.create_model(converted.architecture, **converted.model_kwargs)
+        if converted.readout is not None:
+            converted.readout.install(model)
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert {key: tuple(tensor.shape) for key, tensor in converted.weights.items()} == shapes
+    attention = tower.trunk.blocks[0].attn if hasattr(tower, "trunk") else tower.transformer.resblocks[0].attn
+    assert model.blocks[0].attn.num_heads == attention.num_heads
 
 
 def test_how_many_names_are_known() -> None:

@@ -129,8 +129,8 @@ def test_refusals() -> None:
         torchvision.convert(_named("vit_b_16", 224), "vit_b_16.V2")
     with pytest.raises(ConversionError, match="takes 384 pixels, but the checkpoint 224"):
         torchvision.convert(_named("vit_b_16", 224), "vit_b_16.IMAGENET1K_SWAG_E2E_V1")
-    with pytest.raises(ConversionError, match=r"holds more than the model: heads\.extra"):
-        torchvision.convert({**tensors, "heads.extra": torch.zeros(1)}, None, num_heads=3)
+    with pytest.raises(ConversionError, match=r"holds more than the model: encoder\.extra"):
+        torchvision.convert({**tensors, "encoder.extra": torch.zeros(1)}, None, num_heads=3)
     stem = {name.replace("conv_proj.", "conv_proj.conv_last."): tensor for name, tensor in tensors.items()}
     with pytest.raises(ConversionError, match="models with a convolutional stem are not known"):
         torchvision.convert(stem, None, num_heads=3)

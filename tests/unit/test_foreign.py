@@ -173,6 +173,44 @@ def test_the_classifier_may_be_left_out(pets: Path) -> None:
     assert "num_outputs: 7 are asked for, but the head has 3" in failure(f"local-dir:{pets}", num_outputs=7)
 
 
+def test_a_classifier_of_several_layers_is_refused_or_replaced(pets: Path, tmp_path: Path) -> None:
+    model = vit()
+    model.classifier = nn.Sequential(nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 3))
+    model.save_pretrained(pets)
+    folder = f"local-dir:{pets}"
+    message = failure(folder)
+    assert (
+        "architecture: the classifier is not one linear layer, and its activations are in no file: give one" in message
+    )
+    assert message.endswith("(classifier.0.bias, classifier.0.weight, classifier.2.bias and 1 more)")
+    message = failure(folder, head_layers=["linear", "relu", "linear"])
+    assert "head_layers: of a converted model only a linear classifier is read" in message
+    bare = load_model(spec(folder, num_outputs=0))
+    assert (bare.output_count, bare.output_names) == (0, ())
+    assert bare.weights.notes[0].startswith(
+        "left out: the classifier, for which another or none is asked (classifier.0"
+    )
+    save_file(
+        {name.removeprefix("classifier."): x for name, x in model.state_dict().items() if "classifier" in name},
+        tmp_path / "head.safetensors",
+    )
+    layers = ["linear", "relu", "linear"]
+    loaded = load_model(spec(folder, head=tmp_path / "head.safetensors", head_layers=layers, outputs=["a", "b", "c"]))
+    assert same(loaded, lambda pixels: model(pixels).logits)
+
+
+def test_another_head_takes_what_the_classifier_took(tmp_path: Path) -> None:
+    """DINOv2's reads [CLS] and the patches' mean."""
+    torch.manual_seed(0)
+    model = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**SIZES, **LABELS)).eval()
+    model.save_pretrained(tmp_path)
+    save_file(
+        {"weight": model.classifier.weight.data[:2].clone(), "bias": torch.ones(2)}, tmp_path / "head.safetensors"
+    )
+    loaded = load_model(spec(f"local-dir:{tmp_path}", head=tmp_path / "head.safetensors", preprocessing=PREPROCESSING))
+    assert same(loaded, lambda pixels: model(pixels).logits[:, :2] + 1)
+
+
 def test_a_head_on_a_projection_takes_the_embedding(tmp_path: Path) -> None:
     config = transformers.CLIPVisionConfig(**SIZES, intermediate_size=60, projection_dim=20)
     torch.manual_seed(0)
@@ -385,6 +423,18 @@ def test_training_wrappers_of_other_libraries_models(wrapping: str, tmp_path: Pa
     assert same(load_model(spec("torchvision:VisionTransformer", **settings)), _torchvision())
 
 
+def test_a_torchvision_classifier_of_several_layers(tmp_path: Path) -> None:
+    model = _torchvision()
+    model.heads = nn.Sequential(nn.Linear(48, 8), nn.GELU(), nn.Linear(8, 2))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    settings = {"checkpoint": tmp_path / "w.pth", "model_kwargs": {"num_heads": 3}, "preprocessing": PREPROCESSING}
+    message = failure("torchvision:VisionTransformer", **settings)
+    assert "checkpoint: the classifier is not one linear layer" in message
+    loaded = load_model(spec("torchvision:VisionTransformer", num_outputs=0, **settings))
+    model.heads = nn.Identity()
+    assert same(loaded, model)
+
+
 def test_several_networks_and_what_stands_beside_one(tmp_path: Path) -> None:
     weights = _torchvision().state_dict()
     file = tmp_path / "w.pth"
@@ -404,8 +454,14 @@ def test_several_networks_and_what_stands_beside_one(tmp_path: Path) -> None:
 def test_architectures_of_other_libraries_need_a_checkpoint(torchvision_file: Path) -> None:
     message = failure("torchvision:vit_b_16", random_weights=True)
     assert "architecture: torchvision:vit_b_16 needs its weights: give them as the checkpoint" in message
-    with pytest.raises(ValidationError, match="give one source of weights"):
+    with pytest.raises(
+        ValidationError, match=r"give one source of weights: .*; torchvision:vit_b_16 needs a checkpoint"
+    ):
         spec("torchvision:vit_b_16")
+    with pytest.raises(ValidationError, match=f"; for the folder say local-dir:{torchvision_file.parent}"):
+        spec(str(torchvision_file.parent))
+    message = failure("vit_b_16", checkpoint=torchvision_file)
+    assert message.endswith("architecture: vit_b_16 is torchvision's: say torchvision:vit_b_16, with a checkpoint")
     message = failure("torchvision:swin_t", checkpoint=torchvision_file)
     assert "architecture: torchvision has no Vision Transformer 'swin_t', but vit_b_16, vit_b_32" in message
     message = failure("open_clip:RN50", checkpoint=torchvision_file)
@@ -440,6 +496,8 @@ def test_a_checkpoint_of_open_clip(clip: nn.Module, tmp_path: Path) -> None:
     assert same(loaded, clip.encode_image)
     assert loaded.output_count == 0
     assert loaded.architecture == "open_clip:ViT-B-8-quickgelu"
+    assert loaded.weights.notes[0].startswith("images are prepared as open_clip does it")
+    assert loaded.weights.notes[1].startswith("left out: the text tower (")
     assert loaded.text is not None
     assert loaded.text.logit_scale == pytest.approx(clip.logit_scale.item())
     assert (loaded.data_config.input_size, loaded.data_config.crop_pct) == ((32, 32), 1.0)

@@ -11,6 +11,7 @@ import timm.data
 import torch
 from PIL import Image
 
+from cdam.v1 import common_pb2
 from cdam_engine import preprocess
 from cdam_engine.preprocess import DataConfig, Prepared, Region, normalise, prepare
 
@@ -23,6 +24,7 @@ CONFIG = DataConfig(
     crop_mode="center",
 )
 SIZES = [(64, 64), (1, 1), (3, 200), (200, 3), (97, 131), (480, 333), (65, 64), (30, 41), (500, 71)]  # (height, width)
+CROP_MODES = ["center", "center_floor", "squash", "squash_top_left", "border"]
 CASES = [
     (size, crop_mode)
     for crop_mode in ("center", "squash", "border")
@@ -84,13 +86,23 @@ def test_an_input_size_of_the_request_replaces_the_configured_one() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
 def test_squash_shows_the_whole_image(size: tuple[int, int], crop_mode: str) -> None:
     image = noise(*size)
     prepared = prepare(image, replace(CONFIG, crop_mode=crop_mode), resize="squash", input_size=(48, 80))
     assert prepared.region == Region(0, 0, image.width, image.height)
     expected = image.resize((80, 48), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(prepared.pixels, np.asarray(expected))
+
+
+def test_every_way_to_crop_and_to_resize_has_a_name_in_the_api() -> None:
+    assert {f"CROP_MODE_{name.upper()}" for name in CROP_MODES} == set(common_pb2.CropMode.keys()[1:])
+    for crop_mode in CROP_MODES:
+        replace(CONFIG, crop_mode=crop_mode)
+    for name in common_pb2.Interpolation.keys()[1:]:
+        replace(CONFIG, interpolation=name.removeprefix("INTERPOLATION_").lower())
+    with pytest.raises(ValueError, match=f"crop_mode must be one of {', '.join(CROP_MODES)}, not 'middle'"):
+        replace(CONFIG, crop_mode="middle")
 
 
 def test_regions_by_hand() -> None:
@@ -104,9 +116,16 @@ def test_regions_by_hand() -> None:
     # both sides to 71, crop at 4
     region = prepare(noise(100, 200), replace(CONFIG, crop_mode="squash")).region
     assert (region.left, region.top) == pytest.approx((4 * 200 / 71, 4 * 100 / 71))
+    # the same, from the corner
+    region = prepare(noise(100, 200), replace(CONFIG, crop_mode="squash_top_left")).region
+    assert (region.left, region.top) == (0, 0)
+    assert (region.right, region.bottom) == pytest.approx((64 * 200 / 71, 64 * 100 / 71))
+    # 7 and 78 too many of 71 x 142: the cut begins at 3, not at 4
+    region = prepare(noise(100, 200), replace(CONFIG, crop_mode="center_floor")).region
+    assert (region.left, region.top) == pytest.approx((39 * 200 / 142, 3 * 100 / 71))
 
 
-@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
 @pytest.mark.parametrize("resize", ["model", "squash"])
 @pytest.mark.parametrize("size", [(300, 401), (401, 300), (40, 33), (200, 200)])
 @pytest.mark.parametrize("input_size", [(64, 64), (48, 80)])
@@ -130,7 +149,7 @@ def test_a_marker_lands_where_the_region_says(
     assert bright_rows.max() + 1 == pytest.approx((bottom - region.top) * y, abs=1)
 
 
-@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
 @pytest.mark.parametrize("size", [(97, 131), (480, 333), (3, 200), (30, 41), (500, 71)])
 def test_large_intermediates_are_avoided_without_a_visible_difference(
     crop_mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -202,9 +221,11 @@ def test_the_size_that_a_model_was_built_for_counts() -> None:
     assert DataConfig.from_timm(model).input_size == (64, 96)
 
 
-def test_grey_models_are_refused() -> None:
+def test_models_of_rgb_and_of_grey_pictures() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=1, in_chans=1)
-    with pytest.raises(ValueError, match="RGB"):
+    assert DataConfig.from_timm(model).channels == 1
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, in_chans=4)
+    with pytest.raises(ValueError, match="the model takes 4 channels, and a picture has 3"):
         DataConfig.from_timm(model)
 
 

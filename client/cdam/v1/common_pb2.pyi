@@ -98,6 +98,10 @@ class _CropModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CropMode.Val
     """Both sides are resized, whatever the shape; the centre is cut out if crop_fraction is below 1."""
     CROP_MODE_BORDER: _CropMode.ValueType  # 3
     """The longer side is resized, the rest padded."""
+    CROP_MODE_CENTER_FLOOR: _CropMode.ValueType  # 4
+    """As CENTER, but the cut begins at the whole pixel before the centre's, not at the nearest one: as transformers does it."""
+    CROP_MODE_SQUASH_TOP_LEFT: _CropMode.ValueType  # 5
+    """As SQUASH, but what is cut out begins at the top left: the model's patches leave out the last rows and columns."""
 
 class CropMode(_CropMode, metaclass=_CropModeEnumTypeWrapper):
     """What becomes of an image of another shape than the model's input."""
@@ -110,6 +114,10 @@ CROP_MODE_SQUASH: CropMode.ValueType  # 2
 """Both sides are resized, whatever the shape; the centre is cut out if crop_fraction is below 1."""
 CROP_MODE_BORDER: CropMode.ValueType  # 3
 """The longer side is resized, the rest padded."""
+CROP_MODE_CENTER_FLOOR: CropMode.ValueType  # 4
+"""As CENTER, but the cut begins at the whole pixel before the centre's, not at the nearest one: as transformers does it."""
+CROP_MODE_SQUASH_TOP_LEFT: CropMode.ValueType  # 5
+"""As SQUASH, but what is cut out begins at the top left: the model's patches leave out the last rows and columns."""
 Global___CropMode: _TypeAlias = CropMode  # noqa: Y015
 
 @_typing.final

@@ -168,6 +168,8 @@ def _text(name: str, value: Any) -> str:
     if name == "left out":
         more = f" and {len(value) - 4} more" if len(value) > 4 else ""
         return f"{len(value)} tensors: {', '.join(value[:4])}{more}"
+    if name == "converted":
+        return "; ".join(value)
     if name in {"input size", "patch grid"}:
         return " x ".join(map(str, value))
     if name == "output names":

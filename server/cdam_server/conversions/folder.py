@@ -94,13 +94,14 @@ def has_weights(path: Path, kind: Kind) -> bool:
     return any((path / name).is_file() for name in names)
 
 
-def convert(path: Path, kind: Kind, input_size: Size | None = None) -> Converted:
+def convert(path: Path, kind: Kind, input_size: Size | None = None, *, keeps_classifier: bool = True) -> Converted:
     """The model in a folder as timm has it.
 
     Args:
         path: The folder.
         kind: Whose it is, not `Kind.OTHER`.
         input_size: (height, width) in pixels, if not the files' own.
+        keeps_classifier: Whether the classifier is wanted.
 
     Raises:
         ConversionError: A file is missing or damaged, or timm has no equal model.
@@ -109,7 +110,9 @@ def convert(path: Path, kind: Kind, input_size: Size | None = None) -> Converted
         description = open_clip.Description.from_config(_json(path / OPEN_CLIP_CONFIG))
         return open_clip.convert(_tensors(path, _OPEN_CLIP_WEIGHTS), description, input_size)
     files = read(path)
-    return hugging_face.convert(files.config, files.tensors, files.processor, input_size)
+    return hugging_face.convert(
+        files.config, files.tensors, files.processor, input_size, keeps_classifier=keeps_classifier
+    )
 
 
 def read(path: Path) -> Folder:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from cdam_server.conversions.tensors import ConversionError, StateDict, Tensors
+
+NOT_LINEAR: Final = (
+    "the classifier is not one linear layer, and its activations are in no file: give one with the setting head (and "
+    "head_layers), or leave it out with num_outputs: 0"
+)
 
 
 def mlp_ratio(hidden: int, width: int) -> float:

@@ -102,6 +102,19 @@ class Tensors:
         if names:
             self.left_out.append(f"left out: {because} ({few(names)})")
 
+    def refuse(self, pattern: str, because: str) -> None:
+        """Refuses what a regular expression matches from the start.
+
+        Raises:
+            ConversionError: There is such a tensor.
+        """
+        if names := [name for name in self._tensors if re.match(pattern, name)]:
+            raise ConversionError(f"{because} ({few(names)})")
+
+    def has(self, pattern: str) -> bool:
+        """Whether there are tensors whose names a regular expression matches from the start."""
+        return any(re.match(pattern, name) for name in self._tensors)
+
     def check_all_used(self) -> None:
         """To be called last.
 

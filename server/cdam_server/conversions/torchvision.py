@@ -16,7 +16,15 @@ from torch import Tensor
 
 from cdam_engine.preprocess import DataConfig, Size
 from cdam_server.conversions.converted import Converted
-from cdam_server.conversions.layers import crop_fraction, mlp_ratio, put, resample_positions, resampled, with_bias
+from cdam_server.conversions.layers import (
+    NOT_LINEAR,
+    crop_fraction,
+    mlp_ratio,
+    put,
+    resample_positions,
+    resampled,
+    with_bias,
+)
 from cdam_server.conversions.readouts import HiddenLayer, Readout
 from cdam_server.conversions.tensors import ConversionError, StateDict, Tensors
 
@@ -94,7 +102,12 @@ def recognise(names: Iterable[str]) -> bool:
 
 
 def convert(
-    tensors: Mapping[str, Tensor], name: str | None, *, num_heads: int | None = None, input_size: Size | None = None
+    tensors: Mapping[str, Tensor],
+    name: str | None,
+    *,
+    num_heads: int | None = None,
+    input_size: Size | None = None,
+    keeps_classifier: bool = True,
 ) -> Converted:
     """A state dict of torchvision's VisionTransformer as timm has it.
 
@@ -103,6 +116,7 @@ def convert(
         name: Of the model, maybe with that of its weights; None for a VisionTransformer of other sizes.
         num_heads: In every block; needed without a name.
         input_size: (height, width) in pixels, if not that of the positions, which are then resampled.
+        keeps_classifier: Whether the classifier is wanted.
 
     Raises:
         ConversionError: Not what torchvision saves, not the model of this name, or the number of heads is not known.
@@ -132,10 +146,7 @@ def convert(
     if "heads.pre_logits.weight" in source:
         put(weights, "fc_norm.0", source.take_layer("heads.pre_logits"))
         readout = HiddenLayer(len(weights["fc_norm.0.weight"]))
-    # Fine-tuning code puts its own classifier in the place of the head, or of all heads.
-    heads_found = [name for name in ("heads.head", "heads", "heads.0") if f"{name}.weight" in source]
-    if heads_found:
-        put(weights, "head", with_bias(source.take_layer(heads_found[0])))
+    put(weights, "head", _classifier(source, keeps=keeps_classifier))
     source.check_all_used()
     data_config, note = _preset(name, own)
     return Converted(
@@ -157,6 +168,22 @@ def convert(
         notes=note,
         resampled=resampled(own, size),
     )
+
+
+def _classifier(source: Tensors, *, keeps: bool) -> StateDict:
+    """The last layer's weight and bias; fine-tuning code puts its own in the place of the head, or of all heads.
+
+    Raises:
+        ConversionError: It is not one linear layer.
+    """
+    if not keeps:
+        source.leave_out(r"heads\.", "the classifier, for which another or none is asked")
+    layer: StateDict = {}
+    name = next((name for name in ("heads.head", "heads", "heads.0") if f"{name}.weight" in source), None)
+    if name is not None:
+        layer = with_bias(source.take_layer(name))
+    source.refuse(r"heads\.", NOT_LINEAR)
+    return layer
 
 
 def _heads(name: str | None, width: int, patch: int, num_heads: int | None) -> int:

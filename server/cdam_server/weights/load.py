@@ -61,12 +61,14 @@ class Report:
         prefix: What stood before the names.
         left_out: Names of tensors that are not the model's.
         resampled: What has been resampled, in words; "" if nothing.
+        notes: What a conversion left out or decided, one line each.
     """
 
     source: str = ""
     prefix: str = ""
     left_out: tuple[str, ...] = ()
     resampled: str = ""
+    notes: tuple[str, ...] = ()
 
 
 NO_REPORT: Final = Report()

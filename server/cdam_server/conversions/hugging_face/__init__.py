@@ -121,6 +121,8 @@ def convert(
     tensors: Mapping[str, Tensor],
     processor: Mapping[str, Any] | None = None,
     input_size: Size | None = None,
+    *,
+    keeps_classifier: bool = True,
 ) -> Converted:
     """A checkpoint of transformers as timm has it.
 
@@ -129,6 +131,7 @@ def convert(
         tensors: As saved.
         processor: Of preprocessor_config.json, or None.
         input_size: (height, width) in pixels, if not the processor's. Positions are resampled as transformers does it.
+        keeps_classifier: Whether the classifier is wanted; the latent is what it reads in either case.
 
     Raises:
         ConversionError: Timm has no equal model, or the files contradict each other.
@@ -137,8 +140,16 @@ def convert(
     vision = _vision_config(config, kind) if kind.tower else config
     own = Config({**kind.defaults, **{key: value for key, value in vision.items() if value is not None}})
     prepared = None if processor is None else data_config(processor, own.pair("patch_size"))
+    named = Tensors(tensors, kind.renamings)
     request = Request(
-        model_class, own, Config(config) if kind.tower else own, Tensors(tensors, kind.renamings), prepared, input_size
+        model_class,
+        own,
+        Config(config) if kind.tower else own,
+        named,
+        prepared,
+        input_size,
+        classifies=named.has(r"(cls_|distillation_)?classifier\."),
+        keeps_classifier=keeps_classifier,
     )
     converted = kind.convert(request)
     request.tensors.check_all_used()

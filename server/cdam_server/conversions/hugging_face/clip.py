@@ -33,7 +33,7 @@ def convert_clip(request: Request) -> Converted:
     put(weights, "norm_pre", tensors.take_layer("pre_layrnorm"))
     head = request.classifier()
     readout: Readout | None = None
-    if head:
+    if request.classifies:
         tensors.leave_out(r"post_layernorm\.", "the norm after the last block, which the classifier does not read")
         kwargs |= {"global_pool": "avg", "final_norm": False}
         put(weights, "head", head)
@@ -61,7 +61,7 @@ def convert_siglip(request: Request) -> Converted:
     put(weights, "patch_embed.proj", {"bias": tensors.take("embeddings.patch_embedding.bias")})
     put(weights, "norm", tensors.take_layer("post_layernorm"))
     head = request.classifier()
-    if head:
+    if request.classifies:
         tensors.leave_out(r"head\.", "the attention pooling, which the classifier does not read")
         kwargs |= {"global_pool": "avg", "fc_norm": False}
         put(weights, "head", head)

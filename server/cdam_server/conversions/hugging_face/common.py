@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cdam_engine.preprocess import DataConfig, Size
-from cdam_server.conversions.layers import resampled, with_bias
+from cdam_server.conversions.layers import NOT_LINEAR, resampled, with_bias
 from cdam_server.conversions.tensors import ConversionError, StateDict, Tensors
 
 ACTIVATIONS: Final = {
@@ -109,6 +109,8 @@ class Request:
         tensors: All of the checkpoint's.
         processor: How images are prepared; None: the files don't say.
         input_size: (height, width) that was asked for; None: the processor's, or the model's own.
+        classifies: Whether the checkpoint has a classifier, which decides what the latent is.
+        keeps_classifier: Whether it is wanted.
     """
 
     model_class: str
@@ -117,6 +119,8 @@ class Request:
     tensors: Tensors
     processor: DataConfig | None
     input_size: Size | None
+    classifies: bool
+    keeps_classifier: bool
 
     @property
     def size(self) -> Size:
@@ -196,13 +200,17 @@ class Request:
         }
 
     def classifier(self, name: str = "classifier") -> StateDict:
-        """Weight and bias of the classifier; empty where the model has none.
+        """Weight and bias of the classifier; empty where the model has none, or none is wanted.
 
         Raises:
-            ConversionError: The configuration promises one.
+            ConversionError: The configuration promises one, or it is not linear.
         """
+        if not self.keeps_classifier:
+            self.tensors.leave_out(rf"{name}\.", "the classifier, for which another or none is asked")
+            return {}
         if f"{name}.weight" in self.tensors:
             return with_bias(self.tensors.take_layer(name))
+        self.tensors.refuse(rf"{name}\.", NOT_LINEAR)
         if "ForImageClassification" in self.model_class and self.top.values.get("id2label") != {}:
             raise ConversionError(f"{self.model_class} has a classifier, but {name}.weight is missing")
         return {}

@@ -79,7 +79,7 @@ def convert_v2(request: Request) -> Converted:
         },
         norm_eps=float(config["layer_norm_eps"]),
         weights=weights,
-        readout=ClassTokenAndPatchMean() if count else None,
+        readout=ClassTokenAndPatchMean() if request.classifies else None,
         data_config=request.data_config,
         output_names=request.output_names(count),
         task=request.task,
