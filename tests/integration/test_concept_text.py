@@ -148,6 +148,31 @@ def test_a_model_of_another_training_is_refused(run: Run, client: cdam.Client, f
     assert client.concept("stray", model="clip").version == 1
 
 
+def test_a_trunk_in_bf16_is_the_same_tower(
+    folders: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.load(
+        address="127.0.0.1:0",
+        admin_address="127.0.0.1:0",
+        model=f"local-dir:{folders['clip'].path}",
+        precision="bf16",
+        data_dir=tmp_path,
+        log_level="error",
+    )
+    with serve_in_background(settings) as address:
+        monkeypatch.setenv("CDAM_SERVER", address)
+        said = {
+            name: CliRunner().invoke(
+                main, ["concept", "text", name, CAT, "--text-model", f"local-dir:{folders[name].path}"]
+            )
+            for name in ("clip", "other")
+        }
+        with cdam.Client(address) as client:
+            assert client.model().precision == "bf16"
+    assert said["clip"].exit_code == 0, said["clip"].output
+    assert "is not the image tower" in said["other"].stderr
+
+
 def test_vectors_of_another_length_are_refused(run: Run) -> None:
     for name, size in (("demo", 128), ("siglip", 96)):
         done = run("cat", CAT, "--model", name)
