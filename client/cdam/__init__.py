@@ -51,7 +51,7 @@ from cdam._evaluation import (
     Sample,
     SampleResult,
 )
-from cdam._explanation import ExplainedTarget, Explanation, Geometry, Parts, RelevanceMap, Timing
+from cdam._explanation import AppliedPreprocessing, ExplainedTarget, Explanation, Geometry, Parts, RelevanceMap, Timing
 from cdam._images import ImageLike, MaskLike
 from cdam._items import Item, ItemResult
 from cdam._methods import (
@@ -92,7 +92,7 @@ from cdam._metrics import (
     Randomisation,
     Sparseness,
 )
-from cdam._models import Model
+from cdam._models import Model, ModelInput
 from cdam._outcome import AsyncEvaluation, Evaluation
 from cdam._overlay import Background, Interpolation, Region
 from cdam._targets import Concept, Contrast, Output, Similarity, Target, TargetLike, TopK
@@ -107,6 +107,7 @@ __all__ = [
     "Aborted",
     "AlreadyExists",
     "Anchor",
+    "AppliedPreprocessing",
     "AsyncClient",
     "AsyncEvaluation",
     "Attention",
@@ -158,6 +159,7 @@ __all__ = [
     "MetricLike",
     "MetricValue",
     "Model",
+    "ModelInput",
     "Noise",
     "NotFound",
     "Output",

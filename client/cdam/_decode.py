@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from cdam._concepts import ConceptExample, RegisteredConcept
 from cdam._encode import ENUMS, NESTED, REPEATED, short_name
 from cdam._errors import MalformedResponse, RpcError, error_from_status
-from cdam._explanation import ExplainedTarget, Explanation, Geometry, Parts, RelevanceMap, Timing
+from cdam._explanation import AppliedPreprocessing, ExplainedTarget, Explanation, Geometry, Parts, RelevanceMap, Timing
 from cdam._methods import Cdam, Method
-from cdam._models import Model
+from cdam._models import Model, ModelInput
 from cdam._overlay import Region
 from cdam._targets import Concept, Contrast, Output, Similarity, Target
 from cdam.v1 import common_pb2, concept_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
@@ -57,6 +57,15 @@ def decode_explanation(
         maps=tuple(_map(m, methods or (Cdam(),), targets, geometry, request.image) for m in response.maps),
         timing=_timing(response.timing),
         token_cache_hit=response.token_cache_hit,
+        preprocessing=_applied(response.preprocessing) if response.HasField("preprocessing") else None,
+    )
+
+
+def _applied(message: explain_pb2.AppliedPreprocessing) -> AppliedPreprocessing:
+    return AppliedPreprocessing(
+        resize=short_name(common_pb2.ResizeMode, "RESIZE_MODE", message.resize_mode),
+        input_size=_size(message.input_size),
+        model_input=_model_input(message.model_input),
     )
 
 
@@ -81,6 +90,18 @@ def decode_model(model: model_pb2.Model) -> Model:
         precision=short_name(model_pb2.Precision, "PRECISION", model.precision),
         methods=tuple(kind for kind, m in support.items() if m.supported),
         unsupported=MappingProxyType({kind: m.reason for kind, m in support.items() if not m.supported}),
+        input=_model_input(model.input) if model.HasField("input") else None,
+        resampled=model.resampled,
+    )
+
+
+def _model_input(message: common_pb2.ModelInput) -> ModelInput:
+    return ModelInput(
+        mean=tuple(message.mean),
+        std=tuple(message.std),
+        interpolation=short_name(common_pb2.Interpolation, "INTERPOLATION", message.interpolation),
+        crop_fraction=message.crop_fraction,
+        crop_mode=short_name(common_pb2.CropMode, "CROP_MODE", message.crop_mode),
     )
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from cdam import _overlay
 from cdam._images import ImageLike, encode_image, open_image
 from cdam._methods import Method
+from cdam._models import ModelInput
 from cdam._overlay import Background, Interpolation, Region
 from cdam._targets import Concept, Contrast, Output
 from cdam.v1 import common_pb2 as pb
@@ -199,6 +200,21 @@ class RelevanceMap:
         return canvas, self.geometry.region.scaled(x, y)
 
 
+@dataclass(frozen=True)
+class AppliedPreprocessing:
+    """How an image was brought to the model's input.
+
+    Attributes:
+        resize: Which part of it the model saw: ``model`` or ``squash``.
+        input_size: (height, width) in pixels.
+        model_input: How pixels became the input.
+    """
+
+    resize: str
+    input_size: tuple[int, int]
+    model_input: ModelInput
+
+
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """One image, explained. Iterating gives the maps; `explanation["7"]` is the map for the target of that label.
@@ -212,6 +228,7 @@ class Explanation:
         maps: One for each method and target, method by method; methods that need no target give one.
         timing: Where the time went on the server.
         token_cache_hit: True if the server knew this image and ran only the model's tail.
+        preprocessing: How the image was brought to the model's input; None from a server that does not say.
     """
 
     request_id: str
@@ -222,6 +239,7 @@ class Explanation:
     maps: tuple[RelevanceMap, ...]
     timing: Timing
     token_cache_hit: bool
+    preprocessing: AppliedPreprocessing | None = None
 
     @property
     def patch_grid(self) -> tuple[int, int]:

@@ -56,10 +56,12 @@ def open_image(message: pb.Image) -> Image.Image:
     Raises:
         ImageError: if it is no image.
     """
-    if message.WhichOneof("source") == "encoded":
-        return _opened(message.encoded, "the image", upright_rgb)
-    raw = message.raw
-    return Image.fromarray(_raw_pixels(raw)).convert("RGB")
+    return _open(message, upright_rgb)
+
+
+def open_mask(message: pb.Image) -> Image.Image:
+    """A mask as the server sees it: mode L, 255 inside, 0 elsewhere, upright; raises as `open_image`."""
+    return _open(message, upright_mask)
 
 
 def fit(request: Any, images: Iterable[pb.Image], largest: int) -> None:
@@ -105,6 +107,12 @@ def _encode_file(data: bytes, name: str, convert: _Convert) -> pb.Image:
     if data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n" or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
         return pb.Image(encoded=data)
     return _encode_pixels(np.asarray(_opened(data, name, convert)))
+
+
+def _open(message: pb.Image, convert: _Convert) -> Image.Image:
+    if message.WhichOneof("source") == "encoded":
+        return _opened(message.encoded, "the image", convert)
+    return convert(Image.fromarray(_raw_pixels(message.raw)))
 
 
 def _opened(data: bytes, name: str, convert: _Convert) -> Image.Image:

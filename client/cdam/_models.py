@@ -6,6 +6,25 @@ from types import MappingProxyType
 
 
 @dataclass(frozen=True)
+class ModelInput:
+    """What a model is given: how pixels become its input, ``(pixels / 255 - mean) / std``.
+
+    Attributes:
+        mean: Of each channel, on a scale where white is 1: three for RGB, one for a model of grey images.
+        std: Likewise.
+        interpolation: Filter of the resize: ``bicubic``, ``bilinear``, ...
+        crop_fraction: Input size over the size that the image is resized to before it is cropped.
+        crop_mode: ``center``, ``squash`` or ``border``.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_fraction: float
+    crop_mode: str
+
+
+@dataclass(frozen=True)
 class Model:
     """A model that the server has loaded.
 
@@ -23,10 +42,13 @@ class Model:
         patch_grid: Patches down and across at the default input size.
         prefix_tokens: Number of [CLS], distillation and register tokens.
         latent_size: Length of the latent, and so of concept vectors.
-        readout: ``cls_token``, ``cls_and_distillation_tokens``, ``average_pool``, ``attention_pool`` or ``max_pool``.
+        readout: ``cls_token``, ``cls_and_distillation_tokens``, ``average_pool``, ``attention_pool``,
+            ``max_pool`` or ``cls_token_and_average_pool``.
         precision: Arithmetic of the trunk: ``fp32`` or ``bf16``.
         methods: Names of the methods that it can serve.
         unsupported: Names of those that it can't, and why.
+        input: How pixels become its input; None from a server that does not say.
+        resampled: What of its weights was resampled to another geometry than they were trained for; "" if nothing.
     """
 
     name: str
@@ -46,3 +68,5 @@ class Model:
     precision: str
     methods: tuple[str, ...]
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    input: ModelInput | None = None
+    resampled: str = ""

@@ -34,6 +34,7 @@ _JPEG_MARKER: Final = re.compile(rb"\xff([\x01-\xfe])")
 _SCAN_END: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _XMP_ORIENTATION: Final = re.compile(rb"tiff:Orientation(?:=\"|>)([0-9])")
 _EXIF: Final = b"Exif\0\0"
+_EXIF_HEADS: Final = re.compile(rb"(?:Exif\0\0)*")  # some write more than one
 _JPEG_XMP: Final = b"http://ns.adobe.com/xap/1.0/\0"
 _PNG_XMP: Final = b"XML:com.adobe.xmp"
 _PNG_EXIF: Final = b"Raw profile type exif"  # as ImageMagick wrote it before PNG had a chunk for it
@@ -260,9 +261,9 @@ class _PngMetadata:
         if key == _PNG_XMP:
             self.xmp = text
         elif key == _PNG_EXIF:
-            lines = text.split(b"\n")[3:]  # after a name and a length
+            digits = b"".join(text.split(b"\n", 3)[3:])  # after a name and a length
             try:
-                self._profile = bytes.fromhex(b"".join(lines).decode("ascii"))
+                self._profile = bytes.fromhex(digits.decode("ascii"))
             except ValueError:
                 self._profile = b"rubbish"
 
@@ -375,9 +376,8 @@ def _exif_orientation(exif: bytes) -> int | None:
     Raises:
         ValueError: It is no EXIF.
     """
-    start = 0
-    while exif.startswith(_EXIF, start):
-        start += len(_EXIF)
+    heads = _EXIF_HEADS.match(exif)
+    start = heads.end() if heads else 0
     if start == len(exif):
         return None
     if exif[start : start + 4] not in {b"II*\0", b"MM\0*", b"II\0*", b"MM*\0"}:

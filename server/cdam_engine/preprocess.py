@@ -151,12 +151,14 @@ class Prepared:
         region: The part of the original image that `pixels` shows.
         image_size: (height, width) of the original image.
         input_size: (height, width) of `pixels`.
+        resize: As `prepare` was told.
     """
 
     pixels: npt.NDArray[np.uint8]
     region: Region
     image_size: Size
     input_size: Size
+    resize: Resize = "model"
 
 
 @dataclass(frozen=True)
@@ -218,9 +220,8 @@ def prepare(
     seen = image if image.mode == mode else image.convert(mode)
     pixels = _render(seen, rows, columns, _INTERPOLATIONS[config.interpolation], fill)
     (top, bottom), (left, right) = rows.region, columns.region
-    return Prepared(
-        np.array(pixels).reshape(*size, config.channels), Region(left, top, right, bottom), image_size, size
-    )
+    shown = np.array(pixels).reshape(*size, config.channels)
+    return Prepared(shown, Region(left, top, right, bottom), image_size, size, resize)
 
 
 def normalise(pixels: torch.Tensor, config: DataConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:

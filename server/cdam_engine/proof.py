@@ -183,9 +183,9 @@ def _why_outputs_differ(vit: SplitViT, found: Tensor, alone: Tensor, pixels: Ten
     if hooks := _hooks_on(vit):
         return how + hooks
     if not _close(vit.model(pixels[:1]), alone, tolerance):
-        return f"{how}: they are random, another for each call"
+        return f"{how}: they are random, another for each call; switch off what draws in eval mode"
     if not _close(vit.model(pixels)[:1], alone, tolerance):
-        return f"{how}: those of an image depend on the other images of its batch"
+        return f"{how}: those of an image depend on the other images of its batch, so that it has no map of its own"
     return f"{how}: its code is not what it is taken for"
 
 
@@ -292,9 +292,10 @@ def _hooks_on(vit: SplitViT) -> str:
     found = []
     for name, module in vit.bypassed():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]  # noqa: SLF001
-        found += [f"{getattr(hook, '__name__', type(hook).__name__)} on {name}" for hook in hooks]
-        found += ["a forward pass of its own on " + name] if "forward" in vars(module) else []
-    return f"; there is a hook that the parts don't run: {', '.join(found)}" if found else ""
+        found += [f"the hook {getattr(hook, '__name__', type(hook).__name__)} on {name}" for hook in hooks]
+        found += [f"the forward pass that was put on {name}"] if "forward" in vars(module) else []
+    advice = "move what it does into the patch embedding or the head, or remove it"
+    return f"; the parts don't run {', '.join(found)}: {advice}" if found else ""
 
 
 def _tolerances(values: Tensor) -> tuple[float, float]:

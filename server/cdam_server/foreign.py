@@ -30,6 +30,18 @@ _SIGNATURES: Final = {
     TORCHVISION: ("conv_proj.weight", "encoder.pos_embedding"),
     OPEN_CLIP: ("visual.conv1.weight", "visual.trunk.patch_embed.proj.weight"),
 }
+# What to do with such names under an architecture of timm's. (A tower of timm's in a CLIP model has timm's own names.)
+_OF_TRANSFORMERS: Final = ("transformers", f"name its folder, with config.json, as the architecture: {FOLDER}PATH")
+_ADVICE: Final = {
+    "conv_proj.weight": ("torchvision", "name its architecture, such as torchvision:vit_b_16"),
+    "visual.conv1.weight": (
+        "open_clip",
+        "name its architecture, such as open_clip:ViT-B-32, or open_clip:ViT-B-32-quickgelu for OpenAI's weights",
+    ),
+    "embeddings.patch_embeddings.projection.weight": _OF_TRANSFORMERS,
+    "embeddings.patch_embedding.weight": _OF_TRANSFORMERS,
+    "embeddings.patch_embeddings.weight": _OF_TRANSFORMERS,
+}
 _EXAMPLE: Final = (
     "preprocessing: {mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5], interpolation: bicubic, crop_pct: 1.0, "
     "crop_mode: center}"
@@ -65,16 +77,11 @@ def refuse_foreign(checkpoint: Checkpoint, setting: str) -> None:
     Raises:
         LoadError: With the architecture to name.
     """
-    for library, signature in _SIGNATURES.items():
-        if not _places(checkpoint.tensors, signature[0]):  # a tower of timm's has timm's own names
-            continue
-        names = {"torchvision:": "torchvision:vit_b_16", "open_clip:": "open_clip:ViT-B-32"}
-        more = ", or open_clip:ViT-B-32-quickgelu for OpenAI's weights" if library == OPEN_CLIP else ""
-        raise LoadError(
-            setting,
-            f"{checkpoint.source} holds a model of {library[:-1]}: name its architecture so, such as {names[library]}"
-            f"{more}, which says what the file does not",
-        )
+    for signature, (library, advice) in _ADVICE.items():
+        if _places(checkpoint.tensors, signature):
+            raise LoadError(
+                setting, f"{checkpoint.source} holds a model of {library}, and not all of it is in the file: {advice}"
+            )
 
 
 def refuse_foreign_folder(name: str, setting: str) -> None:

@@ -176,7 +176,7 @@ def _build(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report, Conver
         module, report = foreign.build(spec, found[0]), found[1]
         foreign.tell(spec.name, found[0])
     if spec.head is not None:
-        attach_head(module, spec.head, "head")
+        attach_head(module, spec.head, "head", spec.head_layers)
     return module, report, None if found is None else found[0]
 
 
@@ -219,6 +219,7 @@ def _wish(spec: ModelSpec, wanted: int | None, names: list[str]) -> Wish:
         trained_size=None if trained is None else _pair(trained),
         input_size=spec.input_size,
         resample=spec.resample,
+        head_layers=None if spec.head is not None else spec.head_layers,
     )
 
 
@@ -367,12 +368,15 @@ def _settings(
     spec: ModelSpec, module: nn.Module, data_config: DataConfig, converted: Converted | None
 ) -> dict[str, object]:
     kwargs = {name: value for name, value in spec.model_kwargs.items() if name not in _NOT_IN_FINGERPRINT}
-    return {
+    settings: dict[str, object] = {
         "model_kwargs": kwargs,
         **({} if converted is None else {"converted": converted.settings}),
         "global_pool": str(getattr(module, "global_pool", "")),
         "data_config": asdict(data_config),
     }
+    if spec.head_layers is not None:
+        settings["head_layers"] = [[layer.kind, layer.eps] for layer in spec.head_layers]
+    return settings
 
 
 # --- names of outputs

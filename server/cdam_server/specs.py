@@ -93,6 +93,35 @@ class Preprocessing(BaseModel):
         return {name: value for name, value in self if value is not None}
 
 
+class Layer(BaseModel):
+    """One layer of a classifier of several.
+
+    Attributes:
+        kind: Which.
+        eps: Of a norm.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["linear", "gelu", "relu", "silu", "tanh", "dropout", "layer_norm", "batch_norm"]
+    eps: float = Field(default=1e-5, gt=0)
+
+
+def _layers(value: object) -> object:
+    """Each layer as its name, or a norm with its eps: {batch_norm: 1e-6}."""
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a list of layers, such as [linear, gelu, linear]")
+    layers = [
+        {"kind": next(iter(layer)), "eps": next(iter(layer.values()))}
+        if isinstance(layer, dict) and len(layer) == 1
+        else {"kind": layer}
+        for layer in value
+    ]
+    if layers[-1]["kind"] != "linear":
+        raise ValueError(f"must end in linear, not in {layers[-1]['kind']}: what follows is no output")
+    return layers
+
+
 def _labels(value: object) -> object:
     """A list of names, or a path."""
     if value is None or isinstance(value, Path):
@@ -122,6 +151,8 @@ class ModelSpec(BaseModel):
         weights_key: Which part of the checkpoint holds the weights, where there are several: ``teacher``.
         random_weights: Weights drawn with a fixed seed, for tests and measurements of speed.
         head: A .safetensors file with a linear head, in place of the one in the weights.
+        head_layers: Layers of a classifier of several, in the checkpoint or in `head`, in the order of its `nn.Sequential`:
+            ``[dropout, linear, gelu, linear]``; norms may have their eps: ``{batch_norm: 1e-6}``. GELU is the exact one.
         outputs: Names of the outputs: a list, a file (text with one a line; JSON with a list, names by index, or
             indices by name), or one of timm's lists, such as ``imagenet-1k``. If left out: ImageNet's for weights from
             the hub that have its number of classes, else none.
@@ -143,6 +174,7 @@ class ModelSpec(BaseModel):
     weights_key: str | None = Field(default=None, min_length=1)
     random_weights: bool = False
     head: Path | None = None
+    head_layers: Annotated[list[Layer], BeforeValidator(_layers)] | None = None
     outputs: Annotated[Path | list[str] | None, BeforeValidator(_labels)] = None
     task: Task = Task.MULTI_CLASS
     num_outputs: int | None = Field(default=None, ge=0)
@@ -172,6 +204,8 @@ class ModelSpec(BaseModel):
             raise ValueError("input_size: height and width must be positive")
         if self.weights_key is not None and self.checkpoint is None:
             raise ValueError("weights_key: it names a part of a checkpoint, and there is none")
+        if self.head_layers is not None and self.head is None and self.checkpoint is None and not self.brings_weights:
+            raise ValueError("head_layers: they are of a head or a checkpoint, and there is none")
         overlay = self.model_kwargs.get("pretrained_cfg_overlay")
         if isinstance(overlay, dict) and (twice := sorted(overlay.keys() & self.preprocessing.given().keys())):
             raise ValueError(f"preprocessing: {', '.join(twice)} is in model_kwargs.pretrained_cfg_overlay, too")

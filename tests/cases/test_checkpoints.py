@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cdam_server.loading import LoadError, ModelSpec, load_model
+from cdam_server.models import ServedModel
 from small_models import ARCHITECTURE, SHAPE, StateDict, body, difference, load, prefixed, refusal, vit
 
 HEAD = ("head.weight", "head.bias")
@@ -499,3 +500,61 @@ def test_another_network_beside_the_models(tmp_path: Path) -> None:
     assert "unexpected discriminator.conv.weight" in said
     assert "weights_key: generator" in said
     assert difference(load(content, tmp_path, weights_key="generator"), vit()) == 0
+
+
+# --- heads of several layers, spelled out
+
+
+@pytest.mark.parametrize(
+    ("layers", "spelled"),
+    [
+        (nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 3)), ["linear", "gelu", "linear"]),
+        (nn.Sequential(nn.Dropout(), nn.Linear(32, 3)), ["dropout", "linear"]),
+        (
+            nn.Sequential(nn.BatchNorm1d(32, affine=False, eps=1e-6), nn.Linear(32, 3)),  # MAE's linear probe
+            [{"batch_norm": 1e-6}, "linear"],
+        ),
+        (
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 8), nn.Tanh(), nn.Dropout(), nn.Linear(8, 3, bias=False)),
+            ["layer_norm", "linear", "tanh", "dropout", "linear"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("apart", [True, False])
+def test_heads_of_several_layers(layers: nn.Sequential, spelled: list[Any], apart: bool, tmp_path: Path) -> None:
+    backbone = vit(0)
+    with torch.no_grad():
+        layers.train()(torch.randn(64, 32))  # so that running averages are some
+    layers.eval()
+    settings: dict[str, Any] = {"head_layers": spelled, "outputs": ["a", "b", "c"]}
+    weights = prefixed(body(backbone), "backbone.")
+    if apart:
+        torch.save(prefixed(layers.state_dict(), "module.classifier."), tmp_path / "head.pth")
+        settings["head"] = tmp_path / "head.pth"
+    else:
+        weights |= prefixed(layers.state_dict(), "classifier.")
+    loaded = load(weights, tmp_path, **settings)
+    assert loaded.output_count == 3
+    assert difference(loaded, nn.Sequential(backbone, layers)) < 1e-6
+    assert ServedModel(loaded).unsupported is None
+    assert load(weights, tmp_path, **settings).fingerprint == loaded.fingerprint
+
+
+def test_layers_that_are_not_the_heads(tmp_path: Path) -> None:
+    weights = body(vit()) | prefixed(nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 3)).state_dict(), "head.")
+    for wrong in (["linear"], ["linear", "linear"], ["dropout", "linear", "gelu", "linear"]):
+        said = refusal(weights, tmp_path, head_layers=wrong)
+        assert "head.0" not in said
+        assert "0.weight (8, 32)" in said
+    one = load(weights, tmp_path, head_layers=["linear", "gelu", "linear"])
+    other = load(weights, tmp_path, head_layers=["linear", "relu", "linear"])
+    assert one.fingerprint != other.fingerprint
+    assert "there is none" in refusal(body(vit()), tmp_path, head_layers=["linear"])
+
+
+@pytest.mark.parametrize(
+    "layers", [[], "linear", ["linear", "softmax"], ["linear", "gelu"], [{"norm": 1e-6}, "linear"]]
+)
+def test_layers_that_make_no_sense(layers: Any) -> None:
+    with pytest.raises(ValueError, match="head_layers"):
+        ModelSpec(name="m", architecture=ARCHITECTURE, checkpoint=Path("w.pth"), head_layers=layers)

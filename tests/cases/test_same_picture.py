@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 import cdam
-from cdam._images import encode_image, encode_mask, open_image
+from cdam._images import encode_image, encode_mask, open_image, open_mask
 from cdam.v1 import common_pb2
 from cdam_engine import Explainer, Output, upright_rgb
 from cdam_images import UndefinedRangeError, upright_mask
@@ -357,9 +357,11 @@ def test_a_mask_is_the_same_as_object_and_as_file(kind: str) -> None:
     expected = 255 * inside.astype(np.uint8)
     np.testing.assert_array_equal(np.asarray(upright_mask(image)), expected)
     np.testing.assert_array_equal(np.asarray(decode_mask(encode_mask(image), ImageLimits(), "mask")), expected)
+    np.testing.assert_array_equal(np.asarray(open_mask(encode_mask(image))), expected)
     if kind != "32 bits":
         for message in (common_pb2.Image(encoded=saved(image)), encode_mask(saved(image, "TIFF"))):
             np.testing.assert_array_equal(np.asarray(decode_mask(message, ImageLimits(), "mask")), expected)
+            np.testing.assert_array_equal(np.asarray(open_mask(message)), expected)
 
 
 @pytest.fixture(scope="module")

@@ -145,9 +145,9 @@ def test_without_a_server_it_ends_at_once() -> None:
         (["--rate", "inf"], 2, "inf is no finite number"),
         (["--duration", "nan"], 2, "nan is no finite number"),
         (["-o", "nowhere/out.json"], 2, "is no folder"),
-        (["nowhere.png"], 2, "does not exist"),
+        (["nowhere.png"], 2, "no such file or folder"),
         ([__file__], 1, "not an image that can be read"),
-        ([str(Path(__file__).parent)], 2, "no JPEG, PNG or WebP file in this folder"),
+        ([str(Path(__file__).parent)], 2, "no JPEG, PNG or WebP file below this folder"),
         (["--token", "t", "--server", "far:1"], 2, "refusing to send a token in plaintext"),
     ],
 )

@@ -190,8 +190,25 @@ def test_models(stub: Stub) -> None:
     assert len(model.methods) == len(method_pb2.MethodKind.values()) - 1
     assert all(item.supported and not item.reason for item in model.methods)
     assert model.precision == model_pb2.PRECISION_FP32
+    assert (list(model.input.mean), list(model.input.std)) == ([0.5] * 3, [0.5] * 3)
+    assert model.input.interpolation == common_pb2.INTERPOLATION_BICUBIC
+    assert (model.input.crop_mode, model.input.crop_fraction) == (common_pb2.CROP_MODE_CENTER, 1.0)
+    assert not model.resampled
     code, _, _ = refused(lambda: stub.ListModels(model_pb2.ListModelsRequest(page_token="x")))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_an_answer_says_how_its_image_was_preprocessed(stub: Stub, scene: bytes) -> None:
+    (model,) = stub.ListModels(model_pb2.ListModelsRequest()).models
+    asked = request(scene, output(3))
+    for wanted, applied in (
+        (common_pb2.RESIZE_MODE_UNSPECIFIED, common_pb2.RESIZE_MODE_MODEL),
+        (common_pb2.RESIZE_MODE_SQUASH, common_pb2.RESIZE_MODE_SQUASH),
+    ):
+        asked.preprocessing.resize_mode = wanted
+        told = stub.Explain(asked).preprocessing
+        assert (told.resize_mode, told.model_input) == (applied, model.input)
+        assert (told.input_size.height, told.input_size.width) == (64, 64)
 
 
 def test_health_and_reflection(channel: grpc.Channel) -> None:

@@ -153,6 +153,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("vit", {"patch_size": 16}, r"there are 17 positions for 2 x 2 patches"),
     ("vit", {"image_size": 0}, "image_size is 0 in place of one or two positive numbers"),
     ("vit", {"intermediate_size": 99}, r"blocks.0.mlp.fc1.weight is \(100, 48\) in place of \(99, 48\)"),
+    ("beit", {"image_size": [32, 48]}, r"image_size is \[32, 48\]: transformers' BEiT takes squares only"),
+    ("dinov2", {"image_size": [32, 48]}, r"image_size is \[32, 48\]: transformers' DINOv2 takes squares only"),
     ("dinov2_registers", {"num_register_tokens": 3}, "the checkpoint has 4 registers; num_register_tokens says"),
     ("siglip_tower", {"vision_use_head": False}, "vision_use_head is false: without its pooling"),
 ]
@@ -213,6 +215,21 @@ def test_the_processor_must_fit_the_model(tmp_path: Path) -> None:
     assert converted.build().patch_embed.img_size == (64, 64)
     with pytest.raises(ConversionError, match="input_size: 30 x 32 pixels is no multiple of the patch size 8 x 8"):
         convert(files.config, files.tensors, input_size=(30, 32))
+
+
+def test_relative_positions_are_for_one_size(tmp_path: Path) -> None:
+    theirs(BY_ID["beit"]).save_pretrained(tmp_path)
+    files = read(tmp_path)
+    with pytest.raises(ConversionError, match="input_size: BEiT's relative positions are for 32 pixels only"):
+        convert(files.config, files.tensors, input_size=(64, 64))
+
+
+def test_half_precision_is_read_as_it_is(tmp_path: Path) -> None:
+    model = theirs(BY_ID["vit"]).half()
+    model.save_pretrained(tmp_path)
+    _, built = ours(tmp_path)
+    weight = model.vit.layers[1].mlp.fc1.weight
+    assert torch.equal(built.blocks[1].mlp.fc1.weight, weight.float())
 
 
 # --- folders

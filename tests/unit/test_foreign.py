@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import open_clip
 import pytest
+import timm
 import torch
 import transformers
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -253,6 +254,13 @@ def test_in_a_models_file_folders_are_relative_to_it(pets: Path, tmp_path: Path)
     assert load_model(only).output_names == ("cat", "dog", "owl")
 
 
+def test_a_folder_that_timm_wrote_stays_timms(tmp_path: Path) -> None:
+    """Both have a config.json."""
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=3), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "test_vit"
+    assert load_model(spec(f"local-dir:{tmp_path}")).architecture == "test_vit"
+
+
 # --- the hub
 
 
@@ -411,10 +419,15 @@ def test_timms_architecture_lacks_what_the_files_of_others_do_not_say(
     torchvision_file: Path, clip: nn.Module, tmp_path: Path
 ) -> None:
     message = failure("vit_base_patch16_224", checkpoint=torchvision_file)
-    assert "holds a model of torchvision: name its architecture so, such as torchvision:vit_b_16, which says" in message
+    assert (
+        "holds a model of torchvision, and not all of it is in the file: name its architecture, such as tor" in message
+    )
     torch.save({"state_dict": clip.state_dict()}, tmp_path / "clip.pt")
     message = failure("vit_base_patch32_clip_224", checkpoint=tmp_path / "clip.pt")
-    assert "holds a model of open_clip: name its architecture so, such as open_clip:ViT-B-32, or open_clip:" in message
+    assert "holds a model of open_clip, and not all of it is in the file: name its architecture, such as ope" in message
+    torch.save({"state_dict": {f"model.{k}": v for k, v in vit().state_dict().items()}}, tmp_path / "lightning.ckpt")
+    message = failure("vit_base_patch16_224", checkpoint=tmp_path / "lightning.ckpt")
+    assert message.endswith("name its folder, with config.json, as the architecture: local-dir:PATH")
 
 
 # --- open_clip

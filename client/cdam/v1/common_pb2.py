@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63\x64\x61m/v1/common.proto\x12\x07\x63\x64\x61m.v1\x1a\x19google/protobuf/any.proto\"F\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12 \n\x03raw\x18\x02 \x01(\x0b\x32\x11.cdam.v1.RawImageH\x00\x42\x08\n\x06source\"I\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"*\n\x0b\x46loatTensor\x12\r\n\x05shape\x18\x01 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"%\n\x04Size\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\"B\n\x06Region\x12\x0c\n\x04left\x18\x01 \x01(\x01\x12\x0b\n\x03top\x18\x02 \x01(\x01\x12\r\n\x05right\x18\x03 \x01(\x01\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x01\"\\\n\rPreprocessing\x12(\n\x0bresize_mode\x18\x01 \x01(\x0e\x32\x13.cdam.v1.ResizeMode\x12!\n\ninput_size\x18\x02 \x01(\x0b\x32\r.cdam.v1.Size\"Q\n\tItemError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any*X\n\nResizeMode\x12\x1b\n\x17RESIZE_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11RESIZE_MODE_MODEL\x10\x01\x12\x16\n\x12RESIZE_MODE_SQUASH\x10\x02\x42N\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63\x64\x61m/v1/common.proto\x12\x07\x63\x64\x61m.v1\x1a\x19google/protobuf/any.proto\"F\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12 \n\x03raw\x18\x02 \x01(\x0b\x32\x11.cdam.v1.RawImageH\x00\x42\x08\n\x06source\"I\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"*\n\x0b\x46loatTensor\x12\r\n\x05shape\x18\x01 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"%\n\x04Size\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\"B\n\x06Region\x12\x0c\n\x04left\x18\x01 \x01(\x01\x12\x0b\n\x03top\x18\x02 \x01(\x01\x12\r\n\x05right\x18\x03 \x01(\x01\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x01\"\\\n\rPreprocessing\x12(\n\x0bresize_mode\x18\x01 \x01(\x0e\x32\x13.cdam.v1.ResizeMode\x12!\n\ninput_size\x18\x02 \x01(\x0b\x32\r.cdam.v1.Size\"\x93\x01\n\nModelInput\x12\x0c\n\x04mean\x18\x01 \x03(\x01\x12\x0b\n\x03std\x18\x02 \x03(\x01\x12-\n\rinterpolation\x18\x03 \x01(\x0e\x32\x16.cdam.v1.Interpolation\x12\x15\n\rcrop_fraction\x18\x04 \x01(\x01\x12$\n\tcrop_mode\x18\x05 \x01(\x0e\x32\x11.cdam.v1.CropMode\"Q\n\tItemError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any*X\n\nResizeMode\x12\x1b\n\x17RESIZE_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11RESIZE_MODE_MODEL\x10\x01\x12\x16\n\x12RESIZE_MODE_SQUASH\x10\x02*\xcd\x01\n\rInterpolation\x12\x1d\n\x19INTERPOLATION_UNSPECIFIED\x10\x00\x12\x19\n\x15INTERPOLATION_NEAREST\x10\x01\x12\x15\n\x11INTERPOLATION_BOX\x10\x02\x12\x1a\n\x16INTERPOLATION_BILINEAR\x10\x03\x12\x19\n\x15INTERPOLATION_HAMMING\x10\x04\x12\x19\n\x15INTERPOLATION_BICUBIC\x10\x05\x12\x19\n\x15INTERPOLATION_LANCZOS\x10\x06*g\n\x08\x43ropMode\x12\x19\n\x15\x43ROP_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43ROP_MODE_CENTER\x10\x01\x12\x14\n\x10\x43ROP_MODE_SQUASH\x10\x02\x12\x14\n\x10\x43ROP_MODE_BORDER\x10\x03\x42N\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,12 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cdam.v1.common_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017io.cdamserve.v1P\001Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1'
-  _globals['_RESIZEMODE']._serialized_start=535
-  _globals['_RESIZEMODE']._serialized_end=623
+  _globals['_RESIZEMODE']._serialized_start=685
+  _globals['_RESIZEMODE']._serialized_end=773
+  _globals['_INTERPOLATION']._serialized_start=776
+  _globals['_INTERPOLATION']._serialized_end=981
+  _globals['_CROPMODE']._serialized_start=983
+  _globals['_CROPMODE']._serialized_end=1086
   _globals['_IMAGE']._serialized_start=60
   _globals['_IMAGE']._serialized_end=130
   _globals['_RAWIMAGE']._serialized_start=132
@@ -47,6 +51,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGION']._serialized_end=356
   _globals['_PREPROCESSING']._serialized_start=358
   _globals['_PREPROCESSING']._serialized_end=450
-  _globals['_ITEMERROR']._serialized_start=452
-  _globals['_ITEMERROR']._serialized_end=533
+  _globals['_MODELINPUT']._serialized_start=453
+  _globals['_MODELINPUT']._serialized_end=600
+  _globals['_ITEMERROR']._serialized_start=602
+  _globals['_ITEMERROR']._serialized_end=683
 # @@protoc_insertion_point(module_scope)

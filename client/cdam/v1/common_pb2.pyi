@@ -44,6 +44,74 @@ RESIZE_MODE_SQUASH: ResizeMode.ValueType  # 2
 """The whole image, stretched to the input size."""
 Global___ResizeMode: _TypeAlias = ResizeMode  # noqa: Y015
 
+class _Interpolation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InterpolationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Interpolation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INTERPOLATION_UNSPECIFIED: _Interpolation.ValueType  # 0
+    """Unknown."""
+    INTERPOLATION_NEAREST: _Interpolation.ValueType  # 1
+    """The nearest pixel."""
+    INTERPOLATION_BOX: _Interpolation.ValueType  # 2
+    """Mean of the pixels that a pixel covers."""
+    INTERPOLATION_BILINEAR: _Interpolation.ValueType  # 3
+    """Triangle."""
+    INTERPOLATION_HAMMING: _Interpolation.ValueType  # 4
+    """Hamming window."""
+    INTERPOLATION_BICUBIC: _Interpolation.ValueType  # 5
+    """Cubic, a = -0.5."""
+    INTERPOLATION_LANCZOS: _Interpolation.ValueType  # 6
+    """Lanczos window of three lobes."""
+
+class Interpolation(_Interpolation, metaclass=_InterpolationEnumTypeWrapper):
+    """Filter of a resize, as in Pillow."""
+
+INTERPOLATION_UNSPECIFIED: Interpolation.ValueType  # 0
+"""Unknown."""
+INTERPOLATION_NEAREST: Interpolation.ValueType  # 1
+"""The nearest pixel."""
+INTERPOLATION_BOX: Interpolation.ValueType  # 2
+"""Mean of the pixels that a pixel covers."""
+INTERPOLATION_BILINEAR: Interpolation.ValueType  # 3
+"""Triangle."""
+INTERPOLATION_HAMMING: Interpolation.ValueType  # 4
+"""Hamming window."""
+INTERPOLATION_BICUBIC: Interpolation.ValueType  # 5
+"""Cubic, a = -0.5."""
+INTERPOLATION_LANCZOS: Interpolation.ValueType  # 6
+"""Lanczos window of three lobes."""
+Global___Interpolation: _TypeAlias = Interpolation  # noqa: Y015
+
+class _CropMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CropModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CropMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CROP_MODE_UNSPECIFIED: _CropMode.ValueType  # 0
+    """Unknown."""
+    CROP_MODE_CENTER: _CropMode.ValueType  # 1
+    """The shorter side is resized, the centre cut out."""
+    CROP_MODE_SQUASH: _CropMode.ValueType  # 2
+    """Both sides are resized, whatever the shape; the centre is cut out if crop_fraction is below 1."""
+    CROP_MODE_BORDER: _CropMode.ValueType  # 3
+    """The longer side is resized, the rest padded."""
+
+class CropMode(_CropMode, metaclass=_CropModeEnumTypeWrapper):
+    """What becomes of an image of another shape than the model's input."""
+
+CROP_MODE_UNSPECIFIED: CropMode.ValueType  # 0
+"""Unknown."""
+CROP_MODE_CENTER: CropMode.ValueType  # 1
+"""The shorter side is resized, the centre cut out."""
+CROP_MODE_SQUASH: CropMode.ValueType  # 2
+"""Both sides are resized, whatever the shape; the centre is cut out if crop_fraction is below 1."""
+CROP_MODE_BORDER: CropMode.ValueType  # 3
+"""The longer side is resized, the rest padded."""
+Global___CropMode: _TypeAlias = CropMode  # noqa: Y015
+
 @_typing.final
 class Image(_message.Message):
     """An image, as one of two encodings.
@@ -234,6 +302,48 @@ class Preprocessing(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Preprocessing: _TypeAlias = Preprocessing  # noqa: Y015
+
+@_typing.final
+class ModelInput(_message.Message):
+    """What a model is given: how pixels become its input."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_FIELD_NUMBER: _builtins.int
+    STD_FIELD_NUMBER: _builtins.int
+    INTERPOLATION_FIELD_NUMBER: _builtins.int
+    CROP_FRACTION_FIELD_NUMBER: _builtins.int
+    CROP_MODE_FIELD_NUMBER: _builtins.int
+    interpolation: Global___Interpolation.ValueType
+    """Filter of the resize."""
+    crop_fraction: _builtins.float
+    """Input size over the size that the image is resized to before it is cropped, in (0, 1]."""
+    crop_mode: Global___CropMode.ValueType
+    """What becomes of an image of another shape, with RESIZE_MODE_MODEL."""
+    @_builtins.property
+    def mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Mean of each channel, on a scale where white is 1: three values for RGB, one for a model of grey images."""
+
+    @_builtins.property
+    def std(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Standard deviation of each channel, on the same scale: the input is (pixels / 255 - mean) / std."""
+
+    def __init__(
+        self,
+        *,
+        mean: _abc.Iterable[_builtins.float] | None = ...,
+        std: _abc.Iterable[_builtins.float] | None = ...,
+        interpolation: Global___Interpolation.ValueType = ...,
+        crop_fraction: _builtins.float = ...,
+        crop_mode: Global___CropMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crop_fraction", b"crop_fraction", "crop_mode", b"crop_mode", "interpolation", b"interpolation", "mean", b"mean", "std", b"std"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelInput: _TypeAlias = ModelInput  # noqa: Y015
 
 @_typing.final
 class ItemError(_message.Message):

@@ -28,7 +28,7 @@ from cdam.v1 import target_pb2 as cdam_dot_v1_dot_target__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63\x64\x61m/v1/explain.proto\x12\x07\x63\x64\x61m.v1\x1a\x14\x63\x64\x61m/v1/common.proto\x1a\x14\x63\x64\x61m/v1/method.proto\x1a\x14\x63\x64\x61m/v1/target.proto\x1a\x1egoogle/protobuf/duration.proto\"\xea\x01\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1d\n\x05image\x18\x02 \x01(\x0b\x32\x0e.cdam.v1.Image\x12 \n\x07targets\x18\x03 \x03(\x0b\x32\x0f.cdam.v1.Target\x12 \n\x07methods\x18\x04 \x03(\x0b\x32\x0f.cdam.v1.Method\x12-\n\rpreprocessing\x18\x05 \x01(\x0b\x32\x16.cdam.v1.Preprocessing\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12#\n\x08priority\x18\x07 \x01(\x0e\x32\x11.cdam.v1.Priority\"\x81\x02\n\x0f\x45xplainResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12&\n\x08geometry\x18\x04 \x01(\x0b\x32\x14.cdam.v1.MapGeometry\x12)\n\x07targets\x18\x05 \x03(\x0b\x32\x18.cdam.v1.ExplainedTarget\x12#\n\x04maps\x18\x06 \x03(\x0b\x32\x15.cdam.v1.RelevanceMap\x12\x1f\n\x06timing\x18\x07 \x01(\x0b\x32\x0f.cdam.v1.Timing\x12\x17\n\x0ftoken_cache_hit\x18\x08 \x01(\x08\"\x97\x01\n\x0bMapGeometry\x12!\n\npatch_grid\x18\x01 \x01(\x0b\x32\r.cdam.v1.Size\x12\x1f\n\x06region\x18\x02 \x01(\x0b\x32\x0f.cdam.v1.Region\x12!\n\nimage_size\x18\x03 \x01(\x0b\x32\r.cdam.v1.Size\x12!\n\ninput_size\x18\x04 \x01(\x0b\x32\r.cdam.v1.Size\"\xbd\x01\n\x0f\x45xplainedTarget\x12\x1f\n\x06target\x18\x01 \x01(\x0b\x32\x0f.cdam.v1.Target\x12\x15\n\rrequest_index\x18\x02 \x01(\r\x12\x19\n\x0coutput_index\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05label\x18\x04 \x01(\t\x12\r\n\x05value\x18\x05 \x01(\x01\x12\x18\n\x0bprobability\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x0f\n\r_output_indexB\x0e\n\x0c_probability\"\xd7\x02\n\x0cRelevanceMap\x12\x14\n\x0cmethod_index\x18\x01 \x01(\r\x12\x19\n\x0ctarget_index\x18\x02 \x01(\rH\x00\x88\x01\x01\x12$\n\x06scores\x18\x03 \x01(\x0b\x32\x14.cdam.v1.FloatTensor\x12\x19\n\x0cprefix_share\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12)\n\x05parts\x18\x05 \x01(\x0b\x32\x1a.cdam.v1.RelevanceMapParts\x12,\n\x0estandard_error\x18\x06 \x01(\x0b\x32\x14.cdam.v1.FloatTensor\x12\"\n\x15\x63ompleteness_residual\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05steps\x18\x08 \x01(\rH\x03\x88\x01\x01\x42\x0f\n\r_target_indexB\x0f\n\r_prefix_shareB\x18\n\x16_completeness_residualB\x08\n\x06_steps\"[\n\x11RelevanceMapParts\x12#\n\x05value\x18\x01 \x01(\x0b\x32\x14.cdam.v1.FloatTensor\x12!\n\x03key\x18\x02 \x01(\x0b\x32\x14.cdam.v1.FloatTensor\"\xee\x01\n\x06Timing\x12)\n\x06\x64\x65\x63ode\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05trunk\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04tail\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbatch_size\x18\x06 \x01(\r\"@\n\x14\x45xplainStreamRequest\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.cdam.v1.ExplainRequest\"\x89\x01\n\x15\x45xplainStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x18.cdam.v1.ExplainResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.cdam.v1.ItemErrorH\x00\x42\t\n\x07outcome*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03\x42N\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63\x64\x61m/v1/explain.proto\x12\x07\x63\x64\x61m.v1\x1a\x14\x63\x64\x61m/v1/common.proto\x1a\x14\x63\x64\x61m/v1/method.proto\x1a\x14\x63\x64\x61m/v1/target.proto\x1a\x1egoogle/protobuf/duration.proto\"\xea\x01\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1d\n\x05image\x18\x02 \x01(\x0b\x32\x0e.cdam.v1.Image\x12 \n\x07targets\x18\x03 \x03(\x0b\x32\x0f.cdam.v1.Target\x12 \n\x07methods\x18\x04 \x03(\x0b\x32\x0f.cdam.v1.Method\x12-\n\rpreprocessing\x18\x05 \x01(\x0b\x32\x16.cdam.v1.Preprocessing\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12#\n\x08priority\x18\x07 \x01(\x0e\x32\x11.cdam.v1.Priority\"\xb7\x02\n\x0f\x45xplainResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12&\n\x08geometry\x18\x04 \x01(\x0b\x32\x14.cdam.v1.MapGeometry\x12)\n\x07targets\x18\x05 \x03(\x0b\x32\x18.cdam.v1.ExplainedTarget\x12#\n\x04maps\x18\x06 \x03(\x0b\x32\x15.cdam.v1.RelevanceMap\x12\x1f\n\x06timing\x18\x07 \x01(\x0b\x32\x0f.cdam.v1.Timing\x12\x17\n\x0ftoken_cache_hit\x18\x08 \x01(\x08\x12\x34\n\rpreprocessing\x18\t \x01(\x0b\x32\x1d.cdam.v1.AppliedPreprocessing\"\x8d\x01\n\x14\x41ppliedPreprocessing\x12(\n\x0bresize_mode\x18\x01 \x01(\x0e\x32\x13.cdam.v1.ResizeMode\x12!\n\ninput_size\x18\x02 \x01(\x0b\x32\r.cdam.v1.Size\x12(\n\x0bmodel_input\x18\x03 \x01(\x0b\x32\x13.cdam.v1.ModelInput\"\x97\x01\n\x0bMapGeometry\x12!\n\npatch_grid\x18\x01 \x01(\x0b\x32\r.cdam.v1.Size\x12\x1f\n\x06region\x18\x02 \x01(\x0b\x32\x0f.cdam.v1.Region\x12!\n\nimage_size\x18\x03 \x01(\x0b\x32\r.cdam.v1.Size\x12!\n\ninput_size\x18\x04 \x01(\x0b\x32\r.cdam.v1.Size\"\xbd\x01\n\x0f\x45xplainedTarget\x12\x1f\n\x06target\x18\x01 \x01(\x0b\x32\x0f.cdam.v1.Target\x12\x15\n\rrequest_index\x18\x02 \x01(\r\x12\x19\n\x0coutput_index\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05label\x18\x04 \x01(\t\x12\r\n\x05value\x18\x05 \x01(\x01\x12\x18\n\x0bprobability\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x0f\n\r_output_indexB\x0e\n\x0c_probability\"\xd7\x02\n\x0cRelevanceMap\x12\x14\n\x0cmethod_index\x18\x01 \x01(\r\x12\x19\n\x0ctarget_index\x18\x02 \x01(\rH\x00\x88\x01\x01\x12$\n\x06scores\x18\x03 \x01(\x0b\x32\x14.cdam.v1.FloatTensor\x12\x19\n\x0cprefix_share\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12)\n\x05parts\x18\x05 \x01(\x0b\x32\x1a.cdam.v1.RelevanceMapParts\x12,\n\x0estandard_error\x18\x06 \x01(\x0b\x32\x14.cdam.v1.FloatTensor\x12\"\n\x15\x63ompleteness_residual\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05steps\x18\x08 \x01(\rH\x03\x88\x01\x01\x42\x0f\n\r_target_indexB\x0f\n\r_prefix_shareB\x18\n\x16_completeness_residualB\x08\n\x06_steps\"[\n\x11RelevanceMapParts\x12#\n\x05value\x18\x01 \x01(\x0b\x32\x14.cdam.v1.FloatTensor\x12!\n\x03key\x18\x02 \x01(\x0b\x32\x14.cdam.v1.FloatTensor\"\xee\x01\n\x06Timing\x12)\n\x06\x64\x65\x63ode\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05trunk\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04tail\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbatch_size\x18\x06 \x01(\r\"@\n\x14\x45xplainStreamRequest\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.cdam.v1.ExplainRequest\"\x89\x01\n\x15\x45xplainStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x18.cdam.v1.ExplainResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.cdam.v1.ItemErrorH\x00\x42\t\n\x07outcome*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03\x42N\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,24 +36,26 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cdam.v1.explain_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017io.cdamserve.v1P\001Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1'
-  _globals['_PRIORITY']._serialized_start=1861
-  _globals['_PRIORITY']._serialized_end=1955
+  _globals['_PRIORITY']._serialized_start=2059
+  _globals['_PRIORITY']._serialized_end=2153
   _globals['_EXPLAINREQUEST']._serialized_start=133
   _globals['_EXPLAINREQUEST']._serialized_end=367
   _globals['_EXPLAINRESPONSE']._serialized_start=370
-  _globals['_EXPLAINRESPONSE']._serialized_end=627
-  _globals['_MAPGEOMETRY']._serialized_start=630
-  _globals['_MAPGEOMETRY']._serialized_end=781
-  _globals['_EXPLAINEDTARGET']._serialized_start=784
-  _globals['_EXPLAINEDTARGET']._serialized_end=973
-  _globals['_RELEVANCEMAP']._serialized_start=976
-  _globals['_RELEVANCEMAP']._serialized_end=1319
-  _globals['_RELEVANCEMAPPARTS']._serialized_start=1321
-  _globals['_RELEVANCEMAPPARTS']._serialized_end=1412
-  _globals['_TIMING']._serialized_start=1415
-  _globals['_TIMING']._serialized_end=1653
-  _globals['_EXPLAINSTREAMREQUEST']._serialized_start=1655
-  _globals['_EXPLAINSTREAMREQUEST']._serialized_end=1719
-  _globals['_EXPLAINSTREAMRESPONSE']._serialized_start=1722
-  _globals['_EXPLAINSTREAMRESPONSE']._serialized_end=1859
+  _globals['_EXPLAINRESPONSE']._serialized_end=681
+  _globals['_APPLIEDPREPROCESSING']._serialized_start=684
+  _globals['_APPLIEDPREPROCESSING']._serialized_end=825
+  _globals['_MAPGEOMETRY']._serialized_start=828
+  _globals['_MAPGEOMETRY']._serialized_end=979
+  _globals['_EXPLAINEDTARGET']._serialized_start=982
+  _globals['_EXPLAINEDTARGET']._serialized_end=1171
+  _globals['_RELEVANCEMAP']._serialized_start=1174
+  _globals['_RELEVANCEMAP']._serialized_end=1517
+  _globals['_RELEVANCEMAPPARTS']._serialized_start=1519
+  _globals['_RELEVANCEMAPPARTS']._serialized_end=1610
+  _globals['_TIMING']._serialized_start=1613
+  _globals['_TIMING']._serialized_end=1851
+  _globals['_EXPLAINSTREAMREQUEST']._serialized_start=1853
+  _globals['_EXPLAINSTREAMREQUEST']._serialized_end=1917
+  _globals['_EXPLAINSTREAMRESPONSE']._serialized_start=1920
+  _globals['_EXPLAINSTREAMRESPONSE']._serialized_end=2057
 # @@protoc_insertion_point(module_scope)

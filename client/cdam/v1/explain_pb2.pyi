@@ -121,6 +121,7 @@ class ExplainResponse(_message.Message):
     MAPS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
     TOKEN_CACHE_HIT_FIELD_NUMBER: _builtins.int
+    PREPROCESSING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, or the one that the server made."""
     model: _builtins.str
@@ -147,6 +148,10 @@ class ExplainResponse(_message.Message):
     def timing(self) -> Global___Timing:
         """Where the time went."""
 
+    @_builtins.property
+    def preprocessing(self) -> Global___AppliedPreprocessing:
+        """How the image was brought to the model's input."""
+
     def __init__(
         self,
         *,
@@ -158,14 +163,49 @@ class ExplainResponse(_message.Message):
         maps: _abc.Iterable[Global___RelevanceMap] | None = ...,
         timing: Global___Timing | None = ...,
         token_cache_hit: _builtins.bool = ...,
+        preprocessing: Global___AppliedPreprocessing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry", "timing", b"timing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry", "preprocessing", b"preprocessing", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry", "maps", b"maps", "model", b"model", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "targets", b"targets", "timing", b"timing", "token_cache_hit", b"token_cache_hit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry", "maps", b"maps", "model", b"model", "model_fingerprint", b"model_fingerprint", "preprocessing", b"preprocessing", "request_id", b"request_id", "targets", b"targets", "timing", b"timing", "token_cache_hit", b"token_cache_hit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class AppliedPreprocessing(_message.Message):
+    """How an image was brought to the model's input, with nothing left to defaults."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESIZE_MODE_FIELD_NUMBER: _builtins.int
+    INPUT_SIZE_FIELD_NUMBER: _builtins.int
+    MODEL_INPUT_FIELD_NUMBER: _builtins.int
+    resize_mode: _common_pb2.ResizeMode.ValueType
+    """Which part of the image the model saw."""
+    @_builtins.property
+    def input_size(self) -> _common_pb2.Size:
+        """Size of the input in pixels."""
+
+    @_builtins.property
+    def model_input(self) -> _common_pb2.ModelInput:
+        """How pixels became the input."""
+
+    def __init__(
+        self,
+        *,
+        resize_mode: _common_pb2.ResizeMode.ValueType = ...,
+        input_size: _common_pb2.Size | None = ...,
+        model_input: _common_pb2.ModelInput | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input_size", b"input_size", "model_input", b"model_input"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_size", b"input_size", "model_input", b"model_input", "resize_mode", b"resize_mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppliedPreprocessing: _TypeAlias = AppliedPreprocessing  # noqa: Y015
 
 @_typing.final
 class MapGeometry(_message.Message):

@@ -71,6 +71,8 @@ class _ReadoutEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Readout.Value
     """Learned attention over tokens."""
     READOUT_MAX_POOL: _Readout.ValueType  # 5
     """Maximum over tokens, or the mean of average and maximum."""
+    READOUT_CLS_TOKEN_AND_AVERAGE_POOL: _Readout.ValueType  # 6
+    """From the [CLS] token and the mean over patch tokens, one after the other."""
 
 class Readout(_Readout, metaclass=_ReadoutEnumTypeWrapper):
     """How a model's latent is read out of its tokens."""
@@ -87,6 +89,8 @@ READOUT_ATTENTION_POOL: Readout.ValueType  # 4
 """Learned attention over tokens."""
 READOUT_MAX_POOL: Readout.ValueType  # 5
 """Maximum over tokens, or the mean of average and maximum."""
+READOUT_CLS_TOKEN_AND_AVERAGE_POOL: Readout.ValueType  # 6
+"""From the [CLS] token and the mean over patch tokens, one after the other."""
 Global___Readout: _TypeAlias = Readout  # noqa: Y015
 
 class _Precision:
@@ -135,6 +139,8 @@ class Model(_message.Message):
     READOUT_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     METHODS_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    RESAMPLED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name to ask for it by."""
     is_default: _builtins.bool
@@ -159,6 +165,8 @@ class Model(_message.Message):
     """How the latent is read out of the tokens."""
     precision: Global___Precision.ValueType
     """Arithmetic of the trunk."""
+    resampled: _builtins.str
+    """What of its weights was resampled to another geometry than they were trained for, in words; empty: nothing."""
     @_builtins.property
     def output_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the outputs, in order. Empty if they have none; then targets go by index."""
@@ -179,6 +187,10 @@ class Model(_message.Message):
     def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodSupport]:
         """Every method of the API, and whether this model can serve it."""
 
+    @_builtins.property
+    def input(self) -> _common_pb2.ModelInput:
+        """How pixels become its input."""
+
     def __init__(
         self,
         *,
@@ -198,10 +210,12 @@ class Model(_message.Message):
         readout: Global___Readout.ValueType = ...,
         precision: Global___Precision.ValueType = ...,
         methods: _abc.Iterable[Global___MethodSupport] | None = ...,
+        input: _common_pb2.ModelInput | None = ...,
+        resampled: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input_size", b"input_size", "patch_grid", b"patch_grid", "patch_size", b"patch_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "input_size", b"input_size", "patch_grid", b"patch_grid", "patch_size", b"patch_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "fingerprint", b"fingerprint", "flexible_input_size", b"flexible_input_size", "input_size", b"input_size", "is_default", b"is_default", "latent_size", b"latent_size", "methods", b"methods", "name", b"name", "output_count", b"output_count", "output_names", b"output_names", "patch_grid", b"patch_grid", "patch_size", b"patch_size", "precision", b"precision", "prefix_tokens", b"prefix_tokens", "readout", b"readout", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "fingerprint", b"fingerprint", "flexible_input_size", b"flexible_input_size", "input", b"input", "input_size", b"input_size", "is_default", b"is_default", "latent_size", b"latent_size", "methods", b"methods", "name", b"name", "output_count", b"output_count", "output_names", b"output_names", "patch_grid", b"patch_grid", "patch_size", b"patch_size", "precision", b"precision", "prefix_tokens", b"prefix_tokens", "readout", b"readout", "resampled", b"resampled", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,6 +34,7 @@ class Readout(StrEnum):
     AVERAGE_POOL = "average_pool"
     MAX_POOL = "max_pool"
     ATTENTION_POOL = "attention_pool"
+    CLS_TOKEN_AND_AVERAGE_POOL = "cls_token_and_average_pool"
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +146,9 @@ class Family:
         Raises:
             UnsupportedArchitectureError: There is no latent, or the last attention has no part in it.
         """
-        if getattr(self.model, "attn_pool", None) is not None:
-            return Readout.ATTENTION_POOL
+        pooling = getattr(self.model, "attn_pool", None)
+        if pooling is not None:  # or another module in its place, which says what it is
+            return Readout(getattr(pooling, "readout", Readout.ATTENTION_POOL))
         pools = {
             "token": Readout.CLS_TOKEN,
             "avg": Readout.AVERAGE_POOL,
@@ -230,7 +232,7 @@ class Family:
         Raises:
             UnsupportedMethodError: With the reason.
         """
-        if self.readout in {Readout.MAX_POOL, Readout.ATTENTION_POOL}:
+        if self.readout in {Readout.MAX_POOL, Readout.ATTENTION_POOL, Readout.CLS_TOKEN_AND_AVERAGE_POOL}:
             raise UnsupportedMethodError(
                 "NO_READOUT_TOKEN",
                 f"its readout ({self.readout}) is no average of tokens whose attention could be read",

@@ -16,7 +16,7 @@ from typing import Any, Final, Self, get_args
 import click
 
 import cdam
-from cdam._images import encode_image, open_image
+from cdam._images import encode_image, encode_mask, open_image, open_mask
 from cdam_server.cli.evaluation import files, terminal
 from cdam_server.cli.evaluation.about import About, resolved
 from cdam_server.cli.evaluation.dataset import Dataset, check_there, digest, open_dataset
@@ -513,17 +513,9 @@ def _example(about: About, client: cdam.Client, sample: cdam.Sample) -> Example:
         target=target.label,
         probability=target.probability,
         image=image,
-        mask=None if sample.mask is None else outside_faded(image, _mask(sample.mask)),
+        mask=None if sample.mask is None else outside_faded(image, open_mask(encode_mask(sample.mask))),
         maps={place: relevance.overlay(image) for place, relevance in zip(places, explanation.maps, strict=False)},
     )
-
-
-def _mask(mask: Any) -> Any:
-    from PIL import Image
-
-    if hasattr(mask, "dtype"):
-        return Image.fromarray((mask != 0).astype("uint8") * 255)
-    return open_image(encode_image(mask)).convert("L")
 
 
 def _write(out: Path, about: About, journal: Journal, results: Results, examples: Sequence[Example]) -> list[Path]:

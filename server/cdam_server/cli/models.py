@@ -49,13 +49,26 @@ def models(*, as_json: bool, **connection: Any) -> None:
     ]
     lines = [*columns(rows, right={3})]
     for model in found:
-        lines += _refusals(model)
+        lines += [*_input(model), *_refusals(model)]
     click.echo("\n".join(lines))
 
 
 def _methods(model: cdam.Model) -> str:
     count = len(model.methods) + len(model.unsupported)
     return f"all {count}" if model.methods and not model.unsupported else ", ".join(model.methods) or "none"
+
+
+def _input(model: cdam.Model) -> list[str]:
+    """How pixels become a model's input, and what was resampled."""
+    its = model.input
+    lines = []
+    if its is not None:
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (its.mean, its.std))
+        kept = f"{its.crop_mode} {its.crop_fraction:g}"
+        lines.append(f"  {model.name} is given pixels with mean {mean}, std {std}; {its.interpolation}, {kept}")
+    if model.resampled:
+        lines.append(f"  {model.name} was resampled: {model.resampled}")
+    return lines
 
 
 def _refusals(model: cdam.Model) -> list[str]:
@@ -68,4 +81,11 @@ def _refusals(model: cdam.Model) -> list[str]:
 
 def _as_json(model: cdam.Model) -> dict[str, Any]:
     fields = ((field.name, getattr(model, field.name)) for field in dataclasses.fields(model))
-    return {name: dict(value) if name == "unsupported" else value for name, value in fields}
+    return {
+        name: dict(value)
+        if name == "unsupported"
+        else dataclasses.asdict(value)
+        if name == "input" and value
+        else value
+        for name, value in fields
+    }

@@ -74,6 +74,8 @@ class ClassTokenAndPatchMean:
 
 
 class _ClassTokenAndPatchMean(nn.Module):
+    readout = "cls_token_and_average_pool"  # read by the engine
+
     def __init__(self, num_prefix_tokens: int) -> None:
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens

@@ -132,8 +132,10 @@ def convert(
     if "heads.pre_logits.weight" in source:
         put(weights, "fc_norm.0", source.take_layer("heads.pre_logits"))
         readout = HiddenLayer(len(weights["fc_norm.0.weight"]))
-    if "heads.head.weight" in source:
-        put(weights, "head", with_bias(source.take_layer("heads.head")))
+    # Fine-tuning code puts its own classifier in the place of the head, or of all heads.
+    heads_found = [name for name in ("heads.head", "heads", "heads.0") if f"{name}.weight" in source]
+    if heads_found:
+        put(weights, "head", with_bias(source.take_layer(heads_found[0])))
     source.check_all_used()
     data_config, note = _preset(name, own)
     return Converted(

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from cdam.v1 import common_pb2, concept_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
 from cdam_engine import Concept, Contrast, ExplainedTarget, Output, Readout, RelevanceMap
-from cdam_engine.preprocess import Prepared
+from cdam_engine.preprocess import DataConfig, Prepared
 from cdam_server.explain import Explained, RegisteredConcept
 from cdam_server.loading import Task
 from cdam_server.models import ServedModel
@@ -26,6 +26,7 @@ _READOUT = {
     Readout.AVERAGE_POOL: model_pb2.READOUT_AVERAGE_POOL,
     Readout.MAX_POOL: model_pb2.READOUT_MAX_POOL,
     Readout.ATTENTION_POOL: model_pb2.READOUT_ATTENTION_POOL,
+    Readout.CLS_TOKEN_AND_AVERAGE_POOL: model_pb2.READOUT_CLS_TOKEN_AND_AVERAGE_POOL,
 }
 _PRECISION = {"fp32": model_pb2.PRECISION_FP32, "bf16": model_pb2.PRECISION_BF16}
 _RESIZE = {"model": common_pb2.RESIZE_MODE_MODEL, "squash": common_pb2.RESIZE_MODE_SQUASH}
@@ -55,6 +56,11 @@ def explain_response(explained: Explained, request_id: str, total_seconds: float
         targets=[_explained_target(explained, target) for target in explanation.targets],
         maps=[_map(relevance) for relevance in explanation.maps],
         token_cache_hit=explanation.token_cache_hit,
+        preprocessing=explain_pb2.AppliedPreprocessing(
+            resize_mode=_RESIZE[explained.prepared.resize],
+            input_size=size(explained.prepared.input_size),
+            model_input=_model_input(loaded.data_config),
+        ),
     )
 
 
@@ -71,6 +77,8 @@ def model(served: ServedModel, *, is_default: bool) -> model_pb2.Model:
         output_count=loaded.output_count,
         input_size=size(loaded.data_config.input_size),
         methods=_methods(served),
+        input=_model_input(loaded.data_config),
+        resampled=loaded.resampled,
     )
     if served.unsupported is None:
         vit = served.explainer.vit
@@ -123,6 +131,16 @@ def _example(example: Example) -> concept_pb2.ConceptExample:
 def preprocessing(resize: str, input_size: tuple[int, int]) -> common_pb2.Preprocessing:
     """How images were brought to the model's input."""
     return common_pb2.Preprocessing(resize_mode=_RESIZE[resize], input_size=size(input_size))
+
+
+def _model_input(config: DataConfig) -> common_pb2.ModelInput:
+    return common_pb2.ModelInput(
+        mean=config.mean,
+        std=config.std,
+        interpolation=common_pb2.Interpolation.Value(f"INTERPOLATION_{config.interpolation.upper()}"),
+        crop_fraction=config.crop_pct,
+        crop_mode=common_pb2.CropMode.Value(f"CROP_MODE_{config.crop_mode.upper()}"),
+    )
 
 
 def _methods(served: ServedModel) -> list[model_pb2.MethodSupport]:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from cdam_server.load_error import LoadError, few, reason
+from cdam_server.specs import Layer
 from cdam_server.weights.classifier import classifier_weights
 from cdam_server.weights.files import Checkpoint, StateDict, checkpoint_of, read_checkpoint
 from cdam_server.weights.geometry import Resampling, Size, compare, geometry_of, misfit
-from cdam_server.weights.names import Selection, select
+from cdam_server.weights.head_layers import build_head, put_head
+from cdam_server.weights.names import Selection, is_pretext, select
 
 __all__ = [
     "NO_REPORT",
@@ -52,6 +54,7 @@ class Wish:
         trained_size: (height, width) that the file's positions are for.
         input_size: (height, width) to which positions may be resampled.
         resample: Whether patch embedding and positions may be.
+        head_layers: Of a classifier of several layers.
     """
 
     key: str | None = None
@@ -60,6 +63,7 @@ class Wish:
     trained_size: Size | None = None
     input_size: Size | None = None
     resample: bool = False
+    head_layers: Sequence[Layer] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
     names = _classifier_names(model)
     own = [name for name in model.state_dict() if name.rpartition(".")[0] not in names]
     found = select(checkpoint, own, setting, wish.key)
-    left_out, weights = found.left_out, found.weights
+    left_out, weights, layers = found.left_out, found.weights, None
     heads = {f"{name}.{rest}": tensor for name, its in found.classifiers.items() for rest, tensor in its.items()}
     _refuse_unfit(weights | heads, checkpoint.source, setting)
     file, architecture = geometry_of(weights), geometry_of(model.state_dict())
@@ -106,11 +110,14 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
         raise LoadError(setting, f"these are not weights of this architecture: {wrong}")
     if found.native and wish.num_outputs == 0:
         left_out += heads
+    elif wish.head_layers is not None:
+        name, its = _only_classifier(found, setting)
+        layers = build_head(wish.head_layers, its, _latent(model), f"{setting} ({name})")
     elif found.native:
         asked = wish.asked or bool(wish.num_outputs)
         head, pretext = classifier_weights(found.classifiers, names, _latent(model), asked=asked, setting=setting)
         weights, left_out = weights | head, left_out + pretext
-    count = wish.num_outputs if wish.num_outputs is not None else _outputs_in(weights, names)
+    count = _outputs_in(weights, names) if wish.num_outputs is None or layers is not None else wish.num_outputs
     if count:
         model.reset_classifier(count)  # type: ignore[operator]  # nn.Module's attributes are untyped
     resampling = compare(
@@ -123,24 +130,34 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, setting: str, wish: W
     )
     hint = _hint_of_outside(found, latent=_latent(model))
     _load(model, weights, resampling, None if count else names, hint, setting, native=found.native)
+    if layers is not None:
+        put_head(model, layers)
     report = Report(checkpoint.source, found.prefix, tuple(left_out))
     return report if resampling is None else replace(report, resampled=resampling.text)
 
 
-def attach_head(model: nn.Module, path: Path, setting: str) -> None:
-    """Put a linear classifier of one's own on a backbone without one.
+def attach_head(model: nn.Module, path: Path, setting: str, layers: Sequence[Layer] | None = None) -> None:
+    """Put a classifier of one's own on a backbone without one.
 
     Args:
         model: A timm model.
         path: A file with `weight`, shape (C, D), and maybe `bias`, shape (C), which may be named as parts of `head`,
             `fc`, `linear` or `classifier`, and wrapped as training code does it.
         setting: Name of the setting, for errors.
+        layers: Of a classifier of several layers, whose tensors have the names of an `nn.Sequential`; None: linear.
 
     Raises:
-        LoadError: The file holds no linear head, or one for another latent size.
+        LoadError: The file holds no such head, or one for another latent size.
     """
     tensors = _unwrapped_head(read_checkpoint(path, setting).tensors)
     _refuse_unfit(tensors, str(path), setting)
+    if layers is not None:
+        plain = {
+            name.partition(".")[2] if f"{name.partition('.')[0]}." in _HEAD_NAMES else name: t
+            for name, t in tensors.items()
+        }
+        put_head(model, build_head(layers, plain, _latent(model), setting))
+        return
     prefix = next((prefix for prefix in _HEAD_NAMES if f"{prefix}weight" in tensors), None)
     if prefix is None:
         raise LoadError(setting, f"{path} has no `weight` or `head.weight`, but {few(tensors)}")
@@ -176,6 +193,15 @@ def _unwrapped_head(tensors: Mapping[str, Tensor]) -> StateDict:
             break
         plain = {name.partition(".")[2]: tensor for name, tensor in plain.items()}
     return plain
+
+
+def _only_classifier(found: Selection, setting: str) -> tuple[str, StateDict]:
+    """The classifier whose layers the settings spell out."""
+    heads = {name: its for name, its in found.classifiers.items() if not is_pretext(name, its)}
+    if len(heads) != 1:
+        there = f"there are {' and '.join(sorted(heads))}" if heads else "there is none"
+        raise LoadError("head_layers", f"they are of one classifier in {setting}, and {there}")
+    return next(iter(heads.items()))
 
 
 def _latent(model: nn.Module) -> int:

@@ -12,6 +12,9 @@ from cdam_server.weights.files import StateDict
 from cdam_server.weights.names import CLASSIFIERS, is_pretext
 
 _WHAT_TO_DO: Final = "give a linear one with the setting head, or leave it out with num_outputs: 0"
+_LAYERS: Final = (
+    "spell its layers, such as head_layers: [dropout, linear, gelu, linear], or leave it out with num_outputs: 0"
+)
 
 
 def classifier_weights(
@@ -59,7 +62,7 @@ def _linear(name: str, tensors: StateDict, target: str, latent: int, setting: st
     plain = parts <= {"weight", "bias"} and "weight" in parts and _is_first(stem.split(".") if stem else [])
     if not plain or tensors[_in(stem, "weight")].ndim != 2:
         found = few([f"{name}.{tensor}" for tensor in sorted(tensors)])
-        raise LoadError(setting, f"the classifier {name} is not one linear layer ({found}): {_WHAT_TO_DO}")
+        raise LoadError(setting, f"the classifier {name} is not one linear layer ({found}): {_LAYERS}")
     weight = tensors[_in(stem, "weight")]
     bias = tensors.get(_in(stem, "bias"), torch.zeros(len(weight)))
     if weight.shape[1] != latent:

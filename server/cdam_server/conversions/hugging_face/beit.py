@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
-
 from cdam_server.conversions.converted import Converted
 from cdam_server.conversions.hugging_face.common import Request
 from cdam_server.conversions.hugging_face.vit import LAYERS
 from cdam_server.conversions.hugging_face.vit import RENAMINGS as VIT_RENAMINGS
-from cdam_server.conversions.layers import mlp_ratio, put, qkv, with_bias
+from cdam_server.conversions.layers import mlp_ratio, put, qkv, resample_positions, with_bias
 from cdam_server.conversions.tensors import ConversionError, StateDict
 
 RENAMINGS: Final = (
@@ -28,8 +26,7 @@ def convert(request: Request) -> Converted:
     """
     tensors, config = request.tensors, request.config
     kwargs = request.vit_kwargs(LAYERS)
-    if request.grid != request.own_grid:
-        raise ConversionError(f"BEiT's relative positions are for {config.pair('image_size')} pixels only")
+    _check_grid(request)
     if config.activation() != "gelu":
         raise ConversionError(f"hidden_act is {config['hidden_act']!r}, but timm's BEiT has gelu only")
     tensors.leave_out(r".*\.relative_position_index$", "indices of relative positions, which timm makes itself")
@@ -37,11 +34,11 @@ def convert(request: Request) -> Converted:
     averages = bool(config["use_mean_pooling"])
     weights: StateDict = {"cls_token": tensors.take("embeddings.cls_token")}
     if config["use_absolute_position_embeddings"]:
-        weights["pos_embed"] = tensors.take("embeddings.position_embeddings")
+        positions = tensors.take("embeddings.position_embeddings")
+        weights["pos_embed"] = resample_positions(positions, 1, request.own_grid, request.grid)
     if config["use_shared_relative_position_bias"]:
-        weights["rel_pos_bias.relative_position_bias_table"] = _table(
-            request, "shared_position_bias.relative_position_bias_table"
-        )
+        table = tensors.take("shared_position_bias.relative_position_bias_table")
+        weights["rel_pos_bias.relative_position_bias_table"] = table
     put(weights, "patch_embed.proj", with_bias(tensors.take_layer("embeddings.patch_embeddings.projection")))
     for index in range(kwargs["depth"]):
         _block(weights, request, f"layers.{index}", f"blocks.{index}")
@@ -69,6 +66,7 @@ def convert(request: Request) -> Converted:
         data_config=request.data_config,
         output_names=request.output_names(count),
         task=request.task,
+        resampled=request.resampled,
     )
 
 
@@ -88,20 +86,22 @@ def _block(weights: StateDict, request: Request, source: str, target: str) -> No
     for layer in ("fc1", "fc2"):
         put(weights, f"{target}.mlp.{layer}", with_bias(tensors.take_layer(f"{source}.mlp.{layer}")))
     if request.config["use_relative_position_bias"]:
-        table = _table(request, f"{source}.relative_position_bias.relative_position_bias_table")
+        table = tensors.take(f"{source}.relative_position_bias.relative_position_bias_table")
         weights[f"{target}.attn.relative_position_bias_table"] = table
     if request.config["layer_scale_init_value"] > 0:
         for branch in ("1", "2"):
             weights[f"{target}.gamma_{branch}"] = tensors.take(f"{source}.lambda_{branch}")
 
 
-def _table(request: Request, name: str) -> torch.Tensor:
-    """A table of relative positions.
+def _check_grid(request: Request) -> None:
+    """Refuses other grids than squares, whose height transformers takes for their width, and others than the table's.
 
     Raises:
-        ConversionError: The grid is no square: transformers takes height for width there.
+        ConversionError: With the sizes.
     """
-    height, width = request.own_grid
+    config, (height, width) = request.config, request.own_grid
     if height != width:
-        raise ConversionError(f"relative positions of {height} x {width} patches: transformers' are of squares only")
-    return request.tensors.take(name)
+        raise ConversionError(f"image_size is {config['image_size']}: transformers' BEiT takes squares only")
+    relative = config["use_relative_position_bias"] or config["use_shared_relative_position_bias"]
+    if relative and request.grid != request.own_grid:
+        raise ConversionError(f"input_size: BEiT's relative positions are for {config['image_size']} pixels only")
