@@ -437,8 +437,10 @@ def cascade(model: nn.Module, seed: int) -> Iterator[nn.Module]:
     randomised = copy.deepcopy(model)
     names = [name for name, _ in model.named_parameters()]
     after = [name for name in names if name.split(".")[0] in HEAD]
-    of_blocks = [[name for name in names if name.startswith(f"blocks.{i}.")] for i in range(len(model.blocks))]
-    before = [name for name in names if name.split(".")[0] not in {*HEAD, "blocks"}]
+    # Class attention, where there is one, comes after the blocks of patches.
+    places = [f"{rows}.{i}." for rows in ("blocks", "blocks_token_only") for i in range(len(getattr(model, rows, ())))]
+    of_blocks = [[name for name in names if name.startswith(place)] for place in places]
+    before = [name for name in names if name.split(".")[0] not in {*HEAD, "blocks", "blocks_token_only"}]
     assert len(after) + sum(map(len, of_blocks)) + len(before) == len(names)
     for part in (after, *reversed(of_blocks), before):
         for name in part:
