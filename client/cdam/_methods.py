@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from numbers import Real
+from typing import Any, ClassVar, Literal, TypeAlias
 
 Quadrature: TypeAlias = Literal["riemann_right", "gauss_legendre"]
 """How a path integral is approximated: by a right-hand Riemann sum, as in the papers, or by Gauss-Legendre nodes."""
@@ -39,6 +40,11 @@ class Noise:
     def __post_init__(self) -> None:
         if self.relative is not None and self.absolute is not None:
             raise ValueError("noise is relative or absolute, not both")
+
+
+def _as_noise(noise: Any) -> Any:
+    """A plain number, of any library, is relative."""
+    return Noise(relative=float(noise)) if isinstance(noise, Real) else noise
 
 
 class _Method:
@@ -81,8 +87,7 @@ class SmoothCdam(_Method):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.noise, int | float):
-            object.__setattr__(self, "noise", Noise(relative=self.noise))
+        object.__setattr__(self, "noise", _as_noise(self.noise))
 
 
 @dataclass(frozen=True)
@@ -160,8 +165,7 @@ class SmoothGrad(_Method):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.noise, int | float):
-            object.__setattr__(self, "noise", Noise(relative=self.noise))
+        object.__setattr__(self, "noise", _as_noise(self.noise))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ It needs Pillow and numpy alone, so that all three can import it, and a picture 
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,18 +48,19 @@ def upright_rgb(image: Image.Image, orientation: int | None = None) -> Image.Ima
         orientation: 1 to 8, as EXIF counts; None: as the image's metadata say.
 
     Returns:
-        Mode RGB; a new image.
+        Mode RGB: a new image, or the image itself if there is nothing to do.
 
     Raises:
         UndefinedRangeError: The mode has no defined range: I, F.
-        ValueError: The image has no pixels.
+        ValueError: The image has no pixels, or its file was closed before they were read.
         OSError: A file that was opened lazily is damaged.
     """
-    colours, turn = _colours(image), _turn(image, orientation)
-    if colours.mode == "RGBA":
+    colours, alpha = _layers(image)
+    if alpha is not None:
         white = Image.new("RGB", colours.size, "white")
-        white.paste(colours, mask=colours)
+        white.paste(colours, mask=alpha)
         colours = white
+    turn = _turn(image, orientation)
     return colours if turn is None else colours.transpose(turn)
 
 
@@ -71,30 +72,41 @@ def upright_mask(image: Image.Image, orientation: int | None = None) -> Image.Im
         orientation: As for `upright_rgb`.
 
     Returns:
-        Mode L.
+        Mode L; a new image.
 
     Raises:
-        ValueError: The image has no pixels.
-        OSError: A file that was opened lazily is damaged.
+        ValueError: As for `upright_rgb`.
+        OSError: As for `upright_rgb`.
     """
     if image.mode[0] in "IF":
+        _load(image)
         samples = np.asarray(image)
         mask = Image.fromarray(np.where((samples != 0) & ~_is_transparent(samples, image), np.uint8(255), np.uint8(0)))
     else:
-        colours = _colours(image)
-        mask = _not_black(colours.convert("RGB"))
-        if colours.mode == "RGBA":
-            mask = ImageChops.multiply(mask, _not_black(colours.getchannel("A")))
+        colours, alpha = _layers(image)
+        mask = _not_black(colours if colours.mode == "RGB" else colours.convert("RGB"))
+        if alpha is not None:
+            opacity = alpha if alpha.mode == "L" else alpha.getchannel("A")
+            mask = ImageChops.multiply(mask, _not_black(opacity))
     turn = _turn(image, orientation)
     return mask if turn is None else mask.transpose(turn)
 
 
-def _colours(image: Image.Image) -> Image.Image:
-    """The pixels as they lie in memory: RGBA where there is transparency, else RGB."""
-    if not (image.width and image.height):
-        raise ValueError(f"the image has no pixels: {image.height} x {image.width} (height x width)")
+class _Layers(NamedTuple):
+    """The pixels as they lie in memory, not turned.
+
+    Attributes:
+        colours: RGB or RGBA.
+        alpha: How opaque they are, L or RGBA, as a mask for pasting; None: wholly.
+    """
+
+    colours: Image.Image
+    alpha: Image.Image | None = None
+
+
+def _layers(image: Image.Image) -> _Layers:
     depth = _depth(image)  # known before the pixels are loaded
-    image.load()  # a PNG's transparency may follow the pixels
+    _load(image)
     match image.mode:
         case "I" | "F":
             raise UndefinedRangeError(
@@ -102,29 +114,44 @@ def _colours(image: Image.Image) -> Image.Image:
             )
         case "1" | "L" | "RGB" | "I;16" | "I;16L" | "I;16B" | "I;16N":
             return _of_samples(image, depth)
+        case "LA" | "PA" | "RGBA" | "RGBa" | "La":
+            return _of_rgba(image)
         case "P" if image.has_transparency_data:
-            return image.convert("RGBA")
-        case "LA" | "PA" | "RGBA" | "RGBa":
-            return image.convert("RGBA")
-        case "La":
-            return image.convert("LA").convert("RGBA")
-    return image.convert("RGB")
+            return _of_rgba(image)
+    return _Layers(image.convert("RGB"))
 
 
-def _of_samples(image: Image.Image, depth: int | None) -> Image.Image:
+def _load(image: Image.Image) -> None:
+    """Read the pixels now: a PNG's transparency and orientation may follow them."""
+    if not (image.width and image.height):
+        raise ValueError(f"the image has no pixels: {image.height} x {image.width} (height x width)")
+    try:
+        image.load()
+    except (AssertionError, AttributeError) as error:  # as Pillow puts it
+        raise ValueError("the image's file was closed before its pixels were read") from error
+
+
+def _of_rgba(image: Image.Image) -> _Layers:
+    if image.mode == "La":  # Pillow knows no other way out of it
+        image = image.convert("LA")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    return _Layers(rgba, rgba)
+
+
+def _of_samples(image: Image.Image, depth: int | None) -> _Layers:
     """Of grey and RGB, where one value may stand for transparent pixels."""
-    if image.info.get("transparency") is None and not image.mode.startswith("I"):
-        return image.convert("RGB")
-    samples = np.asarray(image)
-    transparent = _is_transparent(samples, image, depth)
-    if samples.dtype == np.bool_:
-        samples = samples.astype(np.uint8) * np.uint8(255)
-    elif samples.dtype != np.uint8:
-        samples = (samples >> 8).astype(np.uint8)
-    rgb = Image.fromarray(samples).convert("RGB")
-    if transparent.any():
-        rgb.putalpha(Image.fromarray(np.where(transparent, np.uint8(0), np.uint8(255))))
-    return rgb
+    alpha = None
+    if image.info.get("transparency") is not None:
+        transparent = _is_transparent(np.asarray(image), image, depth)
+        if transparent.any():
+            alpha = Image.fromarray(np.where(transparent, np.uint8(0), np.uint8(255)))
+    if image.mode == "RGB":
+        return _Layers(image, alpha)
+    if image.mode.startswith("I"):
+        grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    else:
+        grey = image if image.mode == "L" else image.convert("L")
+    return _Layers(Image.merge("RGB", [grey] * 3), alpha)
 
 
 def _is_transparent(samples: NDArray[Any], image: Image.Image, depth: int | None = None) -> NDArray[np.bool_]:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
+
+from cdam_images.orientation import orientation_of
 
 # Parts are walked through one by one. Of a file of 32 MiB so many have 670 bytes each, fewer than encoders write.
 MAX_PARTS: Final = 50_000
@@ -28,17 +29,17 @@ _MAX_TEXT: Final = 1024 * 1024
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _JPEG_END: Final = b"\xff\xd9"
+_PROBE: Final = bytes(place * 151 % 255 for place in range(64))
 _SEQUENTIAL: Final = frozenset({0xC0, 0xC1, 0xC9})
 _JPEG_MARKER: Final = re.compile(rb"\xff([\x01-\xfe])")
 # Entropy-coded data hold stuffed zeros and restart markers; any other marker ends them.
 _SCAN_END: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_XMP_ORIENTATION: Final = re.compile(rb"tiff:Orientation(?:=\"|>)([0-9])")
+# Between restart markers a decoder passes over markers that there are none of, to find the next interval.
+_RESTARTED_END: Final = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 _EXIF: Final = b"Exif\0\0"
-_EXIF_HEADS: Final = re.compile(rb"(?:Exif\0\0)*")  # some write more than one
 _JPEG_XMP: Final = b"http://ns.adobe.com/xap/1.0/\0"
 _PNG_XMP: Final = b"XML:com.adobe.xmp"
 _PNG_EXIF: Final = b"Raw profile type exif"  # as ImageMagick wrote it before PNG had a chunk for it
-_ORIENTATION: Final = 0x0112
 
 
 class OverLimitError(ValueError):
@@ -55,12 +56,15 @@ class Picture:
             metadata are left in it.
         size: (width, height) in pixels by the header; None if it has none.
         scans: The scans of a JPEG: how often a decoder passes over the picture. 1 in other files.
+        probe: Of a JPEG whose end is not marked: the same with further bytes behind the last scan. A decoder that needs
+            none there makes the same pixels of both; other pixels mean that the scan is cut short, or broken. Else None.
     """
 
     data: bytes
     orientation: int | None = None
     size: tuple[int, int] | None = None
     scans: int = 1
+    probe: bytes | None = None
 
 
 def find_picture(data: bytes) -> Picture:
@@ -100,9 +104,10 @@ def _jpeg(data: bytes) -> Picture:
     parts = 0
     while found.step():
         parts = _count(parts)
-    return Picture(
-        b"".join(found.kept), _orientation(bytes(found.exif), found.xmp), found.size, scans=max(found.scans, 1)
-    )
+    orientation = orientation_of(bytes(found.exif), found.xmp)
+    data = b"".join(found.kept)
+    probe = None if found.marked else data[: -len(_JPEG_END)] + _PROBE + _JPEG_END
+    return Picture(data, orientation, found.size, max(found.scans, 1), probe)
 
 
 class _JpegParts:
@@ -114,6 +119,7 @@ class _JpegParts:
         xmp: An XML file, or nothing.
         size: (width, height) in pixels.
         scans: How many there are.
+        marked: False if the picture seems complete, and what follows it is not what may follow a scan.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -121,25 +127,27 @@ class _JpegParts:
         self._view = memoryview(data)
         self._position = 2
         self._complete = False
+        self._restarts = False
         self._single = -1  # components of a scan that is the whole picture, if one can be
         self.kept: list[bytes | memoryview] = [b"\xff\xd8"]
         self.exif = bytearray()
         self.xmp = b""
         self.size: tuple[int, int] | None = None
         self.scans = 0
+        self.marked = True
 
     def step(self) -> bool:
         """Take the next segment; False if there are no more."""
         found = _JPEG_MARKER.search(self._data, self._position)
-        if found is None:
-            return False
         # Some cameras forget to mark the end: what does not follow at once on a complete picture is none of it.
-        if self._complete and self._data[self._position : found.start()].strip(b"\xff"):
+        self.marked = not self._complete
+        if found is None or (self._complete and self._data[self._position : found.start()].strip(b"\xff")):
             return False
         marker, start = found[1][0], found.end()
         if marker in {0xD8, 0xD9}:  # another picture's beginning, the end
-            if marker == 0xD9 and not self._complete:
-                self.kept.append(_JPEG_END)
+            if marker == 0xD9:
+                self.marked = True
+                self.kept += [] if self._complete else [_JPEG_END]
             return False
         self._position = start
         if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # these stand alone
@@ -162,12 +170,14 @@ class _JpegParts:
         if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC} and len(body) > 5 and self.size is None:
             self.size = (int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big"))
             self._single = body[5] if marker in _SEQUENTIAL else -1
+        elif marker == 0xDD:
+            self._restarts = any(body[:2])
         elif marker == 0xDA:
             self._scan(components=body[0] if body else 0, start=end)
 
     def _scan(self, components: int, start: int) -> None:
         self.scans += 1
-        after = _SCAN_END.search(self._data, start)
+        after = (_RESTARTED_END if self._restarts else _SCAN_END).search(self._data, start)
         self._position = after.start() if after else len(self._data)
         if self._complete:
             return
@@ -218,7 +228,7 @@ def _png(data: bytes) -> Picture:
             break
         position = end
     size = (int.from_bytes(view[16:20], "big"), int.from_bytes(view[20:24], "big")) if data[12:16] == b"IHDR" else None
-    return Picture(b"".join(kept), _orientation(metadata.exif, metadata.xmp), size)
+    return Picture(b"".join(kept), orientation_of(metadata.exif, metadata.xmp), size)
 
 
 class _PngMetadata:
@@ -306,15 +316,15 @@ def _webp(data: bytes) -> Picture:
         end = position + 8 + length
         if kind in notes:
             if announced & _WEBP_NOTES[kind]:  # libwebp passes over others
-                notes[kind] = notes[kind] or bytes(view[position + 8 : min(end, stop)])
+                notes[kind] = notes[kind] or bytes(view[position + 8 : end])
         elif kind in _WEBP_PIXELS and kind not in seen:
             seen.add(kind)
-            chunk = view[position : min(end, stop)]
+            chunk = view[position:end]
             kept += [_without_notes(chunk) if kind == b"VP8X" else chunk, b"\0" * (length % 2)]
         position = end + length % 2
     body = b"".join([b"WEBP", *kept])
     picture = b"RIFF" + struct.pack("<I", len(body)) + body
-    return Picture(picture, _orientation(notes[b"EXIF"], notes[b"XMP "]), _webp_canvas(picture))
+    return Picture(picture, orientation_of(notes[b"EXIF"], notes[b"XMP "]), _webp_canvas(picture))
 
 
 _WEBP_NOTES: Final = {b"EXIF": 0x08, b"XMP ": 0x04}
@@ -343,60 +353,3 @@ def _webp_canvas(data: bytes) -> tuple[int, int] | None:
         width, height = struct.unpack_from("<HH", data, 26)
         return width & 0x3FFF, height & 0x3FFF
     return None
-
-
-# --- orientation
-
-
-class _Entry(NamedTuple):
-    """An entry of a TIFF directory."""
-
-    tag: int
-    kind: int
-    length: int
-    value: bytes
-
-
-def _orientation(exif: bytes, xmp: bytes) -> int:
-    """What EXIF says, or where it says nothing, XMP; as Pillow reads them."""
-    try:
-        said = _exif_orientation(exif)
-    except (ValueError, struct.error):
-        return 1
-    if said is None and (found := _XMP_ORIENTATION.search(xmp)):
-        said = int(found[1])
-    return said if said is not None and 1 <= said <= 8 else 1
-
-
-def _exif_orientation(exif: bytes) -> int | None:
-    """The orientation in the first directory of EXIF; None if there is none, 0 if it is no number.
-
-    Source: TIFF 6.0, section 2.
-
-    Raises:
-        ValueError: It is no EXIF.
-    """
-    heads = _EXIF_HEADS.match(exif)
-    start = heads.end() if heads else 0
-    if start == len(exif):
-        return None
-    if exif[start : start + 4] not in {b"II*\0", b"MM\0*", b"II\0*", b"MM*\0"}:
-        raise ValueError("no EXIF")
-    order = "<" if exif.startswith(b"II", start) else ">"
-    (offset,) = struct.unpack_from(f"{order}L", exif, start + 4)
-    said = None
-    for entry in _entries(exif, start + offset, order):
-        if entry.tag == _ORIENTATION:
-            sizes = {3: "H", 4: "L", 8: "h", 9: "l"}  # whole numbers of 16 and 32 bits
-            single = entry.kind in sizes and entry.length == 1
-            said = struct.unpack_from(order + sizes[entry.kind], entry.value)[0] if single else 0
-    return said
-
-
-def _entries(tiff: bytes, position: int, order: str) -> Iterator[_Entry]:
-    """The entries of the directory at a position, those that are whole; at most 65535."""
-    if position + 2 > len(tiff):
-        return
-    (count,) = struct.unpack_from(f"{order}H", tiff, position)
-    table = tiff[position + 2 : position + 2 + 12 * count]
-    yield from map(_Entry._make, struct.iter_unpack(f"{order}HHL4s", table[: len(table) // 12 * 12]))

@@ -30,6 +30,7 @@ _TOLERANCES: Final = {
     torch.float16: (3e-2, 1e-1),
     torch.bfloat16: (1e-1, 3e-1),
 }
+_COARSE: Final = frozenset({torch.float16, torch.bfloat16})  # too coarse for difference quotients
 _TF32_TOLERANCES: Final = (1e-2, 5e-2)
 # Steps of the difference quotient, relative to |T|, and how close one of them must come, relative to the steepest slope
 # there is. Small steps drown in rounding, large ones bend; a gradient that misses a path is off at every one.
@@ -58,13 +59,22 @@ class _Heard:
     without_gradient: list[str] = field(default_factory=list)
     _thread: int = field(default_factory=threading.get_ident)
 
-    def listen(self, vit: SplitViT, stack: ExitStack) -> None:
-        """Hook into the model until the stack is closed."""
+    def listen(self, vit: SplitViT, stack: ExitStack, *, to_all: bool) -> None:
+        """Hook into the model until the stack is closed.
+
+        Args:
+            vit: The model.
+            stack: Takes the hooks away.
+            to_all: Whether to listen to every module, for its gradient. Other threads would take the hooks for the
+                model's own meanwhile, so this is for models that are about to be refused, and those in half precision.
+        """
         stack.callback(vit.blocks[-1].norm1.register_forward_hook(self._at_tokens).remove)
         stack.callback(vit.family.head.register_forward_pre_hook(self._at_head).remove)
-        for name, module in vit.model.named_modules():
-            if module is not vit.model:
-                stack.callback(module.register_forward_hook(partial(self._at_part, name)).remove)
+        if to_all:
+            passed_by = {module for _, module in vit.bypassed()}
+            for name, module in vit.model.named_modules():
+                if module not in passed_by:
+                    stack.callback(module.register_forward_hook(partial(self._at_part, name)).remove)
 
     def _at_tokens(self, _module: nn.Module, _given: Any, out: Tensor) -> Tensor:
         if threading.get_ident() != self._thread:
@@ -100,19 +110,20 @@ def prove(vit: SplitViT) -> None:
         heard = _listen(vit, pixels[:1])
         trunk = vit.trunk(pixels)
         _check_outputs(vit, heard, trunk, pixels)
-        _check_gradients(vit, heard, trunk)
+        _check_gradients(vit, heard, trunk, pixels[:1])
 
 
 def _listen(vit: SplitViT, pixels: Tensor) -> _Heard:
     """Run the whole model on one image, with the tokens of its last attention as a leaf."""
-    heard = _run(vit, pixels, from_input=False)
+    to_all = pixels.dtype in _COARSE
+    heard = _run(vit, pixels, to_all=to_all)
     if heard.outputs is not None and not heard.outputs.requires_grad:
         # Re-entrant checkpointing breaks a graph that does not come all the way from the input.
-        heard = _run(vit, pixels, from_input=True)
+        heard = _run(vit, pixels, from_input=True, to_all=to_all)
     if heard.tokens is None:
         raise UnsupportedArchitectureError("OUTPUTS_DIFFER", "the model does not run the norm of its last attention")
-    if heard.outputs is None or not heard.outputs.requires_grad:
-        raise _no_gradient(heard)
+    if heard.outputs is None or not heard.outputs.requires_grad or heard.without_gradient:
+        raise _no_gradient(vit, pixels)
     return heard
 
 
@@ -142,11 +153,11 @@ def _noise(vit: SplitViT, count: int) -> Tensor:
     return torch.randn(count, vit.channels, *size, generator=draw).to(weight.device, weight.dtype)
 
 
-def _run(vit: SplitViT, pixels: Tensor, *, from_input: bool) -> _Heard:
+def _run(vit: SplitViT, pixels: Tensor, *, from_input: bool = False, to_all: bool = False) -> _Heard:
     heard = _Heard()
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(from_input))
-        heard.listen(vit, stack)
+        heard.listen(vit, stack, to_all=to_all)
         outputs = vit.model(pixels.clone().requires_grad_(from_input))
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         what = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -189,7 +200,7 @@ def _why_outputs_differ(vit: SplitViT, found: Tensor, alone: Tensor, pixels: Ten
     return f"{how}: its code is not what it is taken for"
 
 
-def _check_gradients(vit: SplitViT, heard: _Heard, trunk: TrunkOutput) -> None:
+def _check_gradients(vit: SplitViT, heard: _Heard, trunk: TrunkOutput, pixels: Tensor) -> None:
     """The full backward pass to T against the map, and against differences of the output."""
     assert heard.outputs is not None
     assert heard.tokens is not None
@@ -201,7 +212,7 @@ def _check_gradients(vit: SplitViT, heard: _Heard, trunk: TrunkOutput) -> None:
         for value in values:
             (gradient,) = torch.autograd.grad(value, heard.tokens, retain_graph=True, allow_unused=True)
             if gradient is None:
-                raise _no_gradient(heard)
+                raise _no_gradient(vit, pixels)
             gradients.append(gradient.detach().reshape(tokens.shape))
     truth = torch.stack([(tokens * gradient).sum(dim=-1)[0] for gradient in gradients])
     found = make_tail(vit, trunk).scores([targets] * 2).scores[0]
@@ -212,14 +223,12 @@ def _check_gradients(vit: SplitViT, heard: _Heard, trunk: TrunkOutput) -> None:
             "the gradient of the model's parts is not that of a full backward pass: maps differ by "
             f"{_off(found, truth):.2g} of their maximum{_hooks_on(vit)}",
         )
-    if heard.without_gradient:
-        raise _no_gradient(heard)
-    if tokens.dtype in {torch.float16, torch.bfloat16}:  # too coarse for differences
+    if tokens.dtype in _COARSE:
         return
     # Along its own gradient a function is steepest, and the easiest to measure; along those of others a missing path shows.
     for direction in (gradients[0], *_other_gradients(vit, trunk.part(0))):
         if not _is_the_slope(vit, trunk.part(0), targets[0], gradients[0], direction):
-            raise _no_gradient(heard)
+            raise _no_gradient(vit, pixels)
 
 
 def _other_gradients(vit: SplitViT, trunk: TrunkOutput) -> list[Tensor]:
@@ -277,8 +286,8 @@ def _targets(vit: SplitViT, outputs: Tensor) -> list[Scalar]:
     return [Concept(torch.randn(len(outputs), generator=torch.Generator().manual_seed(_SEED)))]
 
 
-def _no_gradient(heard: _Heard) -> UnsupportedArchitectureError:
-    names = list(dict.fromkeys(heard.without_gradient))
+def _no_gradient(vit: SplitViT, pixels: Tensor) -> UnsupportedArchitectureError:
+    names = list(dict.fromkeys(_run(vit, pixels, to_all=True).without_gradient))
     where = f": none passes {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}" if names else ""
     return UnsupportedArchitectureError(
         "NO_GRADIENT",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import timm
 import timm.models
 
 from cdam_server.load_error import LoadError
-from cdam_server.specs import DEMO, ModelSpec
+from cdam_server.specs import DEMO, FOLDER, ModelSpec
 
 _CONVOLUTIONS: Final = "it is a convolutional network and has no attention that reads the tokens of image patches"
 _HIERARCHICAL: Final = (
@@ -29,7 +31,7 @@ _MODULES: Final = {
     _HIERARCHICAL: (
         "coat davit efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra fastvit focalnet gcvit hiera "
         "hieradet_sam2 iformer levit lowformer maxxvit metaformer mobilevit mvitv2 nest nextvit pit pvt_v2 swiftformer "
-        "swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit twins visformer vitamin"
+        "swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit twins visformer"
     ),
     _MIXERS: "efficientvim mlp_mixer sequencer",
 }
@@ -38,10 +40,21 @@ _REASONS: Final = {module: reason for reason, modules in _MODULES.items() for mo
 
 def why_not(architecture: str) -> str:
     """Why an architecture can't be explained; "" if nothing speaks against it so far."""
+    if architecture.startswith(FOLDER):
+        architecture = _in_folder(Path(architecture.removeprefix(FOLDER)))
     if architecture == DEMO or not timm.is_model(architecture):
         return ""
     module = timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2]
     return _REASONS.get(module, "")
+
+
+def _in_folder(folder: Path) -> str:
+    """The architecture that a folder of timm's names; "" if it is another library's, or can't be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("architecture", "")) if isinstance(config, dict) else ""
 
 
 def check_explainable(specs: Sequence[ModelSpec]) -> dict[str, str]:

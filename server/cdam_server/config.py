@@ -193,7 +193,9 @@ class Settings(BaseSettings):
             "weights_key": self.weights_key,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
-        name = self.model_name or (Path(self.model).name if self.model.startswith(FOLDER) else self.model)
+        name = self.model_name or (
+            Path(self.model.removeprefix(FOLDER)).name if self.model.startswith(FOLDER) else self.model
+        )
         return [ModelSpec.model_validate({"name": name, "architecture": self.model, **chosen})]
 
 

@@ -107,7 +107,7 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
         else:
             module, report, converted = _build(spec, names)
         module = module.eval().requires_grad_(False)
-        split = _split(module)
+        split = _split(spec, module)
         count = _count_outputs(module, split)
         if not names:
             names = _default_names(spec, module, count, converted)
@@ -346,12 +346,17 @@ def _architecture(spec: ModelSpec, module: nn.Module) -> str:
     return DEMO if spec.architecture == DEMO else str(config.get("architecture") or spec.architecture)
 
 
-def _split(module: nn.Module) -> SplitViT | None:
+def _split(spec: ModelSpec, module: nn.Module) -> SplitViT | None:
     """The model as the engine sees it; None if CDAM is not defined for it."""
     try:
-        return SplitViT(module)
+        split = SplitViT(module)
+        split.grid(split.input_size)
+        assert split.num_outputs >= 0  # it asks the head, whose answer may be no row of outputs
     except UnsupportedArchitectureError:
         return None
+    except ValueError as error:  # an input size that is no multiple of the patches
+        raise LoadError("model_kwargs" if spec.input_size is None else "input_size", str(error)) from error
+    return split
 
 
 def _count_outputs(module: nn.Module, split: SplitViT | None) -> int:

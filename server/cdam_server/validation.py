@@ -59,6 +59,13 @@ def _words(kind: str, message: str, given: object, path: list[Any], settings: ty
         "bool_parsing": f"must be true or false, not {found}",
         "bool_type": f"must be true or false, not {found}",
         "string_too_short": "must not be empty",
+        "int_parsing": f"must be a whole number, not {found}",
+        "int_type": f"must be a whole number, not {found}",
+        "int_from_float": f"must be a whole number, not {found}",
+        "float_parsing": f"must be a number, not {found}",
+        "float_type": f"must be a number, not {found}",
+        "tuple_type": f"must be a list, not {found}",
+        "list_type": f"must be a list, not {found}",
         "path_type": f"must be a path, not {found}",
         "value_error": message.removeprefix("Value error, "),
     }

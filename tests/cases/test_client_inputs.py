@@ -162,6 +162,14 @@ def test_what_is_no_index(wrong: Any) -> None:
             encode_method(cdam.SmoothCdam(samples=wrong))
 
 
+@pytest.mark.parametrize("noise", [0.25, np.float32(0.25), np.float64(0.25)])
+def test_a_level_of_noise_of_any_library(noise: Any) -> None:
+    """civisanalytics/civis-python#85's sibling: np.float32 is no float in Python."""
+    for method in (cdam.SmoothCdam(noise=noise), cdam.SmoothGrad(noise=noise)):
+        assert method.noise == cdam.Noise(relative=0.25)
+        assert getattr(encode_method(method), method.kind).noise.relative == 0.25
+
+
 @pytest.mark.parametrize("size", [np.array([32, 48]), torch.tensor([32, 48]), (np.int64(32), 48)])
 def test_a_size_of_any_library(size: Any) -> None:
     """Shapes come from arrays: Image.size is of ints, but np.array(...) // 2 is not."""

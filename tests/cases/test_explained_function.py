@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -453,3 +454,18 @@ def test_concepts_of_a_model_without_outputs() -> None:
     expected = (gradient * seen[0]).sum(dim=-1)[0, 1:].detach().numpy()
     np.testing.assert_allclose(found.maps[0].scores.ravel(), expected, rtol=0, atol=1e-10 * abs(expected).max())
     assert found.grid == (SIZE[0] // 16, SIZE[1] // 16)
+
+
+def test_threads_that_prove_one_model_do_not_disturb_each_other() -> None:
+    model = network()
+    explainer = Explainer(model)
+    methods = [[Cdam(), TokenAblation()]]
+    expected = explainer.explain(noise(1), [[Output(1)]], methods)[0].maps
+
+    def work(number: int) -> float:
+        its = Explainer(model) if number % 2 else explainer
+        found = its.explain(noise(1), [[Output(1)]], methods)[0].maps
+        return max(float(np.abs(one.scores - other.scores).max()) for one, other in zip(found, expected, strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(24))) < 1e-10

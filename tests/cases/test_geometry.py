@@ -80,11 +80,22 @@ def test_what_the_settings_say_of_the_file_must_be_so(tmp_path: Path) -> None:
         ({"qk_norm": True}, ["qk_norm: true"]),
         ({"pre_norm": True}, ["pre_norm: true"]),
         ({"global_pool": "avg"}, ["global_pool: avg"]),
+        ({"no_embed_class": True}, ["model_kwargs: {no_embed_class: true}"]),
     ],
 )
 def test_other_networks_say_what_they_are(trained: dict[str, Any], words: list[str], tmp_path: Path) -> None:
     said = refusal(vit(**trained).state_dict(), tmp_path)
     assert all(word in said for word in words), said
+
+
+def test_an_input_size_that_patches_do_not_fit(tmp_path: Path) -> None:
+    for settings, name in (
+        ({"input_size": (50, 50)}, "input_size"),
+        ({"model_kwargs": {"img_size": 40}}, "model_kwargs"),
+    ):
+        with pytest.raises(LoadError, match=r"not a multiple of the patch size 16 x 16") as caught:
+            load(vit().state_dict(), tmp_path, **{"model_kwargs": {"img_size": None}, **settings})
+        assert caught.value.setting == name
 
 
 def test_a_common_size_is_called_by_its_architecture(tmp_path: Path) -> None:
@@ -285,3 +296,36 @@ def test_an_input_size_for_weights_from_the_hub_is_told(monkeypatch: pytest.Monk
     monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)
     loaded = load_model(ModelSpec(name="m", architecture=ARCHITECTURE, pretrained=True, input_size=(96, 96)))
     assert loaded.resampled == "positions from those for 224 x 224 pixels to those for 96 x 96"
+
+
+def test_dinov2s_own_checkpoints_with_registers(tmp_path: Path) -> None:
+    """pytorch-image-models#2014, dinov2#356: register_tokens, mask_token and a position for [CLS], which timm adds to [CLS] itself."""
+    architecture = "vit_small_patch14_reg4_dinov2"
+    model = vit(0, architecture=architecture, img_size=56)
+    own = dict(model.state_dict())
+    first = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(3))
+    weights = {name: tensor for name, tensor in own.items() if name not in {"reg_token", "cls_token", "pos_embed"}}
+    weights |= {
+        "register_tokens": own["reg_token"],
+        "mask_token": torch.zeros(1, 32),
+        "cls_token": own["cls_token"] - first,
+        "pos_embed": torch.cat([first, own["pos_embed"]], dim=1),
+    }
+    content = {"teacher": {f"backbone.{name}": tensor for name, tensor in weights.items()}}
+    kwargs = {"img_size": 56}
+    loaded = load(content, tmp_path, architecture=architecture, model_kwargs=kwargs)
+    assert difference(loaded, model, (56, 56)) < 1e-5
+    assert not loaded.resampled
+    smaller = load(content, tmp_path, architecture=architecture, model_kwargs=kwargs, input_size=(28, 28))
+    assert smaller.resampled == "positions from 4 x 4 to 2 x 2"
+    assert "4 x 4 for 56 x 56" in refusal(content, tmp_path, architecture=architecture, model_kwargs={"img_size": 28})
+
+
+def test_names_of_transformers_say_where_they_belong(tmp_path: Path) -> None:
+    weights = {
+        "vit.embeddings.cls_token": torch.ones(1, 1, 32),
+        "vit.embeddings.position_embeddings": torch.ones(1, 5, 32),
+        "vit.embeddings.patch_embeddings.projection.weight": torch.ones(32, 3, 16, 16),
+        "vit.encoder.layer.0.attention.attention.query.weight": torch.ones(32, 32),
+    }
+    assert "local-dir:PATH" in refusal(weights, tmp_path)

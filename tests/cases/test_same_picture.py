@@ -341,6 +341,17 @@ def test_an_image_without_pixels() -> None:
         encode_image(Image.new("RGB", (5, 0)))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_file_that_was_closed_before_its_pixels_were_read(kind: str) -> None:
+    """Pillow reads pixels when they are needed: after the block that opened the file there are none, and no word why."""
+    with opened(saved(RGB, kind)) as image:
+        pass
+    with pytest.raises(ValueError, match="file was closed before its pixels were read"):
+        upright_rgb(image)
+    with pytest.raises(cdam.ImageError, match="file was closed before its pixels were read"):
+        encode_image(image)
+
+
 @pytest.mark.parametrize("kind", ["palette", "16 bits", "alpha", "32 bits"])
 def test_a_mask_is_the_same_as_object_and_as_file(kind: str) -> None:
     """A small label in 16 bits is inside, though its high byte is black; what is see-through is outside."""

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ import open_clip
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import cdam
 from cdam_server import logs
@@ -27,59 +24,11 @@ from cdam_server.cli import main
 from cdam_server.config import Settings
 from cdam_server.text_vectors import TextModel, TextModelError
 from reference import foreign
+from small_clip import CONFIGS, Folder, save
 
 Run = Callable[..., Result]
 
-TEXT = {"context_length": 10, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-VISION = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 48, "head_width": 16}
-SIGLIP = {"image_size": 160, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none"}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "clip": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": True},
-    "siglip": {
-        "embed_dim": 96,
-        "init_logit_bias": -10,
-        "custom_text": True,
-        "vision_cfg": SIGLIP,
-        "text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
-    },
-}
 CAT, PICTURE, DOG = "a photo of a cat", "a picture of a cat", "a photo of a dog"
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A model as open_clip saves it, and the model itself."""
-
-    path: Path
-    model: Any
-
-    @property
-    def norm1(self) -> nn.Module:
-        """The first norm of the image tower's last block."""
-        if hasattr(self.model.visual, "trunk"):
-            return self.model.visual.trunk.blocks[-1].norm1
-        return self.model.visual.transformer.resblocks[-1].ln_1
-
-    def transform(self, image: Image.Image) -> Tensor:
-        pixels: Tensor = image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=False)(image)
-        return pixels[None]
-
-    def directions(self, *texts: str) -> Tensor:
-        """Text embeddings by open_clip itself, each of length 1."""
-        with torch.no_grad():
-            return self.model.encode_text(open_clip.get_tokenizer(f"local-dir:{self.path}")(texts), normalize=True)
-
-
-def save(path: Path, kind: str, seed: int = 0) -> Folder:
-    path.mkdir()
-    config = CONFIGS[kind]
-    preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.3], "interpolation": "bicubic", "resize_mode": "squash"}
-    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    made = open_clip.create_model(f"local-dir:{path}", pretrained_image=False)
-    foreign.randomise(made, seed)
-    save_file({name: tensor.contiguous() for name, tensor in made.state_dict().items()}, path / "model.safetensors")
-    (path / "model.safetensors").rename(path / "open_clip_model.safetensors")
-    return Folder(path, made)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +148,31 @@ def test_a_model_of_another_training_is_refused(run: Run, client: cdam.Client, f
     assert client.concept("stray", model="clip").version == 1
 
 
+def test_a_trunk_in_bf16_is_the_same_tower(
+    folders: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.load(
+        address="127.0.0.1:0",
+        admin_address="127.0.0.1:0",
+        model=f"local-dir:{folders['clip'].path}",
+        precision="bf16",
+        data_dir=tmp_path,
+        log_level="error",
+    )
+    with serve_in_background(settings) as address:
+        monkeypatch.setenv("CDAM_SERVER", address)
+        said = {
+            name: CliRunner().invoke(
+                main, ["concept", "text", name, CAT, "--text-model", f"local-dir:{folders[name].path}"]
+            )
+            for name in ("clip", "other")
+        }
+        with cdam.Client(address) as client:
+            assert client.model().precision == "bf16"
+    assert said["clip"].exit_code == 0, said["clip"].output
+    assert "is not the image tower" in said["other"].stderr
+
+
 def test_vectors_of_another_length_are_refused(run: Run) -> None:
     for name, size in (("demo", 128), ("siglip", 96)):
         done = run("cat", CAT, "--model", name)
@@ -233,12 +207,15 @@ def test_what_is_wrong_is_said_in_one_line(words: tuple[str, ...], said: str, ru
     assert re.search(said, done.stderr), done.stderr
 
 
-def test_a_text_that_would_be_cut_is_refused(run: Run) -> None:
-    eight = "one two three four five six seven eight"  # and two that mark the ends: ten
-    assert run("eight", eight).exit_code == 0
-    done = run("nine", f"{eight} nine")
+@pytest.mark.parametrize(("kind", "fitting"), [("clip", 8), ("siglip", 9)])  # of ten: without the marks of the ends
+def test_a_text_that_would_be_cut_is_refused(kind: str, fitting: int, run: Run, folders: dict[str, Folder]) -> None:
+    text = "one two three four five six seven eight nine one"
+    *shorter, longer = (" ".join(text.split()[:count]) for count in (fitting, fitting + 1))
+    more = ("--model", kind, "--text-model", f"local-dir:{folders[kind].path}")
+    assert run("fits", *shorter, *more).exit_code == 0
+    done = run("cut", longer, *more)
     assert done.exit_code == 1
-    assert "eight nine'... is longer than the 10 tokens that local-dir:" in done.stderr
+    assert f"is longer than the 10 tokens that local-dir:{folders[kind].path} reads" in done.stderr
 
 
 def test_weights_are_never_random(folders: dict[str, Folder], tmp_path: Path) -> None:
@@ -257,17 +234,6 @@ def test_weights_from_a_file(folders: dict[str, Folder], tmp_path: Path) -> None
     folder = folders["clip"]
     text = TextModel.load("ViT-small-test", folder.path / "open_clip_model.safetensors")
     np.testing.assert_allclose(text.vector([CAT]), folder.directions(CAT)[0], rtol=0, atol=1e-6)
-
-
-def test_weights_that_want_another_activation_are_refused(
-    folders: dict[str, Folder], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """open_clip warns, and goes on to compute plausible, wrong embeddings."""
-    weights = folders["clip"].path / "open_clip_model.safetensors"
-    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_args, **_kwargs: str(weights))
-    with pytest.raises(TextModelError, match="QuickGELU mismatch") as caught:
-        TextModel.load("ViT-B-32", "openai")
-    assert caught.value.setting == "text-weights"
 
 
 def test_without_open_clip_the_extra_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

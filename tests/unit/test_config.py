@@ -60,3 +60,17 @@ def test_what_kubernetes_says_of_services_is_no_setting(environment: pytest.Monk
 )
 def test_sizes_of_batches_that_there_can_be(max_batch_size: int, max_pending: int, sizes: tuple[int, ...]) -> None:
     assert _batch_sizes(Settings.load(max_batch_size=max_batch_size, max_pending=max_pending)) == sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels"), [("224", (224, 224)), ("224x336", (224, 336)), (96, (96, 96)), ([32, 48], (32, 48))]
+)
+def test_input_sizes(size: object, pixels: tuple[int, int]) -> None:
+    settings = Settings.load(model="vit_tiny_patch16_224", random_weights=True, input_size=size)
+    assert settings.specs()[0].input_size == pixels
+
+
+@pytest.mark.parametrize("size", ["big", "224x", "1x2x3", "-1"])
+def test_input_sizes_that_make_no_sense(size: str) -> None:
+    with pytest.raises(ValueError, match="input_size"):
+        Settings.load(model="vit_tiny_patch16_224", random_weights=True, input_size=size)

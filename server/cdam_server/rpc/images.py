@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 # The plugins are imported here so that no request, and no two at once, is the one that registers them.
-from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import Image, ImageChops, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from cdam.v1 import common_pb2
 from cdam_images import UndefinedRangeError, upright_mask, upright_rgb
@@ -42,8 +42,9 @@ class ImageLimits:
 
     Attributes:
         max_bytes: Largest size of an encoded image; raw ones are bounded by their pixels.
-        max_pixels: Largest height * width. Decoding takes about 4 bytes a pixel, with transparency about 8, a JPEG of
-            several scans about 10. PIL's own guard stays on behind it, at 179 million pixels.
+        max_pixels: Largest height * width. Decoding takes about 4 bytes a pixel, 8 where the image is turned or
+            transparent, up to 12 where it is both, and a JPEG of several scans up to 6 more. PIL's own guard stays on behind
+            it, at 179 million pixels.
     """
 
     max_bytes: int = 32 * 1024 * 1024
@@ -92,6 +93,8 @@ def _decode_encoded(data: bytes, limits: ImageLimits, field: str, convert: _Conv
                 raise InvalidArgumentError(field, "is not a JPEG, PNG or WebP file")
             _check_size(file.size, limits, field)
             _check_scans(file, picture, limits, field)
+            if picture.probe is not None:
+                _check_whole(file, picture.probe, field)
             return convert(file, picture.orientation)
 
 
@@ -157,6 +160,13 @@ def _check_size(size: tuple[int, int], limits: ImageLimits, field: str) -> None:
             field,
             f"has {height} x {width} (height x width) = {height * width} pixels, over the limit of {limits.max_pixels}",
         )
+
+
+def _check_whole(file: Image.Image, probe: bytes, field: str) -> None:
+    """Refuse a JPEG that has no end because a part of it is missing."""
+    with Image.open(io.BytesIO(probe), formats=FORMATS) as other:
+        if ImageChops.difference(file, other).getbbox() is not None:
+            raise InvalidArgumentError(field, "is damaged or truncated (its pixels end too early)")
 
 
 def _check_scans(file: Image.Image, picture: Picture, limits: ImageLimits, field: str) -> None:

@@ -40,6 +40,8 @@ class Geometry:
         depth: Number of blocks.
         positions: Number of learned positions, prefix tokens included as they are in the file.
         grid: Of positions that are kept as a grid (SAM), (down, across).
+        prefix: Number of positions of prefix tokens, where the names tell another than the model's: DINOv2's own
+            checkpoints with registers have one for [CLS].
         rows: Of the first table of relative positions.
     """
 
@@ -49,6 +51,7 @@ class Geometry:
     depth: int = 0
     positions: int | None = None
     grid: Size | None = None
+    prefix: int | None = None
     rows: int | None = None
 
 
@@ -66,6 +69,7 @@ def geometry_of(tensors: Mapping[str, Tensor]) -> Geometry:
         depth=max(blocks) + 1 if blocks else 0,
         positions=None if positions is None or positions.ndim not in {2, 3} else positions.shape[-2],
         grid=None if positions is None or positions.ndim != 4 else (positions.shape[1], positions.shape[2]),
+        prefix=1 if any(name.rpartition(".")[2] == "register_tokens" for name in tensors) else None,
         rows=None if table is None else table.shape[0],
     )
 
@@ -157,7 +161,8 @@ def _grid(
     embedded = getattr(model, "pos_embed", None)
     if file.positions is None or not isinstance(embedded, Tensor):
         return None
-    count = file.positions - (embedded.shape[1] - grid[0] * grid[1])
+    own_prefix = embedded.shape[1] - grid[0] * grid[1]
+    count = file.positions - (own_prefix if file.prefix is None else file.prefix)
     candidates = {trained_size: "model_kwargs"} if trained_size else {}
     for size in candidates:
         trained = (size[0] // patch[0], size[1] // patch[1])
@@ -179,6 +184,12 @@ def _grid(
         return side, side
     if math.prod(grid) == count:
         return grid
+    if math.isqrt(file.positions) ** 2 == file.positions and hasattr(model, "no_embed_class"):
+        raise LoadError(
+            setting,
+            f"its {file.positions} positions are a square grid without one for [CLS]: it may need "
+            "model_kwargs: {no_embed_class: true}",
+        )
     raise LoadError(
         setting,
         f"its {file.positions} positions are no square grid and {_prefix(file.positions, embedded, grid)}: say for which "
