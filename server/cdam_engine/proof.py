@@ -249,8 +249,10 @@ def _is_the_slope(vit: SplitViT, trunk: TrunkOutput, target: Scalar, gradient: T
     steepest, length, size = (
         float(torch.linalg.vector_norm(values.double())) for values in (gradient, direction, trunk.tokens)
     )
-    if not steepest or not length:
+    if min(steepest, length) < torch.finfo(gradient.dtype).tiny:
         return not _changes(vit, trunk, target)
+    if not size:  # tokens of zero, from which any step is as good
+        size = float(trunk.tokens.numel() ** 0.5)
     slope = float((gradient.double() * direction.double()).sum()) / (length * steepest)
     variations = trunk.take([0] * 4)
     hidden = True

@@ -189,9 +189,9 @@ def series(f: Values, first: Array, last: Array, parts: Sequence[Sequence[int]],
     images = []
     for k in range(steps + 1):
         count = (2 * len(parts) * k + steps) // (2 * steps)
-        image = first.reshape(3, -1).copy()
+        image = first.reshape(len(first), -1).copy()
         replaced = [pixel for part in parts[:count] for pixel in part]
-        image[:, replaced] = last.reshape(3, -1)[:, replaced]
+        image[:, replaced] = last.reshape(len(last), -1)[:, replaced]
         images.append(image.reshape(first.shape))
     return f(np.stack(images))
 
