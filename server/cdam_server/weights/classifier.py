@@ -39,6 +39,12 @@ def classifier_weights(
             f"{few(pretext)} is a head of self-supervised training, no classifier: give one with the setting head, or "
             "leave outputs, num_outputs and task out",
         )
+    if unclear := [name for name in pretext if classifiers[name].keys() == {"weight", "bias"}]:
+        raise LoadError(
+            setting,
+            f"{few(unclear)} may be a classifier or a head of self-supervised training: save it as weight and bias for the "
+            "setting head, or leave it out with num_outputs: 0",
+        )
     left_out = [f"{name}.{rest}" for name in pretext for rest in classifiers[name]]
     rest = {name: tensors for name, tensors in classifiers.items() if name not in pretext}
     if not rest:

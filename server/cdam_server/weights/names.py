@@ -33,7 +33,11 @@ _AVERAGES: Final = {"state_dict_ema": "state_dict", "model_ema": "model"}
 _COUNTERS: Final = {"n_averaged", "num_updates", "decay", "initted", "step", "epoch", "global_step", "iteration"}
 _LOSSES: Final = {"criterion", "loss", "loss_fct", "loss_fn", "loss_func", "loss_function"}
 _CHUNK: Final = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")  # DINOv2 trains blocks in chunks, numbered through
-_TRAINING: Final = re.compile(r"optim|sched|scaler|^amp$|^loops$|callback|rng|^args$|config|hyper|metric|history")
+_TRAINING: Final = re.compile(
+    r"optim|sched|scaler|^amp$|^loops$|callback|rng|random|^args$|config|hyper|metric|history"
+)
+# Learned scalars that outputs are multiplied by, or that are added to them.
+_SCALE: Final = re.compile(r"^(temperature|temp|tau|logit_scale|logit_bias|scale)$")
 # Heads of self-supervised training, and decoders of masked images.
 _PRETEXT_HEADS: Final = {"dino_head", "ibot_head", "projector", "projection_head", "predictor", "prototypes"}
 _PRETEXT: Final = re.compile(r"(mask_token|queue|queue_ptr)$|decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)")
@@ -192,7 +196,11 @@ def _one_place(
 
 def _around(tensors: Mapping[str, Tensor], best: str, place: str) -> list[tuple[str, str, str]]:
     """What stands around two copies of the network, a classifier above all: (name, in the one, in the other)."""
-    roots = _root(best, place), _root(place, best)
+    ends = best.split(".")[:-1], place.split(".")[:-1]
+    while all(ends) and ends[0][-1] == ends[1][-1]:  # what is called the same in both
+        for end in ends:
+            end.pop()
+    roots = ["".join(f"{part}." for part in end) for end in ends]
     if not all(roots):
         return []
     rests = {name.removeprefix(root) for root in roots for name in tensors if name.startswith(root)}
@@ -241,12 +249,26 @@ def _sort(
                 if inner != "mask_token":
                     continue
             chosen.weights[inner] = tensor  # for the architecture's conversion, or to be refused
-        elif is_of_training(name, tensor) or not strict:
+        elif not strict or (
+            is_of_training(name, tensor) and not _may_be_of_the_model(name, tensor, checkpoint, container)
+        ):
             chosen.left_out.append(name)
         else:
             chosen.weights[name] = tensor
             chosen.outside.append(name)
     return chosen
+
+
+def _may_be_of_the_model(name: str, tensor: Tensor, checkpoint: Checkpoint, container: str) -> bool:
+    """Whether a tensor beside the network may have a part in the outputs, whatever its name sounds like.
+
+    Of what a file keeps beside the weights nothing has; of what stands in one mapping with them, matrices of weights
+    (a classifier `metric_fc`) and numbers that scale outputs may.
+    """
+    if not name.startswith(f"{container}." if container else "") or _foreign_container(checkpoint, name, container):
+        return False
+    last = name.rpartition(".")[2]
+    return (tensor.ndim == 2 and last == "weight") or (tensor.is_floating_point() and _SCALE.search(last) is not None)
 
 
 def _root(copy: str, place: str) -> str:
