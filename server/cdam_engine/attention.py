@@ -6,7 +6,8 @@ is mirrored here are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -49,15 +50,41 @@ def is_plain(module: Any, *classes: type[nn.Module]) -> bool:
     return type(module) in classes and not is_changed(module)
 
 
+class Listener:
+    """A hook of the proof's own. It acts in its own thread's run alone, so that to all others it is none.
+
+    Args:
+        hear: What is called as the hook.
+    """
+
+    def __init__(self, hear: Callable[..., Any]) -> None:
+        self._hear = hear
+        self._thread = threading.get_ident()
+
+    def __call__(self, *given: Any) -> Any:
+        """Called by torch."""
+        return self._hear(*given) if threading.get_ident() == self._thread else None
+
+    def __deepcopy__(self, _memo: Any) -> Listener:
+        """A copy of the model has nobody who listens."""
+        return Listener(lambda *_: None)
+
+
+def hooks_on(module: Any) -> Iterator[Any]:
+    """What hooks into a module's forward or backward pass, a proof that is under way excepted."""
+    for hooks in (
+        module._forward_pre_hooks,  # noqa: SLF001
+        module._forward_hooks,  # noqa: SLF001
+        module._backward_pre_hooks,  # noqa: SLF001
+        module._backward_hooks,  # noqa: SLF001
+    ):
+        if hooks:
+            yield from (hook for hook in tuple(hooks.values()) if not isinstance(hook, Listener))
+
+
 def is_changed(module: Any) -> bool:
     """Whether something hooks into a module, or gives it another forward pass."""
-    return bool(
-        module._forward_hooks  # noqa: SLF001
-        or module._forward_pre_hooks  # noqa: SLF001
-        or module._backward_hooks  # noqa: SLF001
-        or module._backward_pre_hooks  # noqa: SLF001
-        or "forward" in vars(module)
-    )
+    return "forward" in vars(module) or any(True for _ in hooks_on(module))
 
 
 def check_known(attention: nn.Module) -> None:

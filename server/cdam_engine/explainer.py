@@ -171,6 +171,7 @@ class Explainer:
         Raises:
             ValueError: The model does not take inputs of this size, or is in training mode.
         """
+        self.vit.check_mode()  # which in bf16 is not the one that makes the tokens
         with _own_modes(self._device):
             trunk = self._trunks.run(pixels)
             if ClsTail.fits(self.vit, trunk):  # does without most of the last block
@@ -339,6 +340,7 @@ class Explainer:
 
     def _prove_again_if_changed(self) -> None:
         """What was proven holds for the hooks, the head and the blocks that were there."""
+        self.vit.check_mode()  # what is kept of an image runs no trunk, which would do so
         parts = self.vit.parts()
         if len(parts) != len(self._proven) or any(its is not was for its, was in zip(parts, self._proven, strict=True)):
             prove(self.vit)

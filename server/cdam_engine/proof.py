@@ -8,7 +8,7 @@ with differences of the outputs.
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,11 +17,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from cdam_engine.attention import Listener, hooks_on
 from cdam_engine.errors import UnsupportedArchitectureError
 from cdam_engine.families import Readout, TrunkOutput
 from cdam_engine.tail import make_tail
 from cdam_engine.targets import Concept, Output, Scalar
-from cdam_engine.vit import SplitViT
+from cdam_engine.vit import OWN_CODE, SplitViT
 
 # How far rounding may take outputs, and maps, from each other, relative to the largest of them.
 _TOLERANCES: Final = {
@@ -30,14 +31,18 @@ _TOLERANCES: Final = {
     torch.float16: (3e-2, 1e-1),
     torch.bfloat16: (1e-1, 3e-1),
 }
-_COARSE: Final = frozenset({torch.float16, torch.bfloat16})  # too coarse for difference quotients
 _TF32_EPSILON: Final = 2.0**-11
 _TF32_TOLERANCES: Final = (1e-2, 5e-2)
 # Steps of the difference quotient, relative to |T|, and how close one of them must come, relative to the steepest slope
 # there is. Small steps drown in rounding, large ones bend; a gradient that misses a path is off at every one.
 _STEPS: Final = (3e-2, 1e-2, 1e-1, 3e-3, 1e-3)
+# For maxima, which have kinks, where rounding leaves room; what was quantised would look smooth at such steps.
+_SMALL_STEPS: Final = (3e-4, 1e-4, 1e-5)
 _CLOSE: Final = 0.01
+_CLOSE_IN_HALF: Final = 0.25
+_HALF: Final = {torch.float16, torch.bfloat16}
 _DIRECTIONS: Final = 3
+_MOST_OUTPUTS: Final = 1024  # that are looked at one by one
 _ROUNDINGS: Final = 8  # of an output, in units of its last digit
 _SEED: Final = 20240615
 _LARGEST_GRID: Final = 16  # patches a side, where the model takes inputs of any size: more would only take longer
@@ -45,51 +50,44 @@ _LARGEST_GRID: Final = 16  # patches a side, where the model takes inputs of any
 
 @dataclass(eq=False)
 class _Heard:
-    """What the whole model says of one image, heard by hooks; those of other threads' runs say nothing.
+    """What the whole model says of one image, heard by hooks.
 
     Attributes:
         tokens: T, shape (1, N, D) or (1, h, w, D): where gradients start.
         outputs: `model(x)`, shape (1, C), on a graph from `tokens`.
         latent: What the head was given; None if it was not called.
+        made: What the forward pass gave to the hooks on the model, and its version then; None if it was no tensor.
         without_gradient: Modules after T that let no gradient through, by name.
     """
 
     tokens: Tensor | None = None
     outputs: Tensor | None = None
     latent: Tensor | None = None
+    made: tuple[Tensor, int] | None = None
     without_gradient: list[str] = field(default_factory=list)
-    _thread: int = field(default_factory=threading.get_ident)
 
-    def listen(self, vit: SplitViT, stack: ExitStack, *, to_all: bool) -> None:
-        """Hook into the model until the stack is closed.
-
-        Args:
-            vit: The model.
-            stack: Takes the hooks away.
-            to_all: Whether to listen to every module, for its gradient. Other threads would take the hooks for the
-                model's own meanwhile, so this is for models that are about to be refused, and those in half precision.
-        """
-        stack.callback(vit.blocks[-1].norm1.register_forward_hook(self._at_tokens).remove)
-        stack.callback(vit.family.head.register_forward_pre_hook(self._at_head).remove)
-        if to_all:
-            passed_by = {module for _, module in vit.bypassed()}
-            for name, module in vit.model.named_modules():
-                if module not in passed_by:
-                    stack.callback(module.register_forward_hook(partial(self._at_part, name)).remove)
+    def listen(self, vit: SplitViT, stack: ExitStack) -> None:
+        """Hook into the model until the stack is closed."""
+        stack.callback(vit.blocks[-1].norm1.register_forward_hook(Listener(self._at_tokens)).remove)
+        stack.callback(vit.family.head.register_forward_pre_hook(Listener(self._at_head)).remove)
+        stack.callback(vit.model.register_forward_hook(Listener(self._at_whole), prepend=True).remove)
+        for name, module in vit.model.named_modules():
+            if module is not vit.model:
+                stack.callback(module.register_forward_hook(Listener(partial(self._at_part, name))).remove)
 
     def _at_tokens(self, _module: nn.Module, _given: Any, out: Tensor) -> Tensor:
-        if threading.get_ident() != self._thread:
-            return out
         torch.set_grad_enabled(True)  # until the run is over
         self.tokens = out.view_as(out) if out.requires_grad else out.detach().requires_grad_()
         return self.tokens
 
     def _at_head(self, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        if threading.get_ident() == self._thread:
-            self.latent = given[0].detach()
+        self.latent = given[0].detach()
+
+    def _at_whole(self, _module: nn.Module, _given: Any, out: Any) -> None:
+        self.made = (out, out._version) if isinstance(out, Tensor) else None  # noqa: SLF001
 
     def _at_part(self, name: str, _module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-        if threading.get_ident() != self._thread or self.tokens is None or not isinstance(out, Tensor):
+        if self.tokens is None or not isinstance(out, Tensor):
             return
         asked = any(isinstance(its, Tensor) and its.requires_grad for its in given)
         if asked and out.is_floating_point() and not out.requires_grad:
@@ -111,20 +109,21 @@ def prove(vit: SplitViT) -> None:
         heard = _listen(vit, pixels[:1])
         trunk = vit.trunk(pixels)
         _check_outputs(vit, heard, trunk, pixels)
-        _check_gradients(vit, heard, trunk, pixels[:1])
+        if pixels.dtype in _HALF:
+            _check_same_steps(vit, pixels[:1])
+        _check_gradients(vit, heard, trunk)
 
 
 def _listen(vit: SplitViT, pixels: Tensor) -> _Heard:
     """Run the whole model on one image, with the tokens of its last attention as a leaf."""
-    to_all = pixels.dtype in _COARSE
-    heard = _run(vit, pixels, to_all=to_all)
+    heard = _run(vit, pixels)
     if heard.outputs is not None and not heard.outputs.requires_grad:
         # Re-entrant checkpointing breaks a graph that does not come all the way from the input.
-        heard = _run(vit, pixels, from_input=True, to_all=to_all)
+        heard = _run(vit, pixels, from_input=True)
     if heard.tokens is None:
         raise UnsupportedArchitectureError("OUTPUTS_DIFFER", "the model does not run the norm of its last attention")
-    if heard.outputs is None or not heard.outputs.requires_grad or heard.without_gradient:
-        raise _no_gradient(vit, pixels)
+    if heard.outputs is None or not heard.outputs.requires_grad:
+        raise _no_gradient(heard)
     return heard
 
 
@@ -142,6 +141,17 @@ def check_same_trunk(vit: SplitViT, other: SplitViT) -> None:
     tolerance = _tolerances(ours.tokens)[0]
     if not _close(ours.tokens, theirs.tokens, tolerance) or not _close(ours.residual, theirs.residual, tolerance):
         raise ValueError("these models do not share a trunk: it makes other tokens of the same image")
+    if not _same_arguments(ours.attention_arguments, theirs.attention_arguments, tolerance):
+        raise ValueError("these models do not share a trunk: their last attentions are given other positions")
+
+
+def _same_arguments(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        _close(value, theirs[name], tolerance)
+        if isinstance(value, Tensor) and isinstance(theirs[name], Tensor)
+        else value is theirs[name]
+        for name, value in ours.items()
+    )
 
 
 def _noise(vit: SplitViT, count: int) -> Tensor:
@@ -154,11 +164,11 @@ def _noise(vit: SplitViT, count: int) -> Tensor:
     return torch.randn(count, vit.channels, *size, generator=draw).to(weight.device, weight.dtype)
 
 
-def _run(vit: SplitViT, pixels: Tensor, *, from_input: bool = False, to_all: bool = False) -> _Heard:
+def _run(vit: SplitViT, pixels: Tensor, *, from_input: bool = False) -> _Heard:
     heard = _Heard()
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(from_input))
-        heard.listen(vit, stack, to_all=to_all)
+        heard.listen(vit, stack)
         outputs = vit.model(pixels.clone().requires_grad_(from_input))
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         what = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -185,6 +195,20 @@ def _check_outputs(vit: SplitViT, heard: _Heard, trunk: TrunkOutput, pixels: Ten
         raise UnsupportedArchitectureError(
             "OUTPUTS_DIFFER", f"the model's head is given another latent than the pooling's{_hooks_on(vit)}"
         )
+    if heard.made is not None and (heard.made[0] is not heard.outputs or heard.made[0]._version != heard.made[1]):  # noqa: SLF001
+        raise UnsupportedArchitectureError(
+            "OUTPUTS_DIFFER", f"a hook gives other outputs than the model made, if not for noise{_hooks_on(vit)}"
+        )
+
+
+def _check_same_steps(vit: SplitViT, pixels: Tensor) -> None:
+    """In half precision other ways to the same number end far apart; the same way, step by step, ends in one place."""
+    trunk = vit.trunk(pixels)
+    alone, output = vit.model(pixels), vit.tail(trunk, trunk.tokens)
+    found = output.logits if vit.num_outputs else output.latent
+    if not _close(found, alone, 2 * torch.finfo(alone.dtype).eps):
+        how = f"the model's own outputs differ from those of its parts by {_off(found, alone):.2g} of their maximum"
+        raise UnsupportedArchitectureError("OUTPUTS_DIFFER", how + _hooks_on(vit))
 
 
 def _why_outputs_differ(vit: SplitViT, found: Tensor, alone: Tensor, pixels: Tensor, tolerance: float) -> str:
@@ -201,7 +225,7 @@ def _why_outputs_differ(vit: SplitViT, found: Tensor, alone: Tensor, pixels: Ten
     return f"{how}: its code is not what it is taken for"
 
 
-def _check_gradients(vit: SplitViT, heard: _Heard, trunk: TrunkOutput, pixels: Tensor) -> None:
+def _check_gradients(vit: SplitViT, heard: _Heard, trunk: TrunkOutput) -> None:
     """The full backward pass to T against the map, and against differences of the output."""
     assert heard.outputs is not None
     assert heard.tokens is not None
@@ -213,7 +237,7 @@ def _check_gradients(vit: SplitViT, heard: _Heard, trunk: TrunkOutput, pixels: T
         for value in values:
             (gradient,) = torch.autograd.grad(value, heard.tokens, retain_graph=True, allow_unused=True)
             if gradient is None:
-                raise _no_gradient(vit, pixels)
+                raise _no_gradient(heard)
             gradients.append(gradient.detach().reshape(tokens.shape))
     truth = torch.stack([(tokens * gradient).sum(dim=-1)[0] for gradient in gradients])
     found = make_tail(vit, trunk).scores([targets] * 2).scores[0]
@@ -224,12 +248,45 @@ def _check_gradients(vit: SplitViT, heard: _Heard, trunk: TrunkOutput, pixels: T
             "the gradient of the model's parts is not that of a full backward pass: maps differ by "
             f"{_off(found, truth):.2g} of their maximum{_hooks_on(vit)}",
         )
-    if tokens.dtype in _COARSE:
-        return
-    # Along its own gradient a function is steepest, and the easiest to measure; along those of others a missing path shows.
-    for direction in (gradients[0], *_other_gradients(vit, trunk.part(0))):
-        if not _is_the_slope(vit, trunk.part(0), targets[0], gradients[0], direction):
-            raise _no_gradient(vit, pixels)
+    if heard.without_gradient:
+        raise _no_gradient(heard)
+    _check_slopes(vit, heard, trunk.part(0), targets[0], gradients[0])
+
+
+def _check_slopes(vit: SplitViT, heard: _Heard, trunk: TrunkOutput, target: Scalar, gradient: Tensor) -> None:
+    """The gradients of autograd against differences of the outputs of one image."""
+    assert heard.outputs is not None
+    assert heard.tokens is not None
+    directions = [gradient]
+    if gradient.dtype not in _HALF:  # too coarse for more than the steepest slope
+        # Along its own gradient a function is steepest, and the easiest to measure; along those of others a missing path
+        # shows.
+        directions += _other_gradients(vit, trunk)
+    if not all(_is_the_slope(vit, trunk, target, gradient, direction) for direction in directions):
+        raise _no_gradient(heard)
+    if (
+        vit.num_outputs
+        and heard.latent is not None
+        and gradient.dtype not in _HALF
+        and not _all_have_slopes(vit, heard)
+    ):
+        raise _no_gradient(heard)
+
+
+def _all_have_slopes(vit: SplitViT, heard: _Heard) -> bool:
+    """Whether the head has a gradient for every output that changes with the latent: one may be cut off, and another not."""
+    assert heard.latent is not None
+    latent = heard.latent[0]
+    chosen = torch.arange(vit.num_outputs)[:: -(-vit.num_outputs // _MOST_OUTPUTS)].to(latent.device)
+    rows = latent.expand(len(chosen), -1).clone().requires_grad_()
+    with torch.enable_grad():
+        own = vit.family.head(rows).gather(1, chosen[:, None]).sum()
+        (gradients,) = torch.autograd.grad(own, rows)
+    draw = torch.Generator().manual_seed(_SEED)
+    direction = torch.randn(latent.shape, generator=draw).to(latent) * latent.std() * 0.1
+    up, down = vit.family.head(torch.stack((latent + direction, latent - direction)))[:, chosen].double()
+    changes = (up - down).abs() > 100 * torch.finfo(latent.dtype).eps * torch.maximum(up.abs(), down.abs())
+    return not bool((changes & (gradients == 0).all(dim=1)).any())
 
 
 def _other_gradients(vit: SplitViT, trunk: TrunkOutput) -> list[Tensor]:
@@ -255,9 +312,10 @@ def _is_the_slope(vit: SplitViT, trunk: TrunkOutput, target: Scalar, gradient: T
     if not size:  # tokens of zero, from which any step is as good
         size = float(trunk.tokens.numel() ** 0.5)
     slope = float((gradient.double() * direction.double()).sum()) / (length * steepest)
+    close = _CLOSE_IN_HALF if gradient.dtype in _HALF else _CLOSE
     variations = trunk.take([0] * 4)
     hidden = True
-    for step in _STEPS:
+    for step in (*_STEPS, *(_SMALL_STEPS if vit.readout is Readout.MAX_POOL else ())):
         # Of a step and its half, in both directions: their errors of second order cancel.
         signs = gradient.new_tensor([1.0, -1.0, 0.5, -0.5])[:, None, None] * (step * size / length)
         output = vit.tail(variations, trunk.tokens + signs * direction)
@@ -266,7 +324,9 @@ def _is_the_slope(vit: SplitViT, trunk: TrunkOutput, target: Scalar, gradient: T
         quotient = (4 * (half - half_back) / (unit / 2) - (whole - back) / unit) / 3
         scale = max(abs(whole), float(output.logits.abs().max()) if vit.num_outputs else 0.0)
         rounding = _ROUNDINGS * _rounding_of_tail(vit, gradient) * scale / unit
-        if abs(quotient - slope) < _CLOSE + rounding:
+        if step in _SMALL_STEPS and rounding > close:
+            break
+        if abs(quotient - slope) < close + rounding:
             return True
         hidden = hidden and rounding > 1
     return hidden
@@ -279,7 +339,8 @@ def _changes(vit: SplitViT, trunk: TrunkOutput, target: Scalar) -> bool:
     size = trunk.tokens.std() * 0.1
     output = vit.tail(trunk.take([0] * 2), trunk.tokens + torch.stack((noise[0], -noise[0])) * size)
     up, down = target(output.latent.double(), output.logits.double()).tolist()
-    return bool(abs(up - down) > 1e2 * _rounding_of_tail(vit, trunk.tokens) * max(abs(up), abs(down)))
+    roundings = _ROUNDINGS if trunk.tokens.dtype in _HALF else 100
+    return bool(abs(up - down) > roundings * _rounding_of_tail(vit, trunk.tokens) * max(abs(up), abs(down)))
 
 
 def _targets(vit: SplitViT, outputs: Tensor) -> list[Scalar]:
@@ -289,8 +350,8 @@ def _targets(vit: SplitViT, outputs: Tensor) -> list[Scalar]:
     return [Concept(torch.randn(len(outputs), generator=torch.Generator().manual_seed(_SEED)))]
 
 
-def _no_gradient(vit: SplitViT, pixels: Tensor) -> UnsupportedArchitectureError:
-    names = list(dict.fromkeys(_run(vit, pixels, to_all=True).without_gradient))
+def _no_gradient(heard: _Heard) -> UnsupportedArchitectureError:
+    names = list(dict.fromkeys(heard.without_gradient))
     where = f": none passes {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}" if names else ""
     return UnsupportedArchitectureError(
         "NO_GRADIENT",
@@ -303,9 +364,9 @@ def _hooks_on(vit: SplitViT) -> str:
     """What hooks there are on what the split bypasses, for a message."""
     found = []
     for name, module in vit.bypassed():
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]  # noqa: SLF001
-        found += [f"the hook {getattr(hook, '__name__', type(hook).__name__)} on {name}" for hook in hooks]
-        found += [f"the forward pass that was put on {name}"] if "forward" in vars(module) else []
+        hooks = (getattr(hook, "__name__", type(hook).__name__) for hook in hooks_on(module))
+        found += [f"the hook {hook} on {name}" for hook in hooks]
+        found += [f"the {method} that was put on {name}" for method in OWN_CODE if method in vars(module)]
     advice = "move what it does into the patch embedding or the head, or remove it"
     return f"; the parts don't run {', '.join(found)}: {advice}" if found else ""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from cdam_engine.attention import hooks_on
 from cdam_engine.families import TrunkOutput
 from cdam_engine.vit import SplitViT
 
@@ -18,6 +20,8 @@ Precision = Literal["fp32", "bf16"]
 
 class Trunk:
     """The trunk of a model without gradients.
+
+    In bf16 it runs a copy of the model, which is made again when the model's modules, hooks or weights have changed.
 
     Args:
         vit: The model.
@@ -38,12 +42,15 @@ class Trunk:
     ) -> None:
         self._vit = vit
         self._precision = precision
-        self._model = vit if precision == "fp32" else SplitViT(_in_bfloat16(vit.model))
+        self._model = vit
+        self._copied: _State | None = None
+        self._follow()
         self._batch_sizes = sorted(batch_sizes)
         self._compiled: Callable[[Tensor], TrunkOutput] | None = None
         if compile:
             # dynamo counts the graphs of all models together, since they share this class's code.
             torch._dynamo.config.recompile_limit += len(self._batch_sizes)  # noqa: SLF001
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # noqa: SLF001 - hooks may come later, and count then
             compiled: Any = torch.compile(self._run, dynamic=False)
             self._compiled = compiled
 
@@ -54,12 +61,20 @@ class Trunk:
         Args:
             pixels: Normalised input, shape (B, C, H, W), in the model's dtype and on its device.
         """
+        self._follow()
         size = next((size for size in self._batch_sizes if size >= len(pixels)), None)
         if self._compiled is None or size is None or tuple(pixels.shape[-2:]) != self._vit.input_size:
             return self._run(pixels)
         filled = torch.cat((pixels, pixels[-1:].expand(size - len(pixels), -1, -1, -1)))
         out = self._compiled(filled)
         return replace(out, residual=out.residual[: len(pixels)], tokens=out.tokens[: len(pixels)])
+
+    def _follow(self) -> None:
+        """In bfloat16, make the copy again if somebody has changed the model since."""
+        if self._precision == "bf16":
+            state = _State.of(self._vit.model)
+            if self._copied is None or not state.equals(self._copied):
+                self._model, self._copied = SplitViT(_in_bfloat16(self._vit.model)), state
 
     def _run(self, pixels: Tensor) -> TrunkOutput:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
@@ -75,6 +90,41 @@ class Trunk:
                 for name, value in out.attention_arguments.items()
             },
         )
+
+
+class _State(NamedTuple):
+    """What a copy of a model is a copy of.
+
+    Attributes:
+        things: Modules, hooks, weights and buffers.
+        versions: How often each weight and buffer was written to; what was written through `.data` does not count.
+    """
+
+    things: list[object]
+    versions: list[int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _State:
+        """The state of a model as it is now."""
+        things: list[object] = []
+        versions: list[int] = []
+        pending: list[Any] = [model]
+        while pending:
+            module = pending.pop()
+            its = module.__dict__
+            things += (module, its.get("forward"), *hooks_on(module))
+            for tensors in (its["_parameters"], its["_buffers"]):
+                for tensor in tensors.values():
+                    if tensor is not None:
+                        things.append(tensor)
+                        versions.append(tensor._version)  # noqa: SLF001
+            pending += (part for part in its["_modules"].values() if part is not None)
+        return cls(things, versions)
+
+    def equals(self, other: _State) -> bool:
+        """Whether nobody has changed anything in between."""
+        same = self.versions == other.versions and len(self.things) == len(other.things)
+        return same and all(map(operator.is_, self.things, other.things))
 
 
 def resolve_precision(precision: str, device: torch.device) -> Precision:

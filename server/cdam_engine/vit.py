@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from cdam_engine.attention import check_known, combine, is_changed, position_bias, project, weights
+from cdam_engine.attention import check_known, combine, hooks_on, is_changed, position_bias, project, weights
 from cdam_engine.errors import UnsupportedArchitectureError
 from cdam_engine.families import Embedded, Grid, Readout, TailOutput, TrunkOutput, family_of
 from cdam_engine.pauses import pause
 from cdam_engine.preprocess import input_channels
 from cdam_engine.token_wise import is_token_wise
+
+OWN_CODE: Final = ("forward", "forward_features", "forward_head")
+"""Methods of the model in whose place an instance may have got others."""
 
 
 class SplitViT:
@@ -43,7 +46,7 @@ class SplitViT:
         self.family = family_of(model)
         self.family.check_last_block()
         self._check_weights()
-        self._check_mode()
+        self.check_mode()
         self._patch_embed = cast("Any", model.patch_embed)
         self.channels = input_channels(model)
         self.width = int(cast("int", model.embed_dim))
@@ -112,7 +115,7 @@ class SplitViT:
         Raises:
             ValueError: The model does not take inputs of this size, is in training mode, or has hooks on its last block.
         """
-        self._check_mode()
+        self.check_mode()
         grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
         x, arguments = self.family.embed(pixels)
         if x.shape[1] != self.num_prefix_tokens + grid.h * grid.w:
@@ -262,18 +265,25 @@ class SplitViT:
         """What a proof is about and the split would not notice: other hooks on the whole, another head, other blocks.
 
         Equal for as long as the same objects are there.
+
+        Raises:
+            UnsupportedArchitectureError: The model has got a pooling that leaves no latent.
         """
         parts: list[object] = [self.family.head, *self.blocks, *self.family.after_attention]
+        parts += [self.family.readout, self.family.num_prefix_tokens, getattr(self.blocks[-1].attn, "scale", None)]
         for _, module in self.bypassed():
-            parts += [module, vars(module).get("forward"), *_hooks(module)]
+            parts += [module, type(module), *map(vars(module).get, OWN_CODE), *hooks_on(module)]
         return (*parts, *torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values())  # noqa: SLF001
 
     def refresh(self) -> None:
         """Look at pooling and head, again if somebody has put in others.
 
         Raises:
-            UnsupportedArchitectureError: They give an image no latent, or no row of outputs.
+            UnsupportedArchitectureError: They give an image no latent, or no row of outputs; or the model has got code that
+                is not known here.
         """
+        family_of(self.model)
+        self.family.check_last_block()
         self.readout = self.family.readout
         self._sizes = self._ask_the_head()
 
@@ -318,7 +328,12 @@ class SplitViT:
                 "load the model outside of it"
             )
 
-    def _check_mode(self) -> None:
+    def check_mode(self) -> None:
+        """Refuse a model that is not in the state in which it can be explained.
+
+        Raises:
+            ValueError: It is in training mode, or there are hooks on its last block or on all blocks.
+        """
         pending: list[Any] = [self.model]
         training = False
         while pending and not training:  # in a tenth of the time of `modules()`, which also looks for names
@@ -331,11 +346,6 @@ class SplitViT:
             names = [name or "all of it" for name, part in self.model.named_modules() if part.training]
             which = "" if names[0] == "all of it" else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             raise ValueError(f"the model is in training mode{which}, where outputs are random: call model.eval() first")
-
-
-def _hooks(module: Any) -> Iterator[object]:
-    yield from module._forward_hooks.values()  # noqa: SLF001
-    yield from module._forward_pre_hooks.values()  # noqa: SLF001
 
 
 def _times(size: Sequence[int]) -> str:

@@ -62,6 +62,11 @@ def family_of(model: nn.Module) -> Family:
 
 def _why_not(model: nn.Module) -> str:
     """What keeps a model of no known family from being explained, as far as can be seen."""
+    inner = [name for name, part in model.named_children() if any(family.knows(part) for family in FAMILIES)]
+    if inner:
+        return (
+            f"wraps a model that can be explained: give its part {inner[0]!r}, if the wrapper does nothing of its own"
+        )
     parts = [type(module).__name__ for module in model.modules()]
     if not any("attention" in name.lower() or "attn" in name.lower() for name in parts):
         return "is no Vision Transformer: it has no attention to explain"

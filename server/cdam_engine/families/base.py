@@ -251,6 +251,10 @@ class Family:
             UnsupportedArchitectureError: With the reason.
         """
         block = self.blocks[-1]
+        if hasattr(block, "_orig_mod"):
+            raise UnsupportedArchitectureError(
+                "NO_NORMALISED_TOKENS", "the last block is compiled, so that nobody can look into it: give it as it was"
+            )
         if not isinstance(block, self.block_classes) or not is_code_of(block, "forward", self.block_classes):
             raise UnsupportedArchitectureError(
                 "NO_NORMALISED_TOKENS",

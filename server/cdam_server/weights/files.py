@@ -8,7 +8,7 @@ import pathlib
 import pickle
 import types
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -106,13 +106,17 @@ def checkpoint_of(content: object, source: str, setting: str) -> Checkpoint:
 
 
 def _tensors(content: object, path: str) -> Iterator[tuple[str, str, Tensor]]:
-    """(path of the mapping, key, tensor) for all tensors in nested mappings."""
-    if not isinstance(content, Mapping):
+    """(path of the mapping, key, tensor) for all tensors in nested mappings, lists and tuples."""
+    if isinstance(content, Mapping):
+        items: Iterable[tuple[Any, Any]] = content.items()
+    elif isinstance(content, list | tuple):
+        items = enumerate(content)
+    else:
         return
-    for key, value in content.items():
+    for key, value in items:
         if isinstance(value, Tensor):
             yield path, str(key), value
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping | list | tuple):
             yield from _tensors(value, f"{path}.{key}" if path else str(key))
 
 

@@ -258,9 +258,8 @@ def _converted(model: nn.Module, weights: StateDict, setting: str, *, native: bo
     try:
         converted = dict(_converter(model)(dict(weights), model))
     except Exception as error:
-        raise LoadError(
-            setting, f"these are not weights of this architecture ({reason(error)}): it has {few(weights)}"
-        ) from error
+        hint = keyword_hint(model.state_dict(), weights) or f"it has {few(weights)}"
+        raise LoadError(setting, f"these are not weights of this architecture ({reason(error)}): {hint}") from error
     own = model.state_dict()
     kept = {tensor.data_ptr() for tensor in converted.values()}
     lost = [

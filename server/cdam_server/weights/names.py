@@ -35,7 +35,7 @@ _LOSSES: Final = {"criterion", "loss", "loss_fct", "loss_fn", "loss_func", "loss
 _CHUNK: Final = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")  # DINOv2 trains blocks in chunks, numbered through
 # Under which outermost keys training keeps its own state.
 _TRAINING: Final = re.compile(
-    r"(\w*optim\w*|\w*sched\w*|\w*scaler\w*|amp|loops|callbacks|\w*rng\w*|args|config|hparams|hyper_parameters|history|metrics)$"
+    r"(\w*optim\w*|\w*sched\w*|\w*scaler\w*|amp|loops|callbacks|\w*rng\w*|args|config|hparams|hyper_parameters|history|metrics|random\w*)$"
 )
 # Heads of self-supervised training, and decoders of masked images.
 PRETEXT_HEADS: Final = frozenset({"dino_head", "ibot_head", "projector", "projection_head", "predictor", "prototypes"})
@@ -197,7 +197,11 @@ def _one_place(
 
 def _around(tensors: Mapping[str, Tensor], best: str, place: str) -> list[tuple[str, str, str]]:
     """What stands around two copies of the network, a classifier above all: (name, in the one, in the other)."""
-    roots = _root(best, place), _root(place, best)
+    ends = best.split(".")[:-1], place.split(".")[:-1]
+    while all(ends) and ends[0][-1] == ends[1][-1]:  # what is called the same in both
+        for end in ends:
+            end.pop()
+    roots = ["".join(f"{part}." for part in end) for end in ends]
     if not all(roots):
         return []
     rests = {name.removeprefix(root) for root in roots for name in tensors if name.startswith(root)}
