@@ -7,45 +7,37 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from uuid import uuid4
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from cdam_engine.batch import Batch
 from cdam_engine.cache import TokenCache
 from cdam_engine.clock import Clock
-from cdam_engine.explanation import ExplainedTarget, Explanation, RelevanceMap
+from cdam_engine.explanation import Explanation
 from cdam_engine.families import Grid, TailOutput
 from cdam_engine.methods import Cdam
-from cdam_engine.methods.base import Method, Scores
+from cdam_engine.methods.base import Method
 from cdam_engine.preprocess import DataConfig, prepare
 from cdam_engine.proof import check_same_trunk, prove
 from cdam_engine.tail import ClsTail
-from cdam_engine.targets import Output, Scalar, Target, TopK, check, count
+from cdam_engine.targets import Output, Target, TopK, check, count
 from cdam_engine.trunk import Trunk, resolve_precision
 from cdam_engine.trunks import Trunks
+from cdam_engine.units import Unit, explained_targets, on_cpu, run_units
 from cdam_engine.vit import SplitViT
 from cdam_images import upright_rgb
-
-
-class _Unit(NamedTuple):
-    """A piece of work: one method and one list of targets for one of the batch's images."""
-
-    image: int
-    method: Method
-    targets: tuple[Target, ...]
 
 
 class Explainer:
     """Explanations of a timm ViT, of the function that `model(x)` is.
 
     That is proven when the explainer is made, and again when somebody has changed the whole model's hooks, its head or its
-    last block since: on images of noise outputs and gradients equal the model's own, or the model is refused. Safe to call from several threads; leaves no hook, no grad mode and no gradient on the model.
+    last block since: on images of noise outputs and gradients equal the model's own, or the model is refused. Safe to
+    call from several threads; leaves no hook, no grad mode and no gradient on the model.
 
     >>> explainer = Explainer(timm.create_model("vit_small_patch16_224", pretrained=True).eval())
     >>> explanation = explainer(Image.open("cat.jpg"), TopK(3), IntegratedCdam())
@@ -256,16 +248,16 @@ class Explainer:
             if self._reads_tokens(asked):
                 hits = self._start(batch, trunks, distinct, list(places), clock)
             units = [
-                [_Unit(places[key], method, tuple(wanted) if method.needs_target else ()) for method in its]
+                [Unit(places[key], method, tuple(wanted) if method.needs_target else ()) for method in its]
                 for key, wanted, its in zip(keys, targets, methods, strict=True)
             ]
             with clock("tail"):
-                found = _run(batch, [unit for its in units for unit in its], clock)
+                found = run_units(batch, [unit for its in units for unit in its], clock)
             order = [places[key] for key in keys]
-            latents, logits = map(_on_cpu, batch.outputs(order))
+            latents, logits = map(on_cpu, batch.outputs(order))
             scalars = batch.resolve(order, targets)
             answered = [
-                _explained(wanted, scalars[row], latents[row], logits[row]) for row, wanted in enumerate(targets)
+                explained_targets(wanted, scalars[row], latents[row], logits[row]) for row, wanted in enumerate(targets)
             ]
         seconds = clock.seconds()
         kinds = {unit.method.kind for its in units for unit in its}
@@ -421,103 +413,8 @@ def _as_targets(targets: object) -> list[Target]:
     return [target if isinstance(target, Target) else Output(target) for target in several]
 
 
-class _Found:
-    """What a method found out about one image, on the CPU.
-
-    Args:
-        method: The method.
-        scores: What it found out about several images.
-        row: Which of them it is.
-        batch: Their batch.
-    """
-
-    def __init__(self, method: Method, scores: Scores, row: int, batch: Batch) -> None:
-        self._method, self._found, self._row, self._grid = method, scores, row, batch.grid
-        self._prefix = batch.vit.num_prefix_tokens if scores.has_prefix else 0
-
-    def maps(self, method_index: int) -> list[RelevanceMap]:
-        """One map for each target."""
-        found, row = self._found, self._row
-        scores, value, error = map(self._patches, (found.scores, found.value, found.standard_error))
-        assert scores is not None
-        shares = self._prefix_shares() if found.has_prefix else None
-        return [
-            RelevanceMap(
-                scores=patches,
-                method_index=method_index,
-                target_index=k if self._method.needs_target else None,
-                prefix_share=None if shares is None else shares[k],
-                value_part=None if value is None else value[k],
-                key_part=None if value is None else patches - value[k],
-                standard_error=None if error is None else error[k],
-                completeness_residual=None if found.residual is None else float(found.residual[row, k]),
-                steps=None if found.steps is None else found.steps[row][k],
-            )
-            for k, patches in enumerate(scores)
-        ]
-
-    def _prefix_shares(self) -> list[float]:
-        size = self._found.scores[self._row].abs()
-        total = size.sum(dim=-1)
-        shares: list[float] = (size[:, : self._prefix].sum(dim=-1) / total.where(total > 0, 1.0)).tolist()
-        return shares
-
-    def _patches(self, values: Tensor | None) -> NDArray[np.floating] | None:
-        """Of every target, shape (K, h, w)."""
-        if values is None:
-            return None
-        array: NDArray[np.floating] = torch.unflatten(values[self._row, :, self._prefix :], -1, self._grid).numpy()
-        return np.ascontiguousarray(array)
-
-
-def _run(batch: Batch, units: Sequence[_Unit], clock: Clock) -> dict[_Unit, _Found]:
-    """Do every different piece of work once, together those of one method with equal numbers of targets."""
-    groups: dict[tuple[Method, int], list[_Unit]] = {}
-    for unit in dict.fromkeys(units):
-        number = count(unit.targets)
-        if number or not unit.method.needs_target:
-            groups.setdefault((unit.method, number), []).append(unit)
-    computed = []
-    for (method, _), group in groups.items():
-        with clock(method.kind):
-            computed.append(method.explain(batch, [unit.image for unit in group], [unit.targets for unit in group]))
-    return {
-        unit: _Found(method, scores, row, batch)
-        for ((method, _), group), scores in zip(groups.items(), map(_scores_on_cpu, computed), strict=True)
-        for row, unit in enumerate(group)
-    }
-
-
-def _scores_on_cpu(scores: Scores) -> Scores:
-    return replace(
-        scores,
-        scores=_on_cpu(scores.scores),
-        value=None if scores.value is None else _on_cpu(scores.value),
-        standard_error=None if scores.standard_error is None else _on_cpu(scores.standard_error),
-        residual=None if scores.residual is None else _on_cpu(scores.residual),
-    )
-
-
-def _explained(
-    wanted: Sequence[Target], scalars: Sequence[Scalar], latent: Tensor, logits: Tensor
-) -> tuple[ExplainedTarget, ...]:
-    """The model's answers to one image's targets."""
-    origins = [index for index, target in enumerate(wanted) for _ in range(count([target]))]
-    numbers = logits.tolist()
-    return tuple(
-        ExplainedTarget(f, numbers[f.index] if isinstance(f, Output) else float(f(latent, logits)), index)
-        for f, index in zip(scalars, origins, strict=True)
-    )
-
-
 @contextmanager
 def _own_modes(device: torch.device) -> Iterator[None]:
     """No mode of the caller's: inference mode would forbid the tail's gradients, autocast change the arithmetic."""
     with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
-
-
-def _on_cpu(values: Tensor) -> Tensor:
-    """As numpy can take them: it knows no bfloat16."""
-    half = values.dtype in (torch.bfloat16, torch.float16)
-    return values.detach().float().cpu() if half else values.detach().cpu()

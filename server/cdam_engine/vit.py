@@ -250,6 +250,10 @@ class SplitViT:
             yield "its list of blocks", container
         yield "its last block", self.blocks[-1]
 
+    def place_of(self, name: str) -> int:
+        """Which block a tensor of the model's state dict belongs to; see `Family`."""
+        return self.family.place_of(name)
+
     def is_of_trunk(self, name: str) -> bool:
         """Whether a tensor of the model's state dict has a part in T, or may have; see `Family`."""
         return self.family.is_of_trunk(name)

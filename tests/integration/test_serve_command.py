@@ -184,7 +184,8 @@ def test_the_log_tells_how_far_the_warm_up_is(tmp_path: Path) -> None:
     (tmp_path / "models.yaml").write_text(
         "models:\n"
         "  - {name: first, architecture: demo}\n"
-        "  - {name: second, architecture: demo}\n"
+        "  - {name: second, architecture: vit_tiny_patch16_224, random_weights: true, input_size: [32, 32],\n"
+        "     model_kwargs: {depth: 1, embed_dim: 32, num_heads: 2}}\n"
         "  - {name: resnet, architecture: test_resnet, random_weights: true}\n"
     )
     with serving(tmp_path / "log", "--models-file", str(tmp_path / "models.yaml")) as server:
@@ -193,7 +194,7 @@ def test_the_log_tells_how_far_the_warm_up_is(tmp_path: Path) -> None:
     assert ("warming up", "first", 1, 2) in events
     assert ("warm", "second", 2, 2) in events
     batches = [(line["model"], line["batch_size"], line["input_size"]) for line in lines if line["event"] == "warmed"]
-    assert {batch[::2] for batch in batches} == {("first", "64 x 64"), ("second", "64 x 64")}
+    assert {batch[::2] for batch in batches} == {("first", "64 x 64"), ("second", "32 x 32")}
     assert next(size for model, size, _ in batches if model == "first") == 1
     assert len(batches) == 4
     (refused,) = [line for line in lines if line["event"] == "model can't be explained"]

@@ -93,7 +93,8 @@ def sample(its: Setting, number: int = 0, **changes: Any) -> Sample:
     """A sample with all that a metric may ask for: an object, a second one, and the image without the first."""
     draw = torch.Generator().manual_seed(number)
     height, width = its.size
-    image = (torch.randn(3, height, width, generator=draw) * 0.8 + 0.2).to(its.dtype)
+    channels = next(its.model.patch_embed.parameters()).shape[1]
+    image = (torch.randn(channels, height, width, generator=draw) * 0.8 + 0.2).to(its.dtype)
     mask, wrong = np.zeros(its.size, bool), np.zeros(its.size, bool)
     mask[height // 4 : height // 4 + height // 3, 2 : width // 2 + 1] = True
     wrong[height // 2 :, width // 2 + 2 :] = True

@@ -189,9 +189,9 @@ def series(f: Values, first: Array, last: Array, parts: Sequence[Sequence[int]],
     images = []
     for k in range(steps + 1):
         count = (2 * len(parts) * k + steps) // (2 * steps)
-        image = first.reshape(3, -1).copy()
+        image = first.reshape(len(first), -1).copy()
         replaced = [pixel for part in parts[:count] for pixel in part]
-        image[:, replaced] = last.reshape(3, -1)[:, replaced]
+        image[:, replaced] = last.reshape(len(last), -1)[:, replaced]
         images.append(image.reshape(first.shape))
     return f(np.stack(images))
 
@@ -437,8 +437,10 @@ def cascade(model: nn.Module, seed: int) -> Iterator[nn.Module]:
     randomised = copy.deepcopy(model)
     names = [name for name, _ in model.named_parameters()]
     after = [name for name in names if name.split(".")[0] in HEAD]
-    of_blocks = [[name for name in names if name.startswith(f"blocks.{i}.")] for i in range(len(model.blocks))]
-    before = [name for name in names if name.split(".")[0] not in {*HEAD, "blocks"}]
+    # Class attention, where there is one, comes after the blocks of patches.
+    places = [f"{rows}.{i}." for rows in ("blocks", "blocks_token_only") for i in range(len(getattr(model, rows, ())))]
+    of_blocks = [[name for name in names if name.startswith(place)] for place in places]
+    before = [name for name in names if name.split(".")[0] not in {*HEAD, "blocks", "blocks_token_only"}]
     assert len(after) + sum(map(len, of_blocks)) + len(before) == len(names)
     for part in (after, *reversed(of_blocks), before):
         for name in part:

@@ -141,6 +141,9 @@ def targets(its: Setting) -> list[Target]:
         "rope_mixed",
         "patch_4_one_row",
         "padded",
+        "cait",
+        "relative_positions",
+        "one_channel",
     ],
 )
 def test_all_metrics(name: str, dtype: torch.dtype) -> None:

@@ -154,6 +154,22 @@ def test_eps_activation_and_preprocessing_are_in_the_fingerprint(pets: Path) -> 
     assert load_model(spec(f"local-dir:{pets}", dynamic_img_size=False)).fingerprint == prints[0]
 
 
+def test_heads_on_one_backbone_share_its_trunk(pets: Path, tmp_path: Path) -> None:
+    """Two folders of the same backbone with other classifiers, and a third model with a head of one's own."""
+    other = vit(id2label=dict(enumerate("abcd")), label2id={})
+    other.vit = vit().vit
+    other.save_pretrained(tmp_path / "other")
+    save_file({"weight": torch.ones(2, 48)}, tmp_path / "head.safetensors")
+    loaded = [
+        load_model(spec(f"local-dir:{pets}", preprocessing=PREPROCESSING)),
+        load_model(spec(f"local-dir:{tmp_path / 'other'}", preprocessing=PREPROCESSING)),
+        load_model(spec(f"local-dir:{pets}", head=tmp_path / "head.safetensors", preprocessing=PREPROCESSING)),
+    ]
+    assert [its.output_count for its in loaded] == [3, 4, 2]
+    assert len({its.trunk_fingerprint for its in loaded}) == 1
+    assert len({its.fingerprint for its in loaded}) == 3
+
+
 def test_a_head_of_ones_own(pets: Path, tmp_path: Path) -> None:
     head = {"weight": torch.randn(2, 48, generator=torch.Generator().manual_seed(0)), "bias": torch.zeros(2)}
     save_file(head, tmp_path / "head.safetensors")

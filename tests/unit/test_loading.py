@@ -7,15 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import timm.data
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cdam_engine import Explainer
 from cdam_engine.fingerprint import fingerprint
+from cdam_engine.preprocess import normalise, prepare
 from cdam_server.loading import LoadedModel, LoadError, ModelSpec, Task, load_model, load_models_file
 
 SMALL: dict[str, Any] = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}
@@ -419,6 +423,22 @@ def test_other_preprocessing(checkpoint: Path) -> None:
     assert loaded.data_config.mean == (0.1, 0.2, 0.3)
     assert loaded.data_config.crop_pct == 1.0
     assert loaded.fingerprint != load_model(spec(checkpoint=checkpoint)).fingerprint
+
+
+def test_a_convolutional_stems_features_are_no_channels_of_an_image() -> None:
+    """huggingface/transformers#26908: a hybrid is a model of RGB images, whatever its stem makes of them."""
+    kwargs = {"img_size": 64, "depth": 1, "num_classes": 3}
+    loaded = load_model(
+        ModelSpec(
+            name="m", architecture="vit_tiny_r_s16_p8_224", random_weights=True, num_outputs=3, model_kwargs=kwargs
+        )
+    )
+    assert (loaded.data_config.channels, loaded.output_count) == (3, 3)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    explanation = Explainer(loaded.module, data_config=loaded.data_config)(image, 1)
+    assert explanation.grid == (2, 2)
+    pixels = normalise(torch.from_numpy(prepare(image, loaded.data_config).pixels)[None], loaded.data_config)
+    assert explanation.logits == pytest.approx(loaded.module(pixels)[0].numpy(), abs=1e-5)
 
 
 def test_grey_models_are_served() -> None:

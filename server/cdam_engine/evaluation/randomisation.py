@@ -20,9 +20,6 @@ from cdam_engine.evaluation.protocol import Anchor, Randomisation
 from cdam_engine.evaluation.subject import Subject
 from cdam_engine.explainer import Explainer
 
-_HEAD: Final = frozenset({"norm", "fc_norm", "attn_pool", "head", "head_dist"})  # what timm has after the last block
-
-
 # By model: the seed asked for last, and its models.
 _kept: Final[WeakKeyDictionary[nn.Module, tuple[int, Sequence[nn.Module]]]] = WeakKeyDictionary()
 _drawing: Final = Lock()
@@ -61,14 +58,16 @@ class RandomisedModels:
             return _kept[model][1]
 
     def _drawn(self) -> Sequence[nn.Module]:
-        model, blocks = self._true.vit.model, len(self._true.vit.blocks)
+        model, last = self._true.vit.model, len(self._true.vit.blocks)
         true = dict(model.named_parameters())
+        # When each is drawn anew: 0 with the head, 1 with the last block, ..., last what comes before the first block.
+        parts = {name: last - self._true.vit.place_of(name) for name in true}
         drawn = {name: self._draw(name, parameter) for name, parameter in true.items()}
         return [
             copy.deepcopy(
                 model,
                 # What deepcopy is told to have copied already it takes as it is.
-                {id(its): drawn[name] if part_of_weight(name, blocks) <= part else its for name, its in true.items()},
+                {id(its): drawn[name] if parts[name] <= part else its for name, its in true.items()},
             )
             for part in range(self.parts)
         ]
@@ -78,19 +77,6 @@ class RandomisedModels:
         normal = generator(self._seed, "", "weights", name).standard_normal(true.shape)
         drawn = torch.as_tensor(np.asarray(true.mean() + true.std() * normal))
         return nn.Parameter(drawn.to(parameter.device, parameter.dtype), requires_grad=parameter.requires_grad)
-
-
-def part_of_weight(name: str, blocks: int) -> int:
-    """When a weight is drawn anew: 0 with the head, 1 with the last block, ..., last what comes before the first block.
-
-    Args:
-        name: Of the parameter.
-        blocks: How many blocks the model has.
-    """
-    first, *rest = name.split(".")
-    if first == "blocks":
-        return blocks - int(rest[0])
-    return 0 if first in _HEAD else blocks + 1
 
 
 def randomisation(metric: Randomisation, subject: Subject, its: MapOf) -> dict[str, Found]:

@@ -175,12 +175,18 @@ class Family:
         its += [getattr(block.attn, name, None) for name in ("norm", "proj", "proj_drop")]
         return [part for part in (*its, self.model.norm) if part is not None]
 
+    def place_of(self, name: str) -> int:
+        """Where a tensor of the model's state dict belongs: -1 before the first block, i in block i, L after the last of L."""
+        if name.partition(".")[0] in _AFTER_BLOCKS:
+            return len(self.blocks)
+        names = {module: name for name, module in self.model.named_modules()}
+        inside = (place for place, block in enumerate(self.blocks) if name.startswith(f"{names[block]}."))
+        return next(inside, -1)
+
     def is_of_trunk(self, name: str) -> bool:
         """Whether a tensor of the model's state dict has a part in the last attention's tokens, or may have."""
-        last = next(name for name, module in self.model.named_modules() if module is self.blocks[-1])
-        if name.startswith(f"{last}."):
-            return name.startswith(f"{last}.norm1.")
-        return name.partition(".")[0] not in _AFTER_BLOCKS
+        last = len(self.blocks) - 1
+        return self.place_of(name) < last or (self.place_of(name) == last and ".norm1." in name)
 
     # --- what it does, in this order
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import timm
 import torch
@@ -15,6 +15,9 @@ from torch import nn
 from cdam_engine.preprocess import DataConfig
 from cdam_server.conversions.readouts import Readout
 from cdam_server.conversions.tensors import ConversionError, StateDict, few
+
+# Arguments that leave the output alone, or show in the tensors' shapes.
+_SHOWN: Final = {"dynamic_img_size", "num_classes"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Converted:
     def settings(self) -> dict[str, object]:
         """What decides the model's output and does not show in its tensors; representable in JSON."""
         readout = None if self.readout is None else {type(self.readout).__name__: asdict(self.readout)}  # type: ignore[call-overload]
-        kwargs = {name: value for name, value in self.model_kwargs.items() if name != "dynamic_img_size"}
+        kwargs = {name: value for name, value in self.model_kwargs.items() if name not in _SHOWN}
         return {
             "architecture": self.architecture,
             "model_kwargs": kwargs,
