@@ -61,7 +61,7 @@ def encode_explain(
     whats, hows = as_targets(targets), as_methods(methods)
     if not whats and (needy := [how.kind for how in hows or (Cdam(),) if how.needs_target]):
         raise ValueError(
-            f"{needy[0]} needs a target: an output's name or index, say, or TopK(1) for the highest output"
+            f"{needy[0]} needs a target, such as an output's name or index, or TopK(1) for the highest output"
         )
     request = explain_pb2.ExplainRequest(
         model=model,

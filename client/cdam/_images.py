@@ -120,7 +120,7 @@ def _opened(data: bytes, name: str, convert: _Convert) -> Image.Image:
         picture = find_picture(data)
         image = Image.open(io.BytesIO(picture.data))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: not an image that can be read, send a JPEG, PNG or WebP file") from error
+        raise ImageError(f"{name}: not an image that can be read; send a JPEG, PNG or WebP file") from error
     return _converted(image, name, partial(convert, orientation=picture.orientation))
 
 

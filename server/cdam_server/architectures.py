@@ -15,8 +15,8 @@ from cdam_server.specs import DEMO, FOLDER, ModelSpec
 
 _CONVOLUTIONS: Final = "it is a convolutional network and has no attention that reads the tokens of image patches"
 _HIERARCHICAL: Final = (
-    "it is hierarchical: attention within windows or over merged patches, so that its last attention reads no tokens of "
-    "one patch grid"
+    "it is hierarchical: it attends within windows or merges patches on the way, so its last attention does not read the "
+    "tokens of one patch grid"
 )
 _MIXERS: Final = "it mixes patches by other means than attention"
 
@@ -68,7 +68,8 @@ def check_explainable(specs: Sequence[ModelSpec]) -> dict[str, str]:
     """
     reasons = {spec.name: reason for spec in specs if (reason := why_not(spec.architecture))}
     if len(reasons) == len(specs):
-        raise none_explainable({spec.name: f"{spec.architecture}: {reasons[spec.name]}" for spec in specs})
+        named = {spec.name: "" if spec.name == spec.architecture else f"{spec.architecture}: " for spec in specs}
+        raise none_explainable({name: f"{named[name]}{reason}" for name, reason in reasons.items()})
     return reasons
 
 

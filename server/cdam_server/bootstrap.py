@@ -349,7 +349,7 @@ def load_catalog(settings: Settings) -> Catalog:
             trunk_of=next(filter(partial(_share_a_trunk, loaded), alike), None),
         )
         if served.trunk_of is not None:
-            _log.info("shares its trunk", model=spec.name, of=served.trunk_of.loaded.name)
+            _log.info("shares its trunk", model=spec.name, with_model=served.trunk_of.loaded.name)
         if served.unsupported is not None:
             _log.warning("model can't be explained", model=spec.name, reason=str(served.unsupported))
         models.append(served)

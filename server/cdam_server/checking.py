@@ -112,9 +112,9 @@ def compare(logits: NDArray[np.floating], expected: Sequence[float], tolerance: 
     if values.ndim == 2 and len(values) == 1:
         values = values[0]  # of a batch of one
     if values.shape != logits.shape:
-        raise ValueError(f"{values.size} values are expected, the model has {logits.size} outputs")
+        raise ValueError(f"--expect: {values.size} values are expected, the model has {logits.size} outputs")
     if not np.isfinite(values).all():
-        raise ValueError("not all expected values are finite")
+        raise ValueError("--expect: not all values are finite")
     differences = np.abs(logits.astype(np.float64) - values)
     index = int(differences.argmax())
     within = differences.max() <= tolerance * max(1.0, np.abs(values).max())

@@ -433,7 +433,8 @@ def _output_count(model: ServedModel) -> int:
     """The number of outputs, of which there must be one at least."""
     name, count = model.loaded.name, model.loaded.output_count
     if not count:
-        raise FailedPreconditionError("NO_OUTPUTS", f"model {name!r} has no outputs: it needs a head", model=name)
+        message = f"model {name!r} has no outputs: ask for a concept, or serve it with a head"
+        raise FailedPreconditionError("NO_OUTPUTS", message, model=name)
     return count
 
 

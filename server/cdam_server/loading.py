@@ -315,7 +315,7 @@ def _unknown_kwargs(spec: ModelSpec, kwargs: Mapping[str, Any], error: TypeError
     if "img_size" in kwargs and "img_size" not in allowed:
         setting = "input_size" if spec.input_size is not None else "model_kwargs"
         return LoadError(setting, f"{spec.architecture} is not built for one input size: leave it out")
-    return LoadError("model_kwargs", f"{spec.architecture} does not take these values ({reason(error)})")
+    return LoadError("model_kwargs", f"{spec.architecture} can't be built with these values: {reason(error)}")
 
 
 def _create_seeded(spec: ModelSpec, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
@@ -327,7 +327,10 @@ def _create_seeded(spec: ModelSpec, kwargs: Mapping[str, Any], *, pretrained: bo
     except TypeError:
         raise
     except (AssertionError, ValueError, KeyError) as error:
-        raise LoadError("architecture", f"{spec.architecture} can't be built so: {error}") from error
+        what = reason(error) if isinstance(error, KeyError) else str(error)
+        if spec.model_kwargs and not pretrained and not spec.architecture.startswith(HUB):
+            raise LoadError("model_kwargs", f"{spec.architecture} can't be built with these values: {what}") from error
+        raise LoadError("architecture", f"{spec.architecture} can't be built: {what}") from error
     except Exception as error:
         if not pretrained and not spec.architecture.startswith(HUB):
             raise LoadError("architecture", f"{spec.architecture} can't be built: {reason(error)}") from error

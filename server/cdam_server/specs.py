@@ -194,7 +194,7 @@ class ModelSpec(BaseModel):
         sources = [self.pretrained, self.checkpoint is not None, self.random_weights]
         if sum(sources) > 1 or (not any(sources) and not self.brings_weights):
             raise ValueError(
-                "give one source of weights: pretrained, checkpoint or random_weights (flags of the same names)"
+                "give one source of weights: pretrained, checkpoint or random_weights (--pretrained and so on)"
                 f"{self._hint()}"
             )
         return self

@@ -369,7 +369,9 @@ def test_keyword_arguments_that_the_architecture_does_not_take() -> None:
 
 
 def test_sizes_that_the_architecture_does_not_take() -> None:
-    assert failure(random_weights=True, model_kwargs={**SMALL, "num_heads": 5}).setting == "architecture"
+    error = failure(random_weights=True, model_kwargs={**SMALL, "num_heads": 5})
+    assert error.setting == "model_kwargs"
+    assert "divisible by num_heads" in error.message
 
 
 def test_an_architecture_without_weights_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

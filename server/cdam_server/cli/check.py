@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from cdam_server.models import ServedModel
     from cdam_server.specs import ModelSpec
 
-_HELP = """Say what a server would see of a model, and answer for an image, without a server.
+_HELP = """Load a model as a server would, and say what it answers.
 
 Loads the model exactly as `cdam serve` does with the same options, and prints what decides its answers: where the
 weights are from, what was taken off, left out or resampled, outputs, preprocessing, methods. With --image the largest
 outputs for it; with --expect they are compared with those of your own code, and the exit code is 1 if they differ.
+No server is needed.
 
 \b
 Examples
@@ -32,7 +33,7 @@ Examples
 @click.option("--config", type=FILE, envvar="CDAM_CONFIG", help="YAML file of settings, as for `cdam serve`.")
 @model_options
 @click.option("--only", metavar="NAME", help="One model of the file.  [all]")
-@click.option("--image", type=FILE, help="What to ask the model about.")
+@click.option("--image", type=FILE, help="JPEG, PNG or WebP file to ask the model about.")
 @click.option("--expect", type=FILE, help="JSON list of the outputs that your own code has for the image.")
 @click.option(
     "--tolerance",
@@ -78,7 +79,9 @@ def _chosen(specs: list[ModelSpec], only: str | None) -> list[ModelSpec]:
         return specs
     chosen = [spec for spec in specs if spec.name == only]
     if not chosen:
-        raise click.UsageError(f"there is no model {only!r}; there are {', '.join(spec.name for spec in specs)}")
+        raise click.UsageError(
+            f"--only: there is no model {only!r}; there are {', '.join(spec.name for spec in specs)}"
+        )
     return chosen
 
 
@@ -127,7 +130,7 @@ def _asked(served: ServedModel, image: Path, expected: Sequence[float] | None, t
     try:
         pixels = decode_image(common_pb2.Image(encoded=image.read_bytes()), ImageLimits(), "image")
     except InvalidArgumentError as error:
-        raise ValueError(f"{image}: {error}") from error
+        raise ValueError(f"--image: {image} {error.description}") from error
     answer = checking.answer(served, pixels)
     found: dict[str, Any] = {
         "image": str(image),
@@ -146,7 +149,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     for name, value in found.items():
         if name not in special and value not in ("", [], None):
             yield f"  {name:<18}{_text(name, value)}"
-    if "fingerprint" in found:
+    if "fingerprint" in found and "error" not in found:
         yield from _methods(found["not served"])
     if "image" in found:
         yield f"  {'image':<18}{found['image']}"

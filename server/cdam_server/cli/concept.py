@@ -89,8 +89,8 @@ Examples
 def concept() -> None:
     """Register, list, show, delete, export and import concepts.
 
-    A concept is a direction in what a model makes of images, named, and learned from examples, or from texts where the
-    model was. `cdam explain -t concept:NAME` shows where in an image it is.
+    A concept is a named direction in a model's latent space, made from example images or, for CLIP and SigLIP, from
+    texts. `cdam explain -t concept:NAME` shows where in an image it is.
     """
 
 

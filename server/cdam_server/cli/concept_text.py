@@ -50,7 +50,7 @@ Examples
 @click.option(
     "--text-weights",
     metavar="TAG|FILE",
-    help="Its weights: a tag of open_clip's, from the hub, or a file; hf-hub: and local-dir: have them.",
+    help="Its weights: a tag of open_clip's, from the hub, or a file; none with hf-hub: and local-dir:, which bring theirs.",
 )
 @click.option("--unchecked", is_flag=True, help="Don't try whether the served model is this model's image tower.")
 @model_option

@@ -301,7 +301,7 @@ def _targets(
     """What to explain, by the command line's words for it."""
     if minus is not None:
         if not targets or any(isinstance(target, cdam.TopK) for target in targets):
-            raise click.UsageError("--minus needs a --target to be subtracted from, an output or a concept each")
+            raise click.UsageError("--minus needs a --target to be subtracted from: outputs or concepts, no top:K")
         return tuple(cdam.Contrast(target, minus) for target in targets if not isinstance(target, cdam.TopK))
     return targets_or_default(targets, methods)
 

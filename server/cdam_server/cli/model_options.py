@@ -16,7 +16,12 @@ FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 _PATH: Final = click.Path(path_type=Path)  # hf-hub: and local-dir: are no paths to look for
 
 _OPTIONS: Final = (
-    click.option("--models-file", type=FILE, help="YAML file of models, if there are several, or for all settings."),
+    click.option(
+        "--models-file",
+        type=FILE,
+        help="YAML file of one or several models, with all settings: model_kwargs, preprocessing and head_layers have no "
+        "option.",
+    ),
     click.option(
         "--model",
         metavar="NAME",
@@ -29,7 +34,7 @@ _OPTIONS: Final = (
         "--checkpoint",
         metavar="FILE",
         type=_PATH,
-        help="Weights: .safetensors, or .pth without pickled code; also hf-hub:ORG/NAME and local-dir:PATH.",
+        help="Weights: .safetensors; .pth, .pt, .bin, .ckpt or .tar without pickled code; hf-hub:ORG/NAME; local-dir:PATH.",
     ),
     click.option(
         "--weights-key",
@@ -53,7 +58,11 @@ _OPTIONS: Final = (
         default=None,
         help="Let the checkpoint's patch embedding and positions be resampled to the architecture's.",
     ),
-    click.option("--num-outputs", type=click.IntRange(min=0), help="Number of outputs, if not the architecture's own."),
+    click.option(
+        "--num-outputs",
+        type=click.IntRange(min=0),
+        help="Number of outputs; 0: none, for concepts alone.  [as many as the classifier has]",
+    ),
 )
 
 

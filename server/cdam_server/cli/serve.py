@@ -18,7 +18,7 @@ _HELP = """Serve explanations of Vision Transformers over gRPC.
 
 Without options this serves the built-in demo model (handwritten digits in scenes). Every option is also an environment
 variable, CDAM_ADDRESS for --address, and a key of the YAML file given by --config: address. Options win over the
-environment, the environment over the file. SIGTERM or Ctrl-C ends it orderly.
+environment, the environment over the file. SIGTERM or Ctrl-C ends it, once the requests in flight are answered.
 
 There is neither TLS nor authentication, so only this machine is served by default: --address 0.0.0.0:8001 opens it.
 
@@ -90,7 +90,7 @@ There is neither TLS nor authentication, so only this machine is served by defau
 @click.option(
     "--max-connection-age-seconds",
     type=click.FloatRange(min=1),
-    help="A connection is closed after so long, its calls being finished, so that clients see new servers.  [300]",
+    help="A connection is closed after this long, once its calls are answered, so that clients find new servers.  [300]",
 )
 @click.option("--max-message-bytes", type=click.IntRange(min=1024), help="Largest message.  [67108864]")
 @click.option("--max-image-bytes", type=click.IntRange(min=1), help="Largest encoded image.  [33554432]")
@@ -112,13 +112,13 @@ There is neither TLS nor authentication, so only this machine is served by defau
 @click.option(
     "--drain-wait-seconds",
     type=click.FloatRange(min=0),
-    help="After SIGTERM new requests are still served for so long, while clients notice.  [0]",
+    help="After SIGTERM new requests are still served for this long, while clients notice.  [0]",
 )
 @click.option("--drain-seconds", type=click.FloatRange(min=0), help="Then time for requests in flight.  [30]")
 @click.option(
     "--watchdog-seconds",
     type=click.FloatRange(min=1),
-    help="A computation that stands still for so long ends the server, with exit code 1.  [120]",
+    help="A computation that stands still for this long ends the server, with exit code 1.  [120]",
 )
 @click.option("--tracing-endpoint", metavar="URL", help="Where traces go (OTLP); needs the extra `tracing`.  [none]")
 @click.option(
