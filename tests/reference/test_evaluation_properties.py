@@ -386,6 +386,7 @@ def test_callers_modes_make_no_difference() -> None:
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
 def test_chunks_are_no_larger_than_asked_and_passes_are_as_told(batch_size: int) -> None:
     its = setting("patch_8")
+    explainer = Explainer(its.model)  # which asks the model, too
     seen: list[int] = []
     handle = its.model.get_submodule("patch_embed").register_forward_hook(
         lambda module, args, out: seen.append(len(args[0]))
@@ -393,7 +394,7 @@ def test_chunks_are_no_larger_than_asked_and_passes_are_as_told(batch_size: int)
     try:
         methods = (Cdam(), Anchor.RANDOM)
         protocol = Protocol(methods, (Fidelity(), BoxSensitivity(boxes=10), InsertionDeletion(), Randomisation()))
-        evaluator = Evaluator(Explainer(its.model), protocol, batch_size=batch_size)
+        evaluator = Evaluator(explainer, protocol, batch_size=batch_size)
         evaluator.evaluate([sample(its, 0), sample(its, 1)])
     finally:
         handle.remove()
