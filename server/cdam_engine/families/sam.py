@@ -33,7 +33,7 @@ class SamFamily(Family):
         pool = str(self.model.head.global_pool.pool_type)
         if pool not in {"avg", "max", "avgmax"}:
             raise UnsupportedArchitectureError(
-                "NO_READOUT", f"the model's pooling {pool!r} leaves no latent to explain"
+                "NO_READOUT", f"the model's pooling {pool!r} is none of avg, max and avgmax"
             )
         return Readout.AVERAGE_POOL if pool == "avg" else Readout.MAX_POOL
 
