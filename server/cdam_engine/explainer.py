@@ -374,7 +374,7 @@ class Asked:
 
     Attributes:
         explainer: Who explains.
-        images: The images.
+        images: A batch, as for `Explainer.explain`: (B, C, H, W) normalised, or uint8 (B, H, W, C).
         targets: The targets of each.
         methods: The methods of each; None: CDAM for all.
     """

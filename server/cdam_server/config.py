@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     def _one_source_of_models(self) -> Self:
         given = self.model_fields_set & _ONE_MODEL
         if self.models_file is not None and given:
-            raise ValueError(f"models_file lists the models; {', '.join(sorted(given))} would describe a single one")
+            raise ValueError(f"models_file lists the models: set {', '.join(sorted(given))} there, for each model")
         return self
 
     @classmethod

@@ -262,3 +262,10 @@ def test_image_without_targets() -> None:
     one = explainer.explain(pixels, [[], [Output(2)]])
     assert [len(item.maps) for item in one] == [0, 1]
     assert one[1].maps[0].scores == pytest.approx(explainer.explain(pixels[1:], [[Output(2)]])[0].maps[0].scores)
+
+
+def test_a_model_within_another_is_named() -> None:
+    wrapped = nn.Sequential(timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)).eval()
+    with pytest.raises(UnsupportedArchitectureError, match="its part `0` is one: explain that") as refused:
+        Explainer(wrapped)
+    assert refused.value.reason == "UNKNOWN_ARCHITECTURE"
