@@ -203,7 +203,7 @@ class Explainer:
             raise TypeError(f"the image is a PIL image, not {type(image).__name__}; `explain` takes tensors")
         pixels = torch.from_numpy(prepare(upright_rgb(image), self.data_config).pixels)[None]
         its_targets = _as_targets(targets)
-        its_methods = [methods] if isinstance(methods, Method) else list(methods)
+        its_methods = [methods] if isinstance(methods, Method | str) else list(methods)
         (explanation,) = self.explain(pixels, [its_targets], [its_methods])
         return explanation
 
@@ -313,6 +313,10 @@ class Explainer:
         for name, given in (("targets", targets), ("methods", methods)):
             if len(given) != len(images):
                 raise ValueError(f"{len(images)} images, but {name} for {len(given)}")
+            if not all(isinstance(its, Sequence) and not isinstance(its, str) for its in given):
+                raise TypeError(
+                    f"{name} are a list for each image, such as [[{'TopK(1)' if name == 'targets' else 'Cdam()'}]]"
+                )
         for wanted in targets:
             check(wanted, self.vit.num_outputs, self.vit.latent_size)
         for method in {method for its in methods for method in its}:
@@ -384,6 +388,13 @@ class Asked:
     targets: Sequence[Sequence[Target]]
     methods: Sequence[Sequence[Method]] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises TypeError where the images are no tensor."""
+        if not isinstance(self.images, Tensor):
+            raise TypeError(
+                f"images are a tensor, not {type(self.images).__name__}: of a PIL image make one by calling the explainer with it"
+            )
+
     @property
     def each_methods(self) -> Sequence[Sequence[Method]]:
         """The methods of each image."""
@@ -410,6 +421,10 @@ def explain_together(asked: Sequence[Asked]) -> list[list[Explanation]]:
 
 def _as_targets(targets: object) -> list[Target]:
     """One target or several, or their indices; an array may be either."""
+    if isinstance(targets, str):
+        raise TypeError(
+            f"a target is an index, Output, TopK, Concept or Contrast, not {targets!r}: names are the service's"
+        )
     one = isinstance(targets, Target) or (hasattr(targets, "__index__") and getattr(targets, "ndim", 0) == 0)
     several: list[Any] = [targets] if one else list(cast("Sequence[Any]", targets))
     return [target if isinstance(target, Target) else Output(target) for target in several]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.layers import GatedMlp
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cases.networks import SIZE, assert_right, network, noise, truth
 from cdam_engine import (
+    Asked,
     Cdam,
     Concept,
     Explainer,
@@ -25,6 +27,7 @@ from cdam_engine import (
     TokenAblation,
     TopK,
     UnsupportedArchitectureError,
+    explain_together,
 )
 
 Change = Callable[[Any], object]
@@ -469,3 +472,22 @@ def test_threads_that_prove_one_model_do_not_disturb_each_other() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert max(pool.map(work, range(24))) < 1e-10
+
+
+def test_what_is_no_tensor_target_or_method_is_named() -> None:
+    explainer = Explainer(network(img_size=32))
+    picture = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    wrong: Any = "cat"
+    with pytest.raises(TypeError, match="not 'cat': names are the service's"):
+        explainer(picture, wrong)
+    with pytest.raises(TypeError, match="not 'cdam'"):
+        explainer(picture, 1, "cdam")  # type: ignore[arg-type]
+    for given in (picture, [picture], np.zeros((1, 32, 32, 3), np.uint8)):
+        images: Any = given
+        with pytest.raises(TypeError, match="images are a tensor, not"):
+            explainer.explain(images, [[Output(1)]])
+        with pytest.raises(TypeError, match="images are a tensor, not"):
+            explain_together([Asked(explainer, images, [[Output(1)]])])
+    flat: Any = [Output(1)]
+    with pytest.raises(TypeError, match="targets are a list for each image"):
+        explainer.explain(noise(1, size=(32, 32)), flat)

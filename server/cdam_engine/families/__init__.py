@@ -77,8 +77,8 @@ def _why_not(model: nn.Module) -> str:
             "image, as CDAM needs them"
         )
     known = ", ".join(family.model_class.__name__ for family in FAMILIES)
-    inner = next((name for name, part in model.named_modules() if name and _is_known(part)), "")
-    hint = f"; its part `{inner}` is one: explain that, with what comes after it as its head" if inner else ""
+    inner = [name for name, part in model.named_modules() if name and _is_known(part)]
+    hint = f"; its part `{inner[0]}` is one: explain that, with what comes after it as its head" if inner else ""
     return (
         f"is not one of the Vision Transformers that can be split at their last attention: timm's {known}, with their "
         f"own forward pass{hint}"
