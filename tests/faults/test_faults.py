@@ -193,5 +193,5 @@ def test_weights_that_give_no_finite_maps_are_refused_at_once(tmp_path: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ})
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "model 'broken' can't be used: " in done.stderr.splitlines()[-1]
+    assert "'broken' (the model's outputs for an image of noise are not finite)" in done.stderr.splitlines()[-1]
     assert "not finite" in done.stderr.splitlines()[-1]

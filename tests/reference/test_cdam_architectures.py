@@ -266,6 +266,8 @@ def test_image_without_targets() -> None:
 
 def test_a_model_within_another_is_named() -> None:
     wrapped = nn.Sequential(timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)).eval()
-    with pytest.raises(UnsupportedArchitectureError, match="its part `0` is one: explain that") as refused:
+    with pytest.raises(
+        UnsupportedArchitectureError, match="give its part '0', with what comes after it as its head"
+    ) as refused:
         Explainer(wrapped)
     assert refused.value.reason == "UNKNOWN_ARCHITECTURE"

@@ -62,10 +62,11 @@ def family_of(model: nn.Module) -> Family:
 
 def _why_not(model: nn.Module) -> str:
     """What keeps a model of no known family from being explained, as far as can be seen."""
-    inner = [name for name, part in model.named_children() if any(family.knows(part) for family in FAMILIES)]
+    inner = [name for name, part in model.named_modules() if name and any(family.knows(part) for family in FAMILIES)]
     if inner:
         return (
-            f"wraps a model that can be explained: give its part {inner[0]!r}, if the wrapper does nothing of its own"
+            f"wraps a model that can be explained: give its part {inner[0]!r}, with what comes after it as its head, if the "
+            "wrapper does nothing else"
         )
     parts = [type(module).__name__ for module in model.modules()]
     if not any("attention" in name.lower() or "attn" in name.lower() for name in parts):
@@ -77,13 +78,7 @@ def _why_not(model: nn.Module) -> str:
             "image, as CDAM needs them"
         )
     known = ", ".join(family.model_class.__name__ for family in FAMILIES)
-    inner = [name for name, part in model.named_modules() if name and _is_known(part)]
-    hint = f"; its part `{inner[0]}` is one: explain that, with what comes after it as its head" if inner else ""
     return (
         f"is not one of the Vision Transformers that can be split at their last attention: timm's {known}, with their "
-        f"own forward pass{hint}"
+        "own forward pass"
     )
-
-
-def _is_known(model: nn.Module) -> bool:
-    return any(family.knows(model) for family in FAMILIES)
