@@ -328,7 +328,7 @@ class Explainer:
         trunks, clock = self._trunks, Clock(self._device)
         wanted: dict[Hashable, Tensor] = {}
         for its in asked:
-            its.explainer._check(its.images, its.targets, its.each_methods)  # noqa: SLF001
+            its.explainer._check(its.images, its.targets, its.each_methods)  # noqa: SLF001 - of this class, too
             if its.explainer._reads_tokens(its):  # noqa: SLF001
                 wanted |= zip(trunks.keys(its.images, several=True), its.images, strict=True)
         if trunks.cache is not None:
@@ -416,6 +416,8 @@ def explain_together(asked: Sequence[Asked]) -> list[list[Explanation]]:
     lead = asked[0].explainer
     if any(its.explainer._trunks.run is not lead._trunks.run for its in asked):  # noqa: SLF001
         raise ValueError("these explainers do not share a trunk: make the others by `share_trunk` of the first")
+    if len({(its.images.shape[1:], its.images.dtype) for its in asked}) > 1:
+        raise ValueError("images that are explained together are of one size and type")
     return lead._together(asked)  # noqa: SLF001
 
 

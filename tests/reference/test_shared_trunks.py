@@ -160,6 +160,13 @@ def test_other_trunks_are_refused() -> None:
         explain_together([Asked(first, pixels, [[Output(0)]]), Asked(other, pixels, [[Output(0)]])])
 
 
+def test_images_of_two_kinds_are_refused() -> None:
+    first, second = explainers(family(BY_ID["eight_outputs"], 3, 1))
+    pixels = images(BY_ID["eight_outputs"], 1)
+    with pytest.raises(ValueError, match="one size and type"):
+        explain_together([Asked(first, pixels, [[Output(0)]]), Asked(second, pixels.float(), [[Output(0)]])])
+
+
 def test_wrong_questions_are_refused_before_anything_runs() -> None:
     case = BY_ID["eight_outputs"]
     models = family(case, 3, 1)

@@ -8,13 +8,15 @@ from torch import Tensor
 
 from cdam_server.conversions.converted import Converted, TextSide
 from cdam_server.conversions.hugging_face.common import Request
-from cdam_server.conversions.layers import mlp_ratio, put, qkv, resample_positions, with_bias
+from cdam_server.conversions.hugging_face.vit import block
+from cdam_server.conversions.layers import mlp_ratio, put, resample_positions, with_bias
 from cdam_server.conversions.readouts import Projection, Readout
 from cdam_server.conversions.tensors import ConversionError, StateDict, Tensors
 
 RENAMINGS: Final = ((r"^vision_model\.", ""),)
 _LAYERS: Final = r"encoder\.layers\.(\d+)\."
 _TEXT: Final = "the text tower"
+_NORMS: Final = ("layer_norm1", "layer_norm2")
 
 
 def convert_clip(request: Request) -> Converted:
@@ -85,15 +87,15 @@ def _tower(request: Request, prefix: int) -> tuple[dict[str, Any], StateDict]:
         "patch_embed.proj.weight": tensors.take("embeddings.patch_embedding.weight"),
     }
     for index in range(kwargs["depth"]):
-        source, target = f"encoder.layers.{index}", f"blocks.{index}"
-        attention = f"{source}.self_attn"
-        put(weights, f"{target}.norm1", tensors.take_layer(f"{source}.layer_norm1"))
-        names = (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
-        put(weights, f"{target}.attn.qkv", qkv(tensors, names))
-        put(weights, f"{target}.attn.proj", with_bias(tensors.take_layer(f"{attention}.out_proj")))
-        put(weights, f"{target}.norm2", tensors.take_layer(f"{source}.layer_norm2"))
-        for layer in ("fc1", "fc2"):
-            put(weights, f"{target}.mlp.{layer}", with_bias(tensors.take_layer(f"{source}.mlp.{layer}")))
+        block(
+            weights,
+            tensors,
+            f"encoder.layers.{index}",
+            f"blocks.{index}",
+            attention="self_attn",
+            out="out_proj",
+            norms=_NORMS,
+        )
     kwargs["mlp_ratio"] = mlp_ratio(config.count("intermediate_size"), kwargs["embed_dim"])
     kwargs["act_layer"] = config.activation()
     return kwargs, weights

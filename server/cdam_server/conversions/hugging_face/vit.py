@@ -71,13 +71,22 @@ def convert(request: Request) -> Converted:
     )
 
 
-def block(weights: StateDict, tensors: Tensors, source: str, target: str) -> None:
-    """One block of ViT and DeiT."""
-    attention = f"{source}.attention"
-    put(weights, f"{target}.norm1", tensors.take_layer(f"{source}.layernorm_before"))
+def block(
+    weights: StateDict,
+    tensors: Tensors,
+    source: str,
+    target: str,
+    *,
+    attention: str = "attention",
+    out: str = "o_proj",
+    norms: tuple[str, str] = ("layernorm_before", "layernorm_after"),
+) -> None:
+    """One block; the names are those of ViT and DeiT, if not said otherwise."""
+    attention = f"{source}.{attention}"
+    put(weights, f"{target}.norm1", tensors.take_layer(f"{source}.{norms[0]}"))
     names = (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
     put(weights, f"{target}.attn.qkv", qkv(tensors, names))
-    put(weights, f"{target}.attn.proj", with_bias(tensors.take_layer(f"{attention}.o_proj")))
-    put(weights, f"{target}.norm2", tensors.take_layer(f"{source}.layernorm_after"))
+    put(weights, f"{target}.attn.proj", with_bias(tensors.take_layer(f"{attention}.{out}")))
+    put(weights, f"{target}.norm2", tensors.take_layer(f"{source}.{norms[1]}"))
     for layer in ("fc1", "fc2"):
         put(weights, f"{target}.mlp.{layer}", with_bias(tensors.take_layer(f"{source}.mlp.{layer}")))
