@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import grpc
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
 from numpy.typing import NDArray
 
 from cdam._concepts import ConceptExample, RegisteredConcept
@@ -92,6 +93,7 @@ def decode_model(model: model_pb2.Model) -> Model:
         unsupported=MappingProxyType({kind: m.reason for kind, m in support.items() if not m.supported}),
         input=_model_input(model.input) if model.HasField("input") else None,
         resampled=model.resampled,
+        model_kwargs=MappingProxyType(MessageToDict(model.model_kwargs)),
     )
 
 

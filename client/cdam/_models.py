@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Model:
         methods: Names of the methods that it can serve.
         unsupported: Names of those that it can't, and why.
         input: How pixels become its input; None from a server that does not say.
+        model_kwargs: What its architecture was built with beyond its name: keyword arguments of timm's.
         resampled: What of its weights was resampled to another geometry than they were trained for; "" if nothing.
     """
 
@@ -70,3 +72,4 @@ class Model:
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     input: ModelInput | None = None
     resampled: str = ""
+    model_kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)

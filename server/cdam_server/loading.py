@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,6 +72,7 @@ class LoadedModel:
         trunk_fingerprint: Likewise, without the weights that come after the last attention's tokens: models of equal
             ones share their trunk. Empty for a model that can't be explained.
         weights: Where its weights are from, and what was done to them.
+        model_kwargs: What the architecture was built with beyond its name, as timm takes it.
         text: What compares its latent with a text's embedding, if it was trained with texts and the files say it.
     """
 
@@ -86,6 +87,7 @@ class LoadedModel:
     trunk_fingerprint: str = ""
     weights: Report = NO_REPORT
     text: TextSide | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def resampled(self) -> str:
@@ -121,7 +123,18 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
     _tell(spec.name, report)
     text = None if converted is None else converted.text
     return LoadedModel(
-        spec.name, architecture, module.to(device), data_config, task, tuple(names), count, digest, trunk, report, text
+        spec.name,
+        architecture,
+        module.to(device),
+        data_config,
+        task,
+        tuple(names),
+        count,
+        digest,
+        trunk,
+        report,
+        text,
+        dict(spec.model_kwargs) if converted is None else dict(converted.model_kwargs),
     )
 
 

@@ -134,6 +134,11 @@ def test_multi_label_with_a_head_of_ones_own(stub: Stub, picture: bytes) -> None
     assert stub.Explain(request(picture, output(2), model="labels")).targets[0].label == "sea"
 
 
+def test_a_model_says_what_it_was_built_with(stub: Stub) -> None:
+    described = stub.GetModel(model_pb2.GetModelRequest(name="biomarkers")).model
+    assert dict(described.model_kwargs) == SMALL
+
+
 def test_what_cannot_be_explained_says_why(stub: Stub, picture: bytes) -> None:
     asked = partial(stub.Explain, request(picture, output(0), model="convolutions"))
     assert _unmet(asked) == ("UNKNOWN_ARCHITECTURE", {"model": "convolutions"})

@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from cdam.v1 import common_pb2 as cdam_dot_v1_dot_common__pb2
 from cdam.v1 import method_pb2 as cdam_dot_v1_dot_method__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x63\x64\x61m/v1/model.proto\x12\x07\x63\x64\x61m.v1\x1a\x14\x63\x64\x61m/v1/common.proto\x1a\x14\x63\x64\x61m/v1/method.proto\"\xf9\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nis_default\x18\x02 \x01(\x08\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x1b\n\x04task\x18\x05 \x01(\x0e\x32\r.cdam.v1.Task\x12\x14\n\x0coutput_names\x18\x06 \x03(\t\x12\x14\n\x0coutput_count\x18\x07 \x01(\r\x12!\n\ninput_size\x18\x08 \x01(\x0b\x32\r.cdam.v1.Size\x12\x1b\n\x13\x66lexible_input_size\x18\t \x01(\x08\x12!\n\npatch_size\x18\n \x01(\x0b\x32\r.cdam.v1.Size\x12!\n\npatch_grid\x18\x0b \x01(\x0b\x32\r.cdam.v1.Size\x12\x15\n\rprefix_tokens\x18\x0c \x01(\r\x12\x13\n\x0blatent_size\x18\r \x01(\r\x12!\n\x07readout\x18\x0e \x01(\x0e\x32\x10.cdam.v1.Readout\x12%\n\tprecision\x18\x0f \x01(\x0e\x32\x12.cdam.v1.Precision\x12\'\n\x07methods\x18\x10 \x03(\x0b\x32\x16.cdam.v1.MethodSupport\x12\"\n\x05input\x18\x11 \x01(\x0b\x32\x13.cdam.v1.ModelInput\x12\x11\n\tresampled\x18\x12 \x01(\t\"W\n\rMethodSupport\x12#\n\x06method\x18\x01 \x01(\x0e\x32\x13.cdam.v1.MethodKind\x12\x11\n\tsupported\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"M\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.cdam.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x10GetModelResponse\x12\x1d\n\x05model\x18\x01 \x01(\x0b\x32\x0e.cdam.v1.Model*n\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x14\n\x10TASK_MULTI_CLASS\x10\x01\x12\x14\n\x10TASK_MULTI_LABEL\x10\x02\x12\x0f\n\x0bTASK_BINARY\x10\x03\x12\x13\n\x0fTASK_REGRESSION\x10\x04*\xd6\x01\n\x07Readout\x12\x17\n\x13READOUT_UNSPECIFIED\x10\x00\x12\x15\n\x11READOUT_CLS_TOKEN\x10\x01\x12\'\n#READOUT_CLS_AND_DISTILLATION_TOKENS\x10\x02\x12\x18\n\x14READOUT_AVERAGE_POOL\x10\x03\x12\x1a\n\x16READOUT_ATTENTION_POOL\x10\x04\x12\x14\n\x10READOUT_MAX_POOL\x10\x05\x12&\n\"READOUT_CLS_TOKEN_AND_AVERAGE_POOL\x10\x06*N\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_FP32\x10\x01\x12\x12\n\x0ePRECISION_BF16\x10\x02\x42N\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x63\x64\x61m/v1/model.proto\x12\x07\x63\x64\x61m.v1\x1a\x14\x63\x64\x61m/v1/common.proto\x1a\x14\x63\x64\x61m/v1/method.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xa8\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nis_default\x18\x02 \x01(\x08\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x1b\n\x04task\x18\x05 \x01(\x0e\x32\r.cdam.v1.Task\x12\x14\n\x0coutput_names\x18\x06 \x03(\t\x12\x14\n\x0coutput_count\x18\x07 \x01(\r\x12!\n\ninput_size\x18\x08 \x01(\x0b\x32\r.cdam.v1.Size\x12\x1b\n\x13\x66lexible_input_size\x18\t \x01(\x08\x12!\n\npatch_size\x18\n \x01(\x0b\x32\r.cdam.v1.Size\x12!\n\npatch_grid\x18\x0b \x01(\x0b\x32\r.cdam.v1.Size\x12\x15\n\rprefix_tokens\x18\x0c \x01(\r\x12\x13\n\x0blatent_size\x18\r \x01(\r\x12!\n\x07readout\x18\x0e \x01(\x0e\x32\x10.cdam.v1.Readout\x12%\n\tprecision\x18\x0f \x01(\x0e\x32\x12.cdam.v1.Precision\x12\'\n\x07methods\x18\x10 \x03(\x0b\x32\x16.cdam.v1.MethodSupport\x12\"\n\x05input\x18\x11 \x01(\x0b\x32\x13.cdam.v1.ModelInput\x12\x11\n\tresampled\x18\x12 \x01(\t\x12-\n\x0cmodel_kwargs\x18\x13 \x01(\x0b\x32\x17.google.protobuf.Struct\"W\n\rMethodSupport\x12#\n\x06method\x18\x01 \x01(\x0e\x32\x13.cdam.v1.MethodKind\x12\x11\n\tsupported\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"M\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.cdam.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x10GetModelResponse\x12\x1d\n\x05model\x18\x01 \x01(\x0b\x32\x0e.cdam.v1.Model*n\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x14\n\x10TASK_MULTI_CLASS\x10\x01\x12\x14\n\x10TASK_MULTI_LABEL\x10\x02\x12\x0f\n\x0bTASK_BINARY\x10\x03\x12\x13\n\x0fTASK_REGRESSION\x10\x04*\xd6\x01\n\x07Readout\x12\x17\n\x13READOUT_UNSPECIFIED\x10\x00\x12\x15\n\x11READOUT_CLS_TOKEN\x10\x01\x12\'\n#READOUT_CLS_AND_DISTILLATION_TOKENS\x10\x02\x12\x18\n\x14READOUT_AVERAGE_POOL\x10\x03\x12\x1a\n\x16READOUT_ATTENTION_POOL\x10\x04\x12\x14\n\x10READOUT_MAX_POOL\x10\x05\x12&\n\"READOUT_CLS_TOKEN_AND_AVERAGE_POOL\x10\x06*N\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_FP32\x10\x01\x12\x12\n\x0ePRECISION_BF16\x10\x02\x42N\n\x0fio.cdamserve.v1P\x01Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,22 +35,22 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cdam.v1.model_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017io.cdamserve.v1P\001Z9github.com/cdam-serve/cdam-serve/client/go/cdam/v1;cdamv1'
-  _globals['_TASK']._serialized_start=896
-  _globals['_TASK']._serialized_end=1006
-  _globals['_READOUT']._serialized_start=1009
-  _globals['_READOUT']._serialized_end=1223
-  _globals['_PRECISION']._serialized_start=1225
-  _globals['_PRECISION']._serialized_end=1303
-  _globals['_MODEL']._serialized_start=77
-  _globals['_MODEL']._serialized_end=582
-  _globals['_METHODSUPPORT']._serialized_start=584
-  _globals['_METHODSUPPORT']._serialized_end=671
-  _globals['_LISTMODELSREQUEST']._serialized_start=673
-  _globals['_LISTMODELSREQUEST']._serialized_end=731
-  _globals['_LISTMODELSRESPONSE']._serialized_start=733
-  _globals['_LISTMODELSRESPONSE']._serialized_end=810
-  _globals['_GETMODELREQUEST']._serialized_start=812
-  _globals['_GETMODELREQUEST']._serialized_end=843
-  _globals['_GETMODELRESPONSE']._serialized_start=845
-  _globals['_GETMODELRESPONSE']._serialized_end=894
+  _globals['_TASK']._serialized_start=973
+  _globals['_TASK']._serialized_end=1083
+  _globals['_READOUT']._serialized_start=1086
+  _globals['_READOUT']._serialized_end=1300
+  _globals['_PRECISION']._serialized_start=1302
+  _globals['_PRECISION']._serialized_end=1380
+  _globals['_MODEL']._serialized_start=107
+  _globals['_MODEL']._serialized_end=659
+  _globals['_METHODSUPPORT']._serialized_start=661
+  _globals['_METHODSUPPORT']._serialized_end=748
+  _globals['_LISTMODELSREQUEST']._serialized_start=750
+  _globals['_LISTMODELSREQUEST']._serialized_end=808
+  _globals['_LISTMODELSRESPONSE']._serialized_start=810
+  _globals['_LISTMODELSRESPONSE']._serialized_end=887
+  _globals['_GETMODELREQUEST']._serialized_start=889
+  _globals['_GETMODELREQUEST']._serialized_end=920
+  _globals['_GETMODELRESPONSE']._serialized_start=922
+  _globals['_GETMODELRESPONSE']._serialized_end=971
 # @@protoc_insertion_point(module_scope)

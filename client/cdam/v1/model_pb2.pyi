@@ -8,6 +8,7 @@ from cdam.v1 import method_pb2 as _method_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -141,6 +142,7 @@ class Model(_message.Message):
     METHODS_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     RESAMPLED_FIELD_NUMBER: _builtins.int
+    MODEL_KWARGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name to ask for it by."""
     is_default: _builtins.bool
@@ -191,6 +193,10 @@ class Model(_message.Message):
     def input(self) -> _common_pb2.ModelInput:
         """How pixels become its input."""
 
+    @_builtins.property
+    def model_kwargs(self) -> _struct_pb2.Struct:
+        """What the architecture was built with beyond its name: keyword arguments of timm's. Empty: as timm has it."""
+
     def __init__(
         self,
         *,
@@ -212,10 +218,11 @@ class Model(_message.Message):
         methods: _abc.Iterable[Global___MethodSupport] | None = ...,
         input: _common_pb2.ModelInput | None = ...,
         resampled: _builtins.str = ...,
+        model_kwargs: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "input_size", b"input_size", "patch_grid", b"patch_grid", "patch_size", b"patch_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "input_size", b"input_size", "model_kwargs", b"model_kwargs", "patch_grid", b"patch_grid", "patch_size", b"patch_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "fingerprint", b"fingerprint", "flexible_input_size", b"flexible_input_size", "input", b"input", "input_size", b"input_size", "is_default", b"is_default", "latent_size", b"latent_size", "methods", b"methods", "name", b"name", "output_count", b"output_count", "output_names", b"output_names", "patch_grid", b"patch_grid", "patch_size", b"patch_size", "precision", b"precision", "prefix_tokens", b"prefix_tokens", "readout", b"readout", "resampled", b"resampled", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "fingerprint", b"fingerprint", "flexible_input_size", b"flexible_input_size", "input", b"input", "input_size", b"input_size", "is_default", b"is_default", "latent_size", b"latent_size", "methods", b"methods", "model_kwargs", b"model_kwargs", "name", b"name", "output_count", b"output_count", "output_names", b"output_names", "patch_grid", b"patch_grid", "patch_size", b"patch_size", "precision", b"precision", "prefix_tokens", b"prefix_tokens", "readout", b"readout", "resampled", b"resampled", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

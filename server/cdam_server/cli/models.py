@@ -66,6 +66,8 @@ def _input(model: cdam.Model) -> list[str]:
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (its.mean, its.std))
         kept = f"{its.crop_mode} {its.crop_fraction:g}"
         lines.append(f"  {model.name} is given pixels with mean {mean}, std {std}; {its.interpolation}, {kept}")
+    if model.model_kwargs:
+        lines.append(f"  {model.name} was built with {json.dumps(dict(model.model_kwargs))}")
     if model.resampled:
         lines.append(f"  {model.name} was resampled: {model.resampled}")
     return lines
@@ -83,7 +85,7 @@ def _as_json(model: cdam.Model) -> dict[str, Any]:
     fields = ((field.name, getattr(model, field.name)) for field in dataclasses.fields(model))
     return {
         name: dict(value)
-        if name == "unsupported"
+        if name in {"unsupported", "model_kwargs"}
         else dataclasses.asdict(value)
         if name == "input" and value
         else value

@@ -80,6 +80,7 @@ def model(served: ServedModel, *, is_default: bool) -> model_pb2.Model:
         input=_model_input(loaded.data_config),
         resampled=loaded.resampled,
     )
+    message.model_kwargs.update(loaded.model_kwargs)
     if served.unsupported is None:
         vit = served.explainer.vit
         message.precision = _PRECISION[served.explainer.precision]
