@@ -1,5 +1,6 @@
 """From the use cases' answers to the API's messages."""
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -80,7 +81,7 @@ def model(served: ServedModel, *, is_default: bool) -> model_pb2.Model:
         input=_model_input(loaded.data_config),
         resampled=loaded.resampled,
     )
-    message.model_kwargs.update(loaded.model_kwargs)
+    message.model_kwargs.update(json.loads(json.dumps(dict(loaded.model_kwargs))))  # a Struct takes lists, no tuples
     if served.unsupported is None:
         vit = served.explainer.vit
         message.precision = _PRECISION[served.explainer.precision]
