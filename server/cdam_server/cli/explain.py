@@ -13,8 +13,9 @@ from typing import IO, Any, TypeVar, get_args
 import click
 
 import cdam
+from cdam_images.folders import once
 from cdam_server.cli.hints import hint
-from cdam_server.cli.images import find_images, once, tell_left_out
+from cdam_server.cli.images import find_images, tell_left_out
 from cdam_server.cli.report import Report
 from cdam_server.cli.spelling import (
     Given,
