@@ -1,0 +1,134 @@
+"""What `cdam train` does, from a dataset's path to a file of weights and its card."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cdam_engine.preprocess import normalise, prepare
+from cdam_images import upright_rgb
+from cdam_server.load_error import LoadError
+from cdam_server.loading import Backbone, load_backbone, load_model
+from cdam_server.specs import ModelSpec, Task
+from cdam_server.weights.trained import Trained, write_trained
+from cdam_training.datasets import Dataset, read_dataset
+from cdam_training.heads import Images, Options, Progress, TrainedHead, train_head
+from cdam_training.loop import Recipe
+from cdam_training.splits import Splits, split_dataset
+
+_CHECKED = 4  # images
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to learn from; see `read_dataset` and `split_dataset`."""
+
+    path: Path
+    task: Task | None
+    targets: Sequence[str]
+    group_by: str | None
+    split_by: str | None
+    validation: float | None
+    test: float | None
+    seed: int
+    mask: str | None = None
+
+    def read(self, progress: Progress) -> tuple[Dataset, Splits]:
+        """The rows, and on which side each is.
+
+        Raises:
+            DatasetError: Something is wrong with them.
+        """
+
+        def told(files: Sequence[Path]) -> Iterator[Path]:
+            for done, file in enumerate(files):
+                progress.reading(done, len(files))
+                yield file
+            progress.reading(len(files), len(files))
+
+        dataset = read_dataset(
+            self.path,
+            task=None if self.task is None else Task(self.task),
+            targets=self.targets,
+            group_by=self.group_by,
+            split_by=self.split_by,
+            mask=self.mask,
+            progress=told,
+        )
+        return dataset, split_dataset(dataset, seed=self.seed, validation=self.validation, test=self.test)
+
+
+def run_head(
+    spec: ModelSpec, source: Source, options: Options, recipe: Recipe, output: Path, work: Path, progress: Progress
+) -> None:
+    """Train a head, write it, and look whether the server would load it.
+
+    Args:
+        spec: Of the model.
+        source: What to learn from.
+        options: What is trained.
+        recipe: How.
+        output: The file to write.
+        work: Folder for what is kept meanwhile.
+        progress: Is told how far it is.
+
+    Raises:
+        DatasetError: Something is wrong with the dataset.
+        LoadError: Something is wrong with the model, or it can't be trained so.
+    """
+    dataset, splits = source.read(progress)
+    backbone = load_backbone(spec)
+    trained = train_head(backbone, images_of(dataset, splits), options, recipe, work, progress)
+    _write(output, backbone, dataset, trained)
+    _check_served(spec, output, dataset, trained)
+
+
+def images_of(dataset: Dataset, splits: Splits) -> Images:
+    """What training takes of a dataset."""
+    digest = hashlib.sha256()
+    for row in dataset.rows:
+        digest.update(row.content.encode())
+    return Images(
+        [row.image for row in dataset.rows],
+        torch.from_numpy(dataset.targets()),
+        dataset.task,
+        len(dataset.outputs),
+        splits.train,
+        splits.validation,
+        splits.test,
+        dataset.digest,
+        digest.hexdigest(),
+    )
+
+
+def _write(output: Path, backbone: Backbone, dataset: Dataset, trained: TrainedHead) -> None:
+    about = Trained(str(dataset.task), dataset.outputs, backbone.architecture, backbone.fingerprint)
+    write_trained(output, about, trained.weight, trained.bias, trained.tuned)
+
+
+def _check_served(spec: ModelSpec, output: Path, dataset: Dataset, trained: TrainedHead) -> None:
+    """Ask the model that a server would load about some images.
+
+    Raises:
+        LoadError: It says something else than what was trained.
+    """
+    served = load_model(spec.model_copy(update={"head": output, "head_layers": None, "outputs": None}))
+    config = served.data_config
+    rows = np.arange(min(_CHECKED, len(dataset)))
+    with torch.no_grad():
+        for row in rows.tolist():
+            with Image.open(dataset.rows[row].image) as opened:
+                pixels = prepare(upright_rgb(opened), config).pixels
+            inputs = normalise(torch.from_numpy(pixels)[None], config)
+            expected = served.module(inputs)
+            found = trained.tail(trained.tail.entering(inputs.to(trained.device))).logits.cpu()
+            scale = max(1.0, float(expected.abs().max()))
+            if float((found - expected).abs().max()) > _TOLERANCE * scale:
+                raise LoadError("output", f"{output} gives other outputs when it is loaded than in training")
