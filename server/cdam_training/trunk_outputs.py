@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,12 +95,14 @@ class KeptOutputs:
         self._tail = tail
         self._sources = sources
         self._train = train
+        plain = np.sort(plain)  # whatever the split: trainings with another one find the same rows
         self._place = {int(image): row for row, image in enumerate(plain)}
         more = [(int(image), number) for image in train for number in range(1, sources.views)]
         self._views = [sources.view(int(image), PLAIN) for image in plain] + [sources.view(*each) for each in more]
         self._first_more = len(plain)
-        varied = {"augmentation": asdict(sources.augmentation), "seed": sources.seed} if more else {}
-        whole = {**key, **varied, "blocks": tail.blocks, "views": sources.views, "config": asdict(sources.config)}
+        of_views = {"augmentation": asdict(sources.augmentation), "seed": sources.seed, "train": _digest(train)}
+        which = {"plain": _digest(plain), **(of_views if more else {})}
+        whole = {**key, **which, "blocks": tail.blocks, "views": sources.views, "config": asdict(sources.config)}
         self._kept = Kept(folder, whole, tail.entering_shape, len(self._views), limit=limit, dtype=dtype)
 
     def fill(self, tell: Tell) -> None:
@@ -130,13 +133,21 @@ class KeptOutputs:
         kept = torch.cat((self.plain(self._train), more.to(self._sources.device)))
         return kept, np.concatenate((numbers, np.repeat(numbers, self._sources.views - 1)))
 
+    def drawn(self, rows: Rows, epoch: int) -> Rows:
+        """Which view of each training image is taken in an epoch."""
+        rng = np.random.default_rng((self._sources.seed, epoch))
+        return rng.integers(self._sources.views, size=len(self._train))[rows]
+
     def __call__(self, rows: Rows, epoch: int) -> Tensor:
         """See `TrainingRows`: a view of each, drawn anew in every epoch."""
-        views = self._sources.views
-        drawn = np.random.default_rng((self._sources.seed, epoch)).integers(views, size=len(self._train))[rows]
-        further = self._first_more + rows * (views - 1) + drawn - 1
+        drawn = self.drawn(rows, epoch)
+        further = self._first_more + rows * (self._sources.views - 1) + drawn - 1
         plain = np.array([self._place[int(image)] for image in self._train[rows]], dtype=np.int64)
         return self._kept.take(np.where(drawn == PLAIN, plain, further)).to(self._sources.device)
+
+
+def _digest(rows: Rows) -> str:
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
 
 class FreshOutputs:
