@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +16,14 @@ from PIL import Image
 from cdam_engine.preprocess import normalise, prepare
 from cdam_images import upright_rgb
 from cdam_server.load_error import LoadError
-from cdam_server.loading import Backbone, load_backbone, load_model
+from cdam_server.loading import load_backbone, load_model
 from cdam_server.specs import ModelSpec, Task
 from cdam_server.weights.trained import Trained, write_trained
+from cdam_training.card import Card, ModelPart, data_part, now, write_card
 from cdam_training.datasets import Dataset, read_dataset
 from cdam_training.heads import Images, Options, Progress, TrainedHead, train_head
 from cdam_training.loop import Recipe
+from cdam_training.metrics import Scores, measure
 from cdam_training.splits import Splits, split_dataset
 
 _CHECKED = 4  # images
@@ -67,8 +71,8 @@ class Source:
 
 def run_head(
     spec: ModelSpec, source: Source, options: Options, recipe: Recipe, output: Path, work: Path, progress: Progress
-) -> None:
-    """Train a head, write it, and look whether the server would load it.
+) -> Card:
+    """Train a head, write it and its card, and look whether the server would load it.
 
     Args:
         spec: Of the model.
@@ -79,15 +83,65 @@ def run_head(
         work: Folder for what is kept meanwhile.
         progress: Is told how far it is.
 
+    Returns:
+        The card.
+
     Raises:
         DatasetError: Something is wrong with the dataset.
         LoadError: Something is wrong with the model, or it can't be trained so.
     """
+    started, clock = now(), time.monotonic()
     dataset, splits = source.read(progress)
     backbone = load_backbone(spec)
     trained = train_head(backbone, images_of(dataset, splits), options, recipe, work, progress)
-    _write(output, backbone, dataset, trained)
-    _check_served(spec, output, dataset, trained)
+    about = Trained(str(dataset.task), dataset.outputs, backbone.architecture, backbone.fingerprint)
+    write_trained(output, about, trained.weight, trained.bias, trained.tuned)
+    card = Card(
+        task=dataset.task,
+        outputs=dataset.outputs,
+        model=ModelPart(
+            name=spec.name,
+            architecture=backbone.architecture,
+            fingerprint=backbone.fingerprint,
+            trained_fingerprint=_served(spec, output, dataset, trained),
+            trained=f"the head and the last {options.blocks} blocks" if options.blocks else "the head",
+            blocks_trained=options.blocks,
+            parameters_trained=trained.tail.parameters_trained,
+        ),
+        data=data_part(dataset, splits),
+        recipe={**_of_recipe(options, recipe), "validation": source.validation, "test": source.test},
+        curve=[asdict(each) for each in trained.history],
+        metrics=measured(dataset, splits, trained),
+        started=started,
+        seconds=round(time.monotonic() - clock, 1),
+    )
+    write_card(card, output.with_suffix(".json"))
+    return card
+
+
+def measured(dataset: Dataset, splits: Splits, trained: TrainedHead) -> dict[str, Scores]:
+    """How good the answers are on the images that were not trained on, by side."""
+    return {
+        side: measure(
+            dataset.task,
+            dataset.outputs,
+            dataset.targets(rows),
+            trained.outputs(rows).numpy(),
+            clusters=dataset.clusters(rows),
+        )
+        for side, rows in splits.items()
+        if side != "train"
+    }
+
+
+def _of_recipe(options: Options, recipe: Recipe) -> dict[str, Any]:
+    """Every option that had a part in it."""
+    given = asdict(options)
+    for name in ("kept", "workers"):
+        del given[name]
+    if options.penalties is None:
+        return {**given, **asdict(recipe)}
+    return {**given, "seed": recipe.seed, "optimizer": "L-BFGS"}
 
 
 def images_of(dataset: Dataset, splits: Splits) -> Images:
@@ -108,13 +162,8 @@ def images_of(dataset: Dataset, splits: Splits) -> Images:
     )
 
 
-def _write(output: Path, backbone: Backbone, dataset: Dataset, trained: TrainedHead) -> None:
-    about = Trained(str(dataset.task), dataset.outputs, backbone.architecture, backbone.fingerprint)
-    write_trained(output, about, trained.weight, trained.bias, trained.tuned)
-
-
-def _check_served(spec: ModelSpec, output: Path, dataset: Dataset, trained: TrainedHead) -> None:
-    """Ask the model that a server would load about some images.
+def _served(spec: ModelSpec, output: Path, dataset: Dataset, trained: TrainedHead) -> str:
+    """The fingerprint of the model that a server would load, after it was asked about some images.
 
     Raises:
         LoadError: It says something else than what was trained.
@@ -132,3 +181,4 @@ def _check_served(spec: ModelSpec, output: Path, dataset: Dataset, trained: Trai
             scale = max(1.0, float(expected.abs().max()))
             if float((found - expected).abs().max()) > _TOLERANCE * scale:
                 raise LoadError("output", f"{output} gives other outputs when it is loaded than in training")
+    return served.fingerprint

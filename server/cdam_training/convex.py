@@ -115,7 +115,12 @@ def _minimise(
 ) -> tuple[Tensor, Tensor]:
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=_ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=_ITERATIONS,
+        tolerance_grad=1e-8,
+        tolerance_change=1e-13,
+        history_size=20,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> float:

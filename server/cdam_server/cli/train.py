@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import click
 
 from cdam_server.cli.model_options import FILE, backbone_options, chosen, complain
+from cdam_server.cli.report import printable
 
 if TYPE_CHECKING:
     from cdam_server.specs import ModelSpec
+    from cdam_training.card import Card
     from cdam_training.command import Source
     from cdam_training.convex import Fit
     from cdam_training.heads import Options
     from cdam_training.loop import Epoch, Recipe
+    from cdam_training.metrics import Estimate
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _TASKS: Final = ("multi_class", "multi_label", "binary", "regression")
+_SHOWN_BY_OUTPUT: Final = ("average_precision", "pearson_r", "recall")
 _OF_EPOCHS: Final = ("epochs", "batch_size", "lr", "block_lr", "weight_decay", "schedule", "lr_decay", "patience")
 _MODEL: Final = (
     "models_file",
@@ -170,10 +174,43 @@ def head(**options: Any) -> None:
         work = _work_folder(options)
         spec = _spec(options)
         with Bars() as bars:
-            run_head(spec, _source(options), _trained(options), _recipe(options), output, work, bars)
+            card = run_head(spec, _source(options), _trained(options), _recipe(options), output, work, bars)
     if options["work"] is None:
         shutil.rmtree(work)
-    click.echo(f"{output} is written")
+    click.echo(
+        f"{output}: {card.model.trained}, {len(card.outputs)} outputs; what it is: {output.with_suffix('.json')}"
+    )
+    for note in card.data.notes:
+        click.echo(f"note: {note}", err=True)
+    for line in _summary(card):
+        click.echo(line)
+
+
+_LISTED: Final = 12  # outputs, in a summary
+
+
+def _summary(card: Card) -> Iterator[str]:
+    """The metrics of every side, a line each."""
+    for side, scores in card.metrics.items():
+        clusters = "" if scores.clusters == scores.rows else f", {scores.clusters} groups"
+        yield f"{side} ({scores.rows} images{clusters})"
+        for name, estimate in scores.estimates.items():
+            yield f"  {name:<24}{_estimate(estimate)}"
+        for name, its in scores.by_output.items():
+            if name not in _SHOWN_BY_OUTPUT:
+                continue
+            for output, estimate in list(its.items())[:_LISTED]:
+                yield f"  {name:<24}{_estimate(estimate)}  {printable(output)}"
+            if len(its) > _LISTED:
+                yield f"  {name:<24}of {len(its) - _LISTED} more outputs in the card"
+
+
+def _estimate(estimate: Estimate) -> str:
+    if estimate.value is None:
+        return f"undefined: {estimate.note}"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:8.4g}"
+    return f"{estimate.value:8.4g}  ({estimate.low:.4g} to {estimate.high:.4g})"
 
 
 def _check_head(options: dict[str, Any]) -> None:
