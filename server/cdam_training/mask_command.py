@@ -69,7 +69,9 @@ def run_masks(
     before = _measured(training, dataset, splits)
     trained = training.finished(training.loop(progress.training))
     after = _measured(training, dataset, splits)
-    metrics = {name: scores for each in after for name, scores in ((f"{each}_before", before[each]), (each, after[each]))}
+    metrics = {
+        name: scores for each in after for name, scores in ((f"{each}_before", before[each]), (each, after[each]))
+    }
     told = {
         **of_recipe(options, recipe),
         "masks": {**asdict(with_masks), "train": len(training.train), "validation": len(training.validation)},
@@ -92,7 +94,9 @@ def own_classifier(spec: ModelSpec, dataset: Dataset) -> tuple[Tensor, Tensor]:
         raise LoadError("model", "has no classifier: train one first with `cdam train head`, and give it as --head")
     classifier = model.module.get_classifier()  # type: ignore[operator]
     if not isinstance(classifier, nn.Linear):
-        raise LoadError("model", "its classifier must be a single linear layer: its outputs are to be read off each patch")
+        raise LoadError(
+            "model", "its classifier must be a single linear layer: its outputs are to be read off each patch"
+        )
     if model.output_names and model.output_names != dataset.outputs:
         raise LoadError(
             "outputs",
@@ -115,11 +119,11 @@ def _check_all(training: MaskTraining, splits: Splits) -> None:
 def _measured(training: MaskTraining, dataset: Dataset, splits: Splits) -> Mapping[str, Scores]:
     """Of the images and of the maps of each side that is not trained on."""
     scores = measured(dataset, splits, training.finished(()))
-    for side in tuple(scores):
-        rows = training.masks.having(splits.of(side))
-        if len(rows):
-            maps = _maps(training, rows)
-            scores[f"{side}_masks"] = measure_masks(dataset.outputs, maps, dataset.clusters(rows))
+    for side, rows in splits.items():
+        having = training.masks.having(rows)
+        if side != "train" and len(having):
+            maps = _maps(training, having)
+            scores[f"{side}_masks"] = measure_masks(dataset.outputs, maps, dataset.clusters(having))
     return scores
 
 

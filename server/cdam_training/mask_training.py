@@ -7,10 +7,11 @@ than 1 % of the training images are enough. The loss, the batches and every numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from cdam_training.heads import HeadTraining, Images, Options
 from cdam_training.loop import Recipe
 from cdam_training.masks import MaskKind, Masks, PatchMask, choose
 from cdam_training.trunk_outputs import Rows
+
+OF_MASKS: Final = Recipe(batch_size=16, optimizer="adamw", lr=5e-4, block_lr=1e-4, schedule="one_cycle")
+"""What does well from a model that classifies already."""
 
 _AT_ONCE = 16  # images whose patches are read out together
 
@@ -80,12 +84,13 @@ def patch_loss(logits: Tensor, masks: Sequence[PatchMask], task: Task, *, balanc
         task: What the outputs mean.
         balanced: Whether the patches inside count as much as those outside, where there are both.
     """
-    images = np.repeat(np.arange(len(masks)), [len(mask.outputs) for mask in masks])
     device = logits.device
+    images = torch.arange(len(masks)).repeat_interleave(torch.tensor([len(mask.outputs) for mask in masks]))
+    outputs = torch.from_numpy(np.concatenate([mask.outputs for mask in masks]))
     inside = torch.from_numpy(np.concatenate([mask.targets for mask in masks])).to(device, logits.dtype)
-    decided = torch.from_numpy(np.stack([mask.decided > 0 for mask in masks])[images]).to(device, logits.dtype)
-    pairs = (torch.from_numpy(part).to(device) for part in (images, np.concatenate([mask.outputs for mask in masks])))
-    losses = F.binary_cross_entropy_with_logits(log_odds(logits, *pairs, task), inside, reduction="none")
+    decided = torch.from_numpy(np.stack([mask.decided > 0 for mask in masks]))[images].to(device, logits.dtype)
+    odds = log_odds(logits, images.to(device), outputs.to(device), task)
+    losses = F.binary_cross_entropy_with_logits(odds, inside, reduction="none")
     return (losses * _weights(inside, decided, balanced=balanced)).sum() / len(masks)
 
 
@@ -195,12 +200,11 @@ class MaskTraining(HeadTraining):
 def _check_readout(backbone: Backbone) -> None:
     if SplitViT(backbone.module).readout is Readout.ATTENTION_POOL:
         raise LoadError(
-            "model", "its classifier reads what attention pooled, which no single patch token resembles: it can't say of "
-            "a patch what it says of an image"
+            "model",
+            "its classifier reads what attention pooled, which no single patch token resembles: it can't say of "
+            "a patch what it says of an image",
         )
 
 
 def _sum_of(start: tuple[Tensor, Tensor]) -> str:
-    import hashlib
-
     return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in start)).hexdigest()

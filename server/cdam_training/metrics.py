@@ -159,9 +159,9 @@ def measure_ratios(
         values: dict[str, _Values] = {}
         for name, (above, below) in ratios.items():
             ordered = weights[:, order]
-            sums = [np.add.reduceat(ordered * part[order], starts, axis=1) for part in (above, below)]
+            over, under = (np.add.reduceat(ordered * part[order], starts, axis=1) for part in (above, below))
             draws = np.full((len(weights), len(outputs)), np.nan)
-            draws[:, there] = np.divide(*sums, out=np.full_like(sums[0], np.nan), where=sums[1] > 0)
+            draws[:, there] = np.divide(over, under, out=np.full_like(over, np.nan), where=under > 0)
             values[name] = _Values(draws, undefined[name], mean=f"mean_{name}")
         parts.append(values)
     return _scores(parts, outputs, rows, count)
