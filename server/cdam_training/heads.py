@@ -215,7 +215,7 @@ class HeadTraining:
             train=images.train if self._keeps_train else images.train[:0],
             plain=np.concatenate((images.train,) * self._keeps_train + (images.validation, images.test)),
             folder=options.kept or work / "kept",
-            key={"model": model, "images": images.content},
+            key={"model": self._entering(), "images": images.content},
             limit=options.keep_limit,
             dtype=options.keep_dtype,
         )
@@ -228,6 +228,17 @@ class HeadTraining:
         if not self._keeps_train:
             batches = partial(batches_of, recipe, len(images.train))
             self._rows = FreshOutputs(self.tail, self._sources, images.train, batches)
+
+    def _entering(self) -> str:
+        """Fingerprint of what makes the kept numbers: whatever is tuned after it, they stay the same."""
+        tail, backbone = self.tail, self._backbone
+        own = {id(tensor) for tensor in tail.head.state_dict(keep_vars=True).values()}
+        named = backbone.module.state_dict(keep_vars=True)
+
+        def counts(name: str) -> bool:
+            return id(named[name]) not in own and (not tail.blocks or tail.vit.place_of(name) < tail.first)
+
+        return fingerprint(backbone.module, backbone.architecture, {}, counts=counts)
 
     def _targets_of(self, images: Rows) -> Tensor:
         return self._targets[torch.from_numpy(images)]
