@@ -37,10 +37,11 @@ def picture(kinds: list[int], seed: int) -> tuple[Image.Image, NDArray[np.uint8]
 def write_pictures(folder: Path, count: int = 20) -> None:
     """`one.csv` of one square an image, by class, with masks of the object; `several.jsonl` of up to two, by label.
 
-    Every image has a mask of classes, and every third none in the column `few`. Splits are given.
+    In `one.csv`, `object` is a mask of each image's square, `red` of the red ones alone, `classes` an index image. Splits
+    are given.
     """
     (folder / "images").mkdir(parents=True)
-    one = ["image,class,object,classes,split,few,is_red"]
+    one = ["image,class,is_red,object,red,classes,split"]
     several = []
     for number in range(count * len(CLASSES)):
         split = ("train", "train", "train", "val", "test")[number // len(CLASSES) % 5]
@@ -50,10 +51,9 @@ def write_pictures(folder: Path, count: int = 20) -> None:
         image.save(folder / f"{name}.png")
         Image.fromarray(np.where(mask > 0, np.uint8(255), np.uint8(0))).save(folder / f"{name}_object.png")
         Image.fromarray(mask).save(folder / f"{name}_classes.png")
-        of_object = f"{name}_object.png"
-        few = of_object if number % 3 else ""
         red = CLASSES[kind] == "red"
-        one.append(f"{name}.png,{CLASSES[kind]},{of_object},{name}_classes.png,{split},{few},{int(red)}")
+        of_red = f"{name}_object.png" if red else ""
+        one.append(f"{name}.png,{CLASSES[kind]},{int(red)},{name}_object.png,{of_red},{name}_classes.png,{split}")
         kinds = [[0], [1], [2], [0, 1], [0, 2], [1, 2]][number % 6]
         image, mask = picture(kinds, number)
         name = f"images/several{number}"
@@ -67,7 +67,7 @@ def write_pictures(folder: Path, count: int = 20) -> None:
 
 def write_model(folder: Path, outputs: int = len(CLASSES), **settings: Any) -> Path:
     """A models file of a small network with a classifier."""
-    torch.save(vit(outputs, seed=3, **{**KWARGS}).state_dict(), folder / f"network{outputs}.pth")
+    torch.save(vit(outputs, seed=3, **KWARGS).state_dict(), folder / f"network{outputs}.pth")
     entry = {"name": "small", "architecture": ARCHITECTURE, "checkpoint": f"network{outputs}.pth"}
     path = folder / f"models{outputs}.yaml"
     path.write_text(json.dumps({"models": [{**entry, "model_kwargs": KWARGS, **settings}]}))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from cdam_engine.preprocess import normalise, prepare
 from cdam_images import upright_rgb
@@ -25,6 +26,7 @@ from cdam_training.heads import Images, Options, Progress, TrainedHead, train_he
 from cdam_training.loop import Recipe
 from cdam_training.metrics import Scores, measure
 from cdam_training.splits import Splits, split_dataset
+from cdam_training.trunk_outputs import Rows
 
 _CHECKED = 4  # images
 _TOLERANCE = 1e-3
@@ -168,16 +170,14 @@ def write(
 def measured(dataset: Dataset, splits: Splits, trained: TrainedHead) -> dict[str, Scores]:
     """How good the answers are on the images that were not trained on, by side."""
     return {
-        side: measure(
-            dataset.task,
-            dataset.outputs,
-            dataset.targets(rows),
-            trained.outputs(rows).numpy(),
-            clusters=dataset.clusters(rows),
-        )
-        for side, rows in splits.items()
-        if side != "train"
+        side: measured_rows(dataset, rows, trained.outputs(rows)) for side, rows in splits.items() if side != "train"
     }
+
+
+def measured_rows(dataset: Dataset, rows: Rows, answers: Tensor) -> Scores:
+    """How good answers (n, C) are on some rows (n,)."""
+    clusters = dataset.clusters(rows)
+    return measure(dataset.task, dataset.outputs, dataset.targets(rows), answers.numpy(), clusters=clusters)
 
 
 def of_recipe(options: Options, recipe: Recipe) -> dict[str, Any]:

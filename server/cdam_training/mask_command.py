@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from cdam_server.loading import load_backbone, load_model
 from cdam_server.specs import ModelSpec
 from cdam_server.weights.trained import read_trained
 from cdam_training.card import Card
-from cdam_training.command import Clock, Result, Source, images_of, measured, of_recipe, write
+from cdam_training.command import Clock, Result, Source, images_of, measured_rows, of_recipe, write
 from cdam_training.datasets import Dataset
 from cdam_training.heads import Options, Progress
 from cdam_training.loop import Recipe
@@ -76,6 +77,7 @@ def run_masks(
         **of_recipe(options, recipe),
         "masks": {**asdict(with_masks), "train": len(training.train), "validation": len(training.validation)},
     }
+    dataset = replace(dataset, notes=(*dataset.notes, _learnt_from(training, splits)))
     return write(Result(backbone, dataset, splits, options, trained, metrics), spec, source, told, output, clock)
 
 
@@ -109,6 +111,16 @@ def own_classifier(spec: ModelSpec, dataset: Dataset) -> tuple[Tensor, Tensor]:
     return classifier.weight.detach().clone(), bias.detach().clone()
 
 
+def _learnt_from(training: MaskTraining, splits: Splits) -> str:
+    """How little locality supervision it was."""
+    said = f"learnt from the masks of {len(training.train)} of {len(splits.train)} training images"
+    if not len(training.validation):
+        return said
+    return (
+        f"{said}; the epoch chosen with {len(training.validation)} of {len(splits.validation)} validation images' masks"
+    )
+
+
 def _check_all(training: MaskTraining, splits: Splits) -> None:
     """Read the masks that will be measured against, before anything is computed."""
     for row in (*splits.validation.tolist(), *splits.test.tolist()):
@@ -118,20 +130,36 @@ def _check_all(training: MaskTraining, splits: Splits) -> None:
 
 def _measured(training: MaskTraining, dataset: Dataset, splits: Splits) -> Mapping[str, Scores]:
     """Of the images and of the maps of each side that is not trained on."""
-    scores = measured(dataset, splits, training.finished(()))
+    scores: dict[str, Scores] = {}
     for side, rows in splits.items():
+        if side == "train":
+            continue
+        answers: list[Tensor] = []
+        maps = _maps(training, rows, answers)
         having = training.masks.having(rows)
-        if side != "train" and len(having):
-            maps = _maps(training, having)
-            scores[f"{side}_masks"] = measure_masks(dataset.outputs, maps, dataset.clusters(having))
+        of_masks = measure_masks(dataset.outputs, maps, dataset.clusters(having)) if len(having) else None
+        deque(maps, 0)  # of images without masks the answers are wanted all the same
+        scores[side] = measured_rows(dataset, rows, torch.cat(answers))
+        if of_masks is not None:
+            scores[f"{side}_masks"] = of_masks
     return scores
 
 
-def _maps(training: MaskTraining, rows: Rows) -> Iterator[tuple[PatchMask, Floats]]:
-    """The masks of some images, and the probabilities that the classifier gives their patches."""
-    for some, logits in training.patches(rows):
-        for row, its in zip(some.tolist(), logits, strict=True):
-            mask = training.masks.of(row)
-            outputs = torch.from_numpy(mask.outputs).to(its.device)
-            odds = log_odds(its[None], torch.zeros_like(outputs), outputs, training.masks.dataset.task)
-            yield mask, torch.sigmoid(odds).cpu().numpy().astype(np.float64)
+def _maps(training: MaskTraining, rows: Rows, answers: list[Tensor]) -> Iterator[tuple[PatchMask, Floats]]:
+    """The masks of those of some images that have one, with the probabilities of their patches.
+
+    Args:
+        training: The model is its.
+        rows: The images.
+        answers: Gets the outputs of all of them, (n, C) at a time.
+    """
+    masks = training.masks
+    for some, whole, patches in training.answers(rows):
+        answers.append(whole.cpu())
+        having = {*masks.having(some).tolist()}
+        for row, its in zip(some.tolist(), patches, strict=True):
+            if row in having:
+                mask = masks.of(row)
+                outputs = torch.from_numpy(mask.outputs).to(its.device)
+                odds = log_odds(its[None], torch.zeros_like(outputs), outputs, masks.dataset.task)
+                yield mask, torch.sigmoid(odds).cpu().numpy().astype(np.float64)

@@ -181,17 +181,17 @@ class MaskTraining(HeadTraining):
             return loss
         parts = [
             float(self._patch_loss(logits, [self.masks.of(int(row)) for row in rows])) * len(rows)
-            for rows, logits in self.patches(self.validation)
+            for rows, _, logits in self.answers(self.validation)
         ]
         return loss + self._with.weight * sum(parts) / len(self.validation)
 
-    def patches(self, images: Rows) -> Iterator[tuple[Rows, Tensor]]:
-        """What the classifier says of each patch's token of images as they are served: some images, and (n, P, C)."""
+    def answers(self, images: Rows) -> Iterator[tuple[Rows, Tensor, Tensor]]:
+        """What the classifier says of images as they are served: some images, (n, C), and of their patches, (n, P, C)."""
         self.tail.eval()
         for part, x in self.kept.in_parts(images, _AT_ONCE):
             with torch.no_grad():
-                logits = self.tail.with_patches(x)[1]
-            yield images[part], logits
+                whole, patches = self.tail.with_patches(x)
+            yield images[part], whole.logits, patches
 
     def _patch_loss(self, logits: Tensor, masks: Sequence[PatchMask]) -> Tensor:
         return patch_loss(logits, masks, self._images.task, balanced=self._with.balanced)
