@@ -53,10 +53,14 @@ METHODS = {
 }
 
 
-def write_dataset(voc: Path, path: Path) -> None:
-    """The photographs with their labels, masks and official splits."""
+def write_dataset(voc: Path, path: Path, most: int) -> None:
+    """The photographs with their labels, masks and official splits; of val the first ones."""
+    entries = json.loads((voc / "manifest.json").read_text())["images"]
+    val = [entry["name"] for entry in entries if entry["split"] == "val"][:most]
     lines = []
-    for entry in json.loads((voc / "manifest.json").read_text())["images"]:
+    for entry in entries:
+        if entry["split"] == "val" and entry["name"] not in val:
+            continue
         image, mask = (
             str((voc / place).resolve()) for place in (f"images/{entry['name']}.jpg", f"masks/{entry['name']}.png")
         )
@@ -135,13 +139,14 @@ def main() -> None:
     parser.add_argument("--head", type=Path, help="what `cdam train head` made of the backbone  [made anew]")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.05, 0.2, 1.0])
+    parser.add_argument("--val", type=int, default=511, metavar="IMAGES", help="of the val split that are measured on")
     parser.add_argument("--compare", type=int, default=120, metavar="IMAGES", help="with CDAM and attention")
     parser.add_argument("rest", nargs="*", metavar="OPTION", help="after --: more options of `cdam train masks`")
     given = parser.parse_args()
     work: Path = given.work
     work.mkdir(parents=True, exist_ok=True)
     dataset = work / "voc.jsonl"
-    write_dataset(given.voc, dataset)
+    write_dataset(given.voc, dataset, given.val)
     shared = ["--task", "multi_label", "--target", "labels", "--split-by", "split", "--keep-dtype", "float16"]
     shared += ["--kept", work / "kept"]
     head = given.head

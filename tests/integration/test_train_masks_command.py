@@ -24,7 +24,7 @@ from masked_pictures import CLASSES, KWARGS, PATCH, SIZE, picture, write_model, 
 from processes import serving
 from small_models import ARCHITECTURE
 
-FAST = ("--epochs", "20", "--lr", "0.01", "--block-lr", "0.003")
+FAST = ("--epochs", "30", "--batch-size", "8", "--lr", "0.01", "--block-lr", "0.003")
 SEVERAL = ("several.jsonl", "--task", "multi_label", "--target", "labels", "--mask", "mask", "--split-by", "split")
 ONE = ("one.csv", "--task", "multi_class", "--target", "class", "--split-by", "split")
 RED = ("one.csv", "--task", "binary", "--target", "is_red", "--split-by", "split")
@@ -81,7 +81,7 @@ def test_maps_of_labels_fit_their_masks_and_are_served_as_probabilities(folder: 
     models["models"][0] |= {"head": str(out), "checkpoint": str(folder / "network3.pth")}
     (tmp_path / "models.yaml").write_text(json.dumps(models))
     image, mask = picture([0, 2], 1000)
-    method = cdam.PatchMaskPrediction(activation="sigmoid")
+    method = cdam.PatchMaskPrediction()
     models_file = str(tmp_path / "models.yaml")
     with serving(tmp_path / "log", "--models-file", models_file) as server, cdam.Client(server.address) as client:
         found = client.explain(image, ["blue", "green", "red"], methods=[method])

@@ -132,7 +132,7 @@ Example
   cdam train masks photos.jsonl --task multi_label --target labels --mask mask --split-by split \\
       --model vit_small_patch14_dinov2 --checkpoint dino.safetensors --head tuned.safetensors -o masks.safetensors
   cdam serve --model vit_small_patch14_dinov2 --checkpoint dino.safetensors --head masks.safetensors
-  cdam explain photo.jpg -t dog -m patch_mask_prediction:activation=sigmoid
+  cdam explain photo.jpg -t dog -m patch_mask_prediction
 """
 
 
