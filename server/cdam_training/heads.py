@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cdam_engine import SplitViT, UnsupportedArchitectureError
 from cdam_engine.fingerprint import fingerprint
-from cdam_server.load_error import LoadError
+from cdam_server.load_error import LoadError, reason
 from cdam_server.loading import Backbone
 from cdam_server.specs import Task
 from cdam_server.weights.files import StateDict
@@ -167,7 +167,7 @@ class _HeadTraining:
         self._options = options
         self._recipe = recipe
         self._work = work
-        device = torch.device(options.device)
+        device = _device(options.device)
         model = fingerprint(backbone.module, backbone.architecture, {})
         self._tail = _tail(backbone, images.outputs, options, device)
         self._sources = Sources(
@@ -264,6 +264,15 @@ class _HeadTraining:
         with torch.no_grad():
             self._tail.head.weight.copy_(weight)
             self._tail.head.bias.copy_(bias)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LoadError("device", f"{name} can't be used here ({reason(error)})") from error
+    return device
 
 
 def _tail(backbone: Backbone, outputs: int, options: Options, device: torch.device) -> Tail:

@@ -28,7 +28,17 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _TASKS: Final = ("multi_class", "multi_label", "binary", "regression")
 _SHOWN_BY_OUTPUT: Final = ("average_precision", "pearson_r", "recall")
-_OF_EPOCHS: Final = ("epochs", "batch_size", "lr", "block_lr", "weight_decay", "schedule", "lr_decay", "patience")
+_OF_EPOCHS: Final = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "block_lr",
+    "weight_decay",
+    "schedule",
+    "lr_decay",
+    "ema",
+    "patience",
+)
 _MODEL: Final = (
     "models_file",
     "model",
@@ -133,6 +143,11 @@ _training_options = _options(
         help="How learning rates change.  [constant; with blocks exponential]",
     ),
     click.option("--lr-decay", type=click.FloatRange(0, 1), help="Of the exponential schedule, an epoch.  [0.95]"),
+    click.option(
+        "--ema",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Decay, a step, of the running average of what is trained that is kept in its place; 0: none.",
+    ),
     click.option(
         "--patience",
         type=click.IntRange(0),
