@@ -25,8 +25,9 @@ from cdam_training.errors import DatasetError
 SHARE: Final = 0.15
 """Of all rows, for validation and again for the test, where nothing is said."""
 
+_MAX_SEED: Final = 2**32 - 1  # scikit-learn's
 _FOLDS: Final = 100  # at most: a share is met to a percent
-_NEAR = 0.4  # how far a share of stratified folds may be from the one that is asked for, relative to it
+_NEAR: Final = 0.4  # how far a share of stratified folds may be from the one that is asked for, relative to it
 
 Indices = NDArray[np.int64]
 
@@ -78,6 +79,8 @@ def split_dataset(
             training rows.
         ImportError: scikit-learn is not installed (extra `train`).
     """
+    if not 0 <= seed <= _MAX_SEED:
+        raise DatasetError(f"the seed must be 0 to {_MAX_SEED}, not {seed}")
     given = {split: np.array([row.split == split for row in dataset.rows]) for split in SPLITS}
     pool = np.flatnonzero(given["train"]) if dataset.split_by else np.arange(len(dataset))
     sides: dict[Split, Indices] = {split: np.flatnonzero(given[split]) for split in SPLITS}
