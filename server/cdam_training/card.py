@@ -122,7 +122,7 @@ class Card:
         curve: For each epoch what was followed: losses, the learning rate, a score.
         metrics: By side of the split.
         started: When, in UTC.
-        seconds: How long it took, interruptions not counted.
+        seconds: How long the run took that finished it.
         versions: Of Python and the packages that compute.
     """
 

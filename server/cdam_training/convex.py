@@ -55,7 +55,7 @@ def fit(
     loss: Loss,
     penalties: Sequence[float],
     state: State,
-    tell: Callable[[Sequence[Fit]], None],
+    tell: Callable[[Sequence[Fit], int], None],
 ) -> tuple[Linear, list[Fit]]:
     """Minimise the mean loss plus `l2` / 2 times the squared weights, of standardised latents, for each penalty.
 
@@ -69,7 +69,7 @@ def fit(
         loss: See `Loss`.
         penalties: Values of `l2`, in the order in which they are tried.
         state: Where what is needed to go on is kept.
-        tell: Called after each penalty.
+        tell: Called after each penalty, with how many there are.
 
     Returns:
         The head for latents as they are, and what was found with each penalty.
@@ -96,7 +96,7 @@ def fit(
             best = head
         fits.append(found)
         state.save({"fits": [asdict(each) for each in fits], "last": (weight, bias), "best": (best.weight, best.bias)})
-        tell(fits)
+        tell(fits, len(penalties))
     assert best is not None
     return best, fits
 
@@ -115,7 +115,12 @@ def _minimise(
 ) -> tuple[Tensor, Tensor]:
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=_ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=_ITERATIONS,
+        tolerance_grad=1e-8,
+        tolerance_change=1e-13,
+        history_size=20,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> float:

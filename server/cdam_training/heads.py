@@ -106,6 +106,11 @@ class TrainedHead:
     kept: KeptOutputs
     tail: Tail
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tail is."""
+        return self.tail.head.weight.device
+
     def outputs(self, images: Rows) -> Tensor:
         """What the model says of images as they are served, (n, C), on the CPU."""
         self.tail.eval()
@@ -116,14 +121,17 @@ class TrainedHead:
 class Progress(Protocol):
     """Who is told how far it is."""
 
+    def reading(self, done: int, total: int) -> None:
+        """So many files have been read."""
+
     def trunk(self, done: int, total: int) -> None:
         """So many images have gone through the trunk."""
 
     def training(self, done: int, total: int, history: Sequence[Epoch]) -> None:
         """So many steps are done."""
 
-    def fitting(self, fits: Sequence[convex.Fit]) -> None:
-        """So many penalties have been tried."""
+    def fitting(self, fits: Sequence[convex.Fit], total: int) -> None:
+        """So many penalties of so many have been tried."""
 
 
 def train_head(
@@ -191,7 +199,7 @@ class _HeadTraining:
     def _targets_of(self, images: Rows) -> Tensor:
         return self._targets[torch.from_numpy(images)]
 
-    def fit(self, tell: Callable[[Sequence[convex.Fit]], None]) -> Sequence[convex.Fit]:
+    def fit(self, tell: Callable[[Sequence[convex.Fit], int], None]) -> Sequence[convex.Fit]:
         """The head that makes the loss and a penalty least."""
         images, penalties = self._images, self._options.penalties
         assert penalties is not None

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -50,6 +50,10 @@ class Recipe:
     lr_decay: float = 0.95
     patience: int = 0
     seed: int = 0
+
+
+OF_BLOCKS: Final = Recipe(batch_size=16, optimizer="adamw", lr=2e-3, block_lr=1e-4, schedule="one_cycle")
+"""What does well with few images."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ class Tail(nn.Module):
             parameter.requires_grad_()
 
     @property
+    def parameters_trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in (*self.head.parameters(), *self.tuned.values()))
+
+    @property
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The head's, by names of their own."""
         return dict(self.head.named_parameters(prefix="head"))
