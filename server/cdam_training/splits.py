@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Final
 
@@ -42,6 +42,7 @@ class Splits:
         test: To measure on; may be empty.
         how: How the rows came to their sides, in words.
         seed: Of the draws; None if nothing was drawn.
+        shares: Of the sides that were drawn, the share that was asked for.
     """
 
     train: Indices
@@ -49,6 +50,7 @@ class Splits:
     test: Indices
     how: str
     seed: int | None = None
+    shares: Mapping[Split, float] = field(default_factory=dict)
 
     def of(self, split: Split) -> Indices:
         """The rows of a side."""
@@ -96,9 +98,9 @@ def split_dataset(
             pool, sides[split], said = _draw(dataset, pool, share / (1 - taken), seed, split)
             how.append(f"{split}: {said}")
             taken += share
-    drawn = any(shares.values())
+    drawn = {split: share for split, share in shares.items() if share}
     said = "; ".join(how) or "all rows are for training"
-    return Splits(pool, sides["validation"], sides["test"], said, seed if drawn else None)
+    return Splits(pool, sides["validation"], sides["test"], said, seed if drawn else None, drawn)
 
 
 def _shares(

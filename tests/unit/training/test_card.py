@@ -95,6 +95,7 @@ def test_all_of_it() -> None:
             "group_by": "scan",
             "split": "by 'side'",
             "split_seed": None,
+            "shares": {},
             "sides": {
                 "train": {"rows": 3, "clusters": 2, "examples": {"benign": 1, "/m/01malignant": 2}, "values": {}},
                 "validation": {"rows": 1, "clusters": 1, "examples": {"benign": 1, "/m/01malignant": 0}, "values": {}},

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cdam_server.specs import Task
 from cdam_training.datasets import Dataset, read_dataset
@@ -74,6 +76,16 @@ def test_what_is_hidden_is_passed_over_and_what_is_no_image_is_told(tmp_path: Pa
     assert dataset.outputs == ("cat", "dog")
     assert len(dataset) == 4
     assert dataset.notes == ("files passed over: dog/notes.txt, loose.png",)
+
+
+def test_files_with_odd_names_are_told_in_one_line(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pets", {"dog": 2, "cat": 2})
+    (root / "dog" / "a\nb\x1b.txt").write_text("")
+    assert read_dataset(root).notes == (r"files passed over: 'dog/a\nb\x1b.txt'",)
+    (root / "dog" / "a\nb.png").write_bytes(b"no picture")
+    assert refused(root) == r"pets, 'dog/a\nb.png': 'a\nb.png' is no JPEG, PNG or WebP image"
+    path = write_csv(tmp_path / "a.csv", [{"mm": n, "odd\nname": 1} for n in range(3)])
+    assert read_dataset(path, task=Task.REGRESSION, targets=["mm"]).notes == (r"columns not used: 'odd\nname'",)
 
 
 def test_a_folder_of_splits(tmp_path: Path) -> None:
@@ -158,10 +170,11 @@ def test_one_number_in_two_spellings_is_refused(tmp_path: Path) -> None:
 
 
 def test_names_that_may_be_mistakes_are_noted(tmp_path: Path) -> None:
-    names = ("cat", "Cat", "cat", "Cat", "nan", "nan")
+    names = 2 * ("cat", "Cat", "c\u200bat", "black dog", "black\u00a0dog", "nan")
     dataset = read_dataset(write_csv(tmp_path / "a.csv", [{"label": name} for name in names]), task=Task.MULTI_CLASS)
     assert dataset.notes == (
-        "different outputs with almost the same name: 'Cat', 'cat'",
+        "different outputs with almost the same name: 'Cat', 'cat', 'c\\u200bat'",
+        "different outputs with almost the same name: 'black dog', 'black\\xa0dog'",
         "outputs with a name that other programs write for nothing: 'nan'",
     )
 
@@ -239,6 +252,16 @@ def test_lists_of_labels_that_are_refused(tmp_path: Path, cell: Any, message: st
     assert refused(path, task=Task.MULTI_LABEL) == f"a.jsonl, line 2, column 'labels': {message}"
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "\ud800", "a\u2028b"])
+def test_names_of_outputs_are_on_one_line(tmp_path: Path, name: str) -> None:
+    path = write_manifest(tmp_path / "a.jsonl", [{"labels": [name, "a"]}, {"labels": [name, "a"]}, {}, {}])
+    path.write_text(path.read_text().replace('.png"}', '.png", "labels": []}'))
+    message = f"a.jsonl: the output {name!r} must have a name, without line breaks and control characters"
+    assert refused(path, task=Task.MULTI_LABEL) == message
+    path = write_manifest(tmp_path / "b.jsonl", [{name: n} for n in range(3)])
+    assert refused(path, task=Task.REGRESSION) == message.replace("a.jsonl", "b.jsonl")
+
+
 def test_commas_in_labels_are_noted(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [{"labels": cell} for cell in ("a,b", "a,b", "c", "c")])
     assert read_dataset(path, task=Task.MULTI_LABEL).notes == (
@@ -310,12 +333,15 @@ def test_regression_that_is_refused(tmp_path: Path, cells: Sequence[str], messag
 
 def test_a_task_is_never_guessed(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [{"sick": n % 2} for n in range(4)])
-    assert "give the task: multi_class, multi_label, binary, regression" in refused(path)
+    assert "give the task (--task): multi_class, multi_label, binary, regression" in refused(path)
 
 
 def test_targets_are_not_guessed_among_several(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [{"sick": n % 2, "mm": n, "scan": n} for n in range(4)])
-    assert refused(path, task=Task.BINARY) == "a.csv: say which columns are the targets; there are sick, mm, scan"
+    assert (
+        refused(path, task=Task.BINARY)
+        == "a.csv: say which columns are the targets (--target); there are sick, mm, scan"
+    )
     assert refused(path, task=Task.BINARY, targets=["sik"]) == "a.csv: no column 'sik'; did you mean 'sick'?"
     assert (
         refused(path, task=Task.BINARY, targets=["sick"], group_by="sick") == "a.csv: column 'sick' is asked for twice"
@@ -326,7 +352,10 @@ def test_targets_are_not_guessed_among_several(tmp_path: Path) -> None:
 
 def test_a_file_with_images_alone(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [{}, {}])
-    assert refused(path, task=Task.BINARY) == "a.csv: say which columns are the targets; there are none beside image"
+    assert (
+        refused(path, task=Task.BINARY)
+        == "a.csv: say which columns are the targets (--target); there are none beside image"
+    )
 
 
 def test_groups_splits_and_masks(tmp_path: Path) -> None:
@@ -359,7 +388,12 @@ def test_groups_splits_and_masks(tmp_path: Path) -> None:
             ),
         ),
         ({"image": ""}, "column 'image': is empty"),
-        ({"image": "a\0b.png"}, "column 'image': 'a\\x00b.png' has line breaks, or characters that can't be seen"),
+        ({"image": "a\0b.png"}, "column 'image': the file 'a\\x00b.png' is not there (paths are relative to a.csv)"),
+        (
+            {"image": "x" * 300},
+            f"column 'image': the file '{'x' * 36}... can't be read (File name too long) (paths are relative to a.csv)",
+        ),
+        ({"scan": "a\nb"}, "column 'scan': 'a\\nb' has line breaks or control characters"),
         ({"mask": "none.png"}, "column 'mask': the file 'none.png' is not there (paths are relative to a.csv)"),
         ({"scan": " "}, "column 'scan': is empty"),
         ({"side": "dev"}, "column 'side': 'dev' is none of train, val, validation, test"),
@@ -522,7 +556,7 @@ def test_progress_wraps_all_files(tmp_path: Path) -> None:
 
 def test_hostile_names_stay_below(tmp_path: Path) -> None:
     """Quotes, commas, unicode and blanks in names are names."""
-    names = ["a b.png", "c,d.png", 'e"f.png', "ü/ö.png", "-x.png"]
+    names = ["a b.png", "at 1\u202fPM.png", "c,d.png", 'e"f.png', "ü/ö.png", "-x.png"]
     for number, name in enumerate(names):
         pixel(tmp_path / name, number)
     path = tmp_path / "a.csv"
@@ -532,3 +566,50 @@ def test_hostile_names_stay_below(tmp_path: Path) -> None:
     assert {str(row.image.relative_to(tmp_path)): row.value for row in dataset.rows} == {
         name: (float(number),) for number, name in enumerate(names)
     }
+
+
+CELLS = st.one_of(
+    st.sampled_from(
+        ["0", "1", "1.5", "nan", "true", "a;b", ";", "train", "images/0.png", "images", "/", "..", "1,5", "x" * 300]
+    ),
+    st.text(max_size=8),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 5), CELLS, CELLS, CELLS, CELLS), min_size=1, max_size=6),
+    task=st.sampled_from(Task),
+    asked=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+@pytest.mark.parametrize("write", [write_csv, write_manifest])
+def test_any_cells_are_read_or_refused_in_one_line(
+    tmp_path: Path,
+    write: Any,
+    rows: Sequence[tuple[int, str, str, str, str]],
+    task: Task,
+    asked: tuple[bool, bool, bool],
+) -> None:
+    columns = ("image", "target", "scan", "side", "mask")
+    table = [dict(zip(columns, (f"images/{row[0]}.png", *row[1:]), strict=True)) for row in rows]
+    for number in range(6):
+        pixel(tmp_path / "images" / f"{number}.png", number)
+    try:
+        path = write(tmp_path / ("a.csv" if write is write_csv else "a.jsonl"), table)
+    except (UnicodeEncodeError, csv.Error):
+        return
+    options = {
+        name: column
+        for name, column, there in zip(("group_by", "split_by", "mask"), columns[2:], asked, strict=True)
+        if there
+    }
+    message = ""
+    try:
+        dataset = read_dataset(path, task=task, targets=["target"], **options)
+        assert len(dataset) == len(rows)
+        assert np.isfinite(dataset.targets()).all()
+        assert len(dataset.targets()) == len(dataset.clusters()) == len(rows)
+    except DatasetError as error:
+        message = str(error)
+    assert len(message.splitlines()) <= 1
+    assert message.isprintable()

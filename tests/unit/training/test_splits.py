@@ -80,7 +80,7 @@ def test_the_shares_by_default() -> None:
     splits = split_dataset(MULTI_CLASS)
     partition(splits, 400)
     assert shares(splits) == (0.15, 0.15)
-    assert splits.seed == 0
+    assert (splits.seed, splits.shares) == (0, {"test": 0.15, "validation": 0.15})
     assert splits.how == (
         "test: 60 of 400 rows drawn with seed 0, stratified; validation: 60 of 340 rows drawn with seed 0, stratified"
     )
@@ -223,7 +223,7 @@ def test_a_column_is_taken_as_it_is() -> None:
     splits = split_dataset(found, seed=9)
     partition(splits, 100)
     assert all(found.rows[index].split == split for split, indices in splits.items() for index in indices)
-    assert (splits.how, splits.seed) == ("by 'side'", None)
+    assert (splits.how, splits.seed, splits.shares) == ("by 'side'", None, {})
 
 
 def test_a_side_that_the_column_lacks_is_drawn_where_it_is_asked_for() -> None:
