@@ -111,10 +111,9 @@ def _shares(
     for split, share in asked.items():
         if share is not None and not 0 <= share < 1:
             raise DatasetError(f"the share of {split} must be at least 0 and less than 1, not {share:g}")
-        if share and len(sides[split]):
+        if share is not None and len(sides[split]):
             raise DatasetError(
-                f"{dataset.name}: {dataset.split_by!r} says which rows are for {split}; a share of {share:g} can't be "
-                "drawn, too"
+                f"{dataset.name}: {dataset.split_by!r} says which rows are for {split}; leave its share out, {share:g}"
             )
         default = 0.0 if dataset.split_by else SHARE
         shares[split] = default if share is None else share
@@ -144,12 +143,12 @@ def _draw(dataset: Dataset, pool: Indices, share: float, seed: int, split: Split
     else:  # rows of a cluster are copies, and one of them stands for all
         fold_of = _folds(strata[first], None, part.denominator, seed)[clusters]
     lacking = ""
-    for start in range(part.denominator):
-        # Folds that are next to each other have all examples of a rare class; those that are taken lie apart.
-        chosen = [
-            (start + step * part.denominator // part.numerator) % part.denominator for step in range(part.numerator)
-        ]
-        taken = np.isin(fold_of, chosen)
+    # A rare class lies in folds that are next to each other, and in the same ones for every seed: those that are taken lie
+    # apart, and the seed says with which they begin.
+    apart = np.arange(part.numerator) * part.denominator // part.numerator
+    begin = int(np.random.default_rng(seed).integers(part.denominator))
+    for start in range(begin, begin + part.denominator):
+        taken = np.isin(fold_of, (start + apart) % part.denominator)
         if taken.any() and not (lacking := _not_learnable(dataset, pool[~taken])):
             by = f", groups by {dataset.group_by!r} kept together" if grouped else ""
             return pool[~taken], pool[taken], f"{taken.sum()} of {len(pool)} rows drawn with seed {seed}, {how}{by}"

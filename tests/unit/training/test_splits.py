@@ -130,6 +130,26 @@ def test_a_class_of_two_keeps_an_example_to_learn_from() -> None:
         assert set(found.targets(splits.train).tolist()) == {0, 1, 2}
 
 
+def test_a_rare_class_is_on_every_side_for_some_seed() -> None:
+    found = dataset(Task.MULTI_CLASS, [0] * 90 + [1] * 3 + [2] * 3 + [3] * 3)
+    seen: dict[Split, set[int]] = {split: set() for split in SPLITS}
+    for seed in range(60):
+        for split, indices in split_dataset(found, seed=seed).items():
+            seen[split] |= set(found.targets(indices).tolist())
+    assert seen == {split: {0, 1, 2, 3} for split in SPLITS}
+
+
+def test_every_row_is_drawn_as_often() -> None:
+    """Binomial counts over seeds: no place in the file, and no class, is favoured."""
+    found = dataset(Task.MULTI_CLASS, [index % 7 % 3 for index in range(100)])
+    drawn = np.zeros(100)
+    for seed in range(300):
+        drawn[split_dataset(found, seed=seed, validation=0, test=0.2).test] += 1
+    assert drawn.sum() == 300 * 20
+    assert drawn.std() < 1.3 * (300 * 0.2 * 0.8) ** 0.5
+    assert abs(drawn - 60).max() < 4.5 * (300 * 0.2 * 0.8) ** 0.5
+
+
 def test_many_small_classes() -> None:
     """Fewer rows of a class than folds: the shares are near, and no class goes without."""
     found = dataset(Task.MULTI_CLASS, [index // 4 for index in range(800)])
@@ -237,12 +257,24 @@ def test_a_side_that_the_column_lacks_is_drawn_where_it_is_asked_for() -> None:
     assert splits.how == "by 'side'; validation: 20 of 80 rows drawn with seed 0, stratified"
 
 
-def test_a_share_of_what_the_column_says_is_refused() -> None:
+def test_groups_of_the_training_rows_alone_are_drawn_from() -> None:
+    groups = [index // 4 for index in range(100)]
+    sides: list[Split] = ["test" if group % 5 == 0 else "train" for group in groups]
+    found = dataset(Task.REGRESSION, [(float(index),) for index in range(100)], sides=sides, groups=groups)
+    splits = split_dataset(found, validation=0.25, seed=2)
+    partition(splits, 100)
+    assert (len(splits.validation), len(splits.test)) == (20, 20)
+    by_side = [{found.rows[index].group for index in splits.of(split)} for split in SPLITS]
+    assert sum(map(len, by_side)) == 25
+
+
+@pytest.mark.parametrize("share", [0.2, 0.0])
+def test_a_share_of_what_the_column_says_is_refused(share: float) -> None:
     found = dataset(Task.MULTI_CLASS, [index % 3 for index in range(100)], sides=SIDES)
     with pytest.raises(
-        DatasetError, match=r"data.csv: 'side' says which rows are for test; a share of 0.2 can't be drawn, too"
+        DatasetError, match=rf"data.csv: 'side' says which rows are for test; leave its share out, {share:g}"
     ):
-        split_dataset(found, test=0.2)
+        split_dataset(found, test=share)
 
 
 @pytest.mark.parametrize(
