@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal, TypeAlias, cast
 
 from cdam._methods import Method, MethodKind, MethodLike, as_method
-from cdam.statistics import CORRELATION
+from cdam.statistics import CORRELATION, PEAK
 
 MetricKind: TypeAlias = Literal[
     "fidelity",
@@ -15,6 +15,7 @@ MetricKind: TypeAlias = Literal[
     "class_discrimination",
     "compactness",
     "mask_agreement",
+    "localisation",
     "insertion_deletion",
     "sparseness",
     "randomisation",
@@ -158,6 +159,32 @@ class MaskAgreement(_Metric):
 
 
 @dataclass(frozen=True)
+class Localisation(_Metric):
+    """Whether a box drawn from the map finds the object, and whether the scores find its pixels.
+
+    In the table also ``max_box_acc``, the largest share of samples whose box is right at one and the same level: MaxBoxAcc of
+    Choe et al. (CVPR 2020).
+
+    Attributes:
+        threshold: Of ``corloc`` and ``box_iou``: the fraction of the largest score; None: 0.2.
+        iou: From which intersection over union with a box of the mask on a box is right; None: 0.5.
+        points: Levels of the curve of ``box_acc``, from the map's least score to its largest; None: 100.
+        all_components: Whether the boxes of all connected components are tried and the best counts, else the largest one's.
+        enlargement: How the map is enlarged; None: bilinear.
+    """
+
+    kind: ClassVar[MetricKind] = "localisation"
+    quantities: ClassVar[Mapping[str, Better | None]] = _quantities(
+        box_acc="higher", corloc="higher", box_iou="higher", pixel_ap="higher"
+    )
+    threshold: float | None = None
+    iou: float | None = None
+    points: int | None = None
+    all_components: bool = False
+    enlargement: Enlargement | None = None
+
+
+@dataclass(frozen=True)
 class InsertionDeletion(_Metric):
     """The target's probability as the most important parts are put into a blurred image, or deleted.
 
@@ -217,6 +244,7 @@ Metric: TypeAlias = (
     | ClassDiscrimination
     | Compactness
     | MaskAgreement
+    | Localisation
     | InsertionDeletion
     | Sparseness
     | Randomisation
@@ -238,6 +266,7 @@ METRICS: dict[str, type[Metric]] = {
         ClassDiscrimination,
         Compactness,
         MaskAgreement,
+        Localisation,
         InsertionDeletion,
         Sparseness,
         Randomisation,
@@ -248,7 +277,7 @@ METRICS: dict[str, type[Metric]] = {
 
 BETTER: Mapping[str, Better | None] = MappingProxyType(
     {name: better for metric in METRICS.values() for name, better in metric.quantities.items()}
-    | {CORRELATION: "higher"}
+    | {CORRELATION: "higher", PEAK: "higher"}
 )
 """Which values of a quantity are better, of every quantity of a table; None: neither."""
 

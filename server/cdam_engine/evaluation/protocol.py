@@ -182,6 +182,50 @@ class MaskAgreement(Metric):
 
 
 @dataclass(frozen=True)
+class Localisation(Metric):
+    """Whether a box drawn from the map finds the object, and whether the scores find its pixels.
+
+    A box is the tightest one around the largest connected component (8-connectivity) of the pixels whose score is at least
+    some level, on the enlarged map. The mask is of a class, not of an object: the tightest box around each of its
+    components is the truth, and the one that fits best counts, so that one of several objects is enough.
+
+    - ``box_acc``: the share of levels at which the box is right, its IoU at least `iou`, and whether it is by level: the
+      curve. The levels lie between the map's least and largest score, the lowest at the least, where the box is the whole
+      image. Over samples the curve's mean is BoxAcc of Choe et al. (CVPR 2020, section 3.1), and its maximum, of the
+      table alone, their MaxBoxAcc. Of a constant map only the lowest level has a box.
+    - ``corloc``: 1 if the box at `threshold` of the largest score is right, else 0 (correct localisation, Deselaers et al.
+      2012); ``box_iou``: its IoU. If no score is positive there is no box, and both are 0. The level and its default are
+      those of Zhou et al. (CAM, 2016).
+    - ``pixel_ap``: average precision of the scores as a classifier of the pixels, of each sample by itself. PxAP of Choe et
+      al. pools the pixels of all samples, so that scores are compared between images and large objects count more.
+
+    Attributes:
+        threshold: Of ``corloc`` and ``box_iou``: the fraction of the largest score.
+        iou: From which IoU on a box is right.
+        points: Levels of the curve: k / points for k = 0 to points - 1, of the way from the least to the largest score.
+        all_components: Whether the boxes of all components are tried and the best counts (MaxBoxAccV2 of Choe et al.,
+            TPAMI 2022), else the largest one's.
+        enlargement: Of the map.
+    """
+
+    threshold: float = 0.2
+    iou: float = 0.5
+    points: int = 100
+    all_components: bool = False
+    enlargement: Enlargement = "bilinear"
+
+    kind: ClassVar[str] = "localisation"
+    quantities: ClassVar[tuple[str, ...]] = ("box_acc", "corloc", "box_iou", "pixel_ap")
+
+    def __post_init__(self) -> None:
+        _one_of("enlargement", self.enlargement, get_args(Enlargement))
+        for name in ("threshold", "iou"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, but it is greater than 0, and at most 1")
+        at_least_one("points", self.points)
+
+
+@dataclass(frozen=True)
 class InsertionDeletion(Metric):
     """The target's probability as the most important parts are inserted into a blurred image, or deleted.
 
@@ -254,6 +298,7 @@ METRICS: Final[dict[str, type[Metric]]] = {
         ClassDiscrimination,
         Compactness,
         MaskAgreement,
+        Localisation,
         InsertionDeletion,
         Sparseness,
         Randomisation,

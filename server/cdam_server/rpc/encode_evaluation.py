@@ -24,6 +24,7 @@ from cdam_engine.evaluation import (
     Evaluated,
     Fidelity,
     InsertionDeletion,
+    Localisation,
     MaskAgreement,
     Measured,
     Metric,
@@ -202,6 +203,16 @@ def _mask_agreement(metric: MaskAgreement) -> evaluation_pb2.MaskAgreementMetric
     return evaluation_pb2.MaskAgreementMetric(enlargement=_ENLARGEMENT[metric.enlargement])
 
 
+def _localisation(metric: Localisation) -> evaluation_pb2.LocalisationMetric:
+    return evaluation_pb2.LocalisationMetric(
+        threshold=metric.threshold,
+        iou=metric.iou,
+        points=metric.points,
+        all_components=metric.all_components,
+        enlargement=_ENLARGEMENT[metric.enlargement],
+    )
+
+
 def _insertion_deletion(metric: InsertionDeletion) -> evaluation_pb2.InsertionDeletionMetric:
     return evaluation_pb2.InsertionDeletionMetric(
         unit=_UNIT[metric.unit],
@@ -217,6 +228,7 @@ _METRICS: Final[Mapping[type[Metric], Callable[[Any], Any]]] = {
     ClassDiscrimination: _class_discrimination,
     Compactness: _compactness,
     MaskAgreement: _mask_agreement,
+    Localisation: _localisation,
     InsertionDeletion: _insertion_deletion,
     Sparseness: lambda _: evaluation_pb2.SparsenessMetric(),
     Randomisation: lambda metric: evaluation_pb2.RandomisationMetric(absolute=metric.absolute),
