@@ -276,7 +276,9 @@ class _Moments:
         for its, hits in self.hits.items():
             theirs, ours = len(other.hits[its].once), len(hits.once)
             if theirs != ours:
-                raise ValueError(f"curves of different lengths can't be merged: {PEAKED} has {ours} and {theirs} points")
+                raise ValueError(
+                    f"curves of different lengths can't be merged: {PEAKED} has {ours} and {theirs} points"
+                )
         for its, hits in self.hits.items():
             hits.merge(other.hits[its])
         self.once.merge(other.once, order)
@@ -297,7 +299,9 @@ class _Moments:
                 *((method, metric, CORRELATION) for method, metric in correlated),
                 *((method, metric, PEAK) for method, metric in self.hits),
             ),
-            points=np.array([*self.once.means()[:, 0], *correlation, *(its.peak(samples) for its in self.hits.values())]),
+            points=np.array(
+                [*self.once.means()[:, 0], *correlation, *(its.peak(samples) for its in self.hits.values())]
+            ),
             resampled=np.concatenate([self.drawn.means()[:, some], correlations, *(its[None] for its in peaks)]),
             errors=errors,
             samples=samples,

@@ -62,7 +62,7 @@ def _average_precision(pixels: Scores, mask: NDArray[np.bool_]) -> float:
     """The sum over the scores of (recall - recall at the next higher score) x precision; equal scores come together."""
     order = np.argsort(-pixels, axis=None)
     scores, inside = pixels.ravel()[order], mask.ravel()[order]
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # noqa: FBT003 - the lowest score's last pixel
+    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
     hits = inside.cumsum()[last]
     precision, gained = hits / (last + 1), np.diff(hits, prepend=0)
     return float(precision @ gained / hits[-1])
