@@ -15,11 +15,11 @@ MetricKind: TypeAlias = Literal[
     "class_discrimination",
     "compactness",
     "mask_agreement",
-    "localisation",
     "insertion_deletion",
     "sparseness",
     "randomisation",
     "counterfactual",
+    "localisation",
 ]
 """A metric's name."""
 
@@ -31,6 +31,9 @@ PerturbationUnit: TypeAlias = Literal["pixel", "patch"]
 
 Enlargement: TypeAlias = Literal["bilinear", "nearest"]
 """How a map over the patch grid becomes one over the input's pixels."""
+
+Normalisation: TypeAlias = Literal["max", "min_max"]
+"""How a map is scaled before it is thresholded: by its largest score, or from its least to its largest."""
 
 AnchorName: TypeAlias = Literal["random", "mask", "inverted_mask"]
 
@@ -166,9 +169,10 @@ class Localisation(_Metric):
     Choe et al. (CVPR 2020).
 
     Attributes:
-        threshold: Of ``corloc`` and ``box_iou``: the fraction of the largest score; None: 0.2.
+        normalisation: How the map is scaled; None: by its largest score.
+        threshold: The level of ``corloc`` and ``box_iou``; None: 0.2.
         iou: From which intersection over union with a box of the mask on a box is right; None: 0.5.
-        points: Levels of the curve of ``box_acc``, from the map's least score to its largest; None: 100.
+        points: Levels of the curve of ``box_acc``; None: 100.
         all_components: Whether the boxes of all connected components are tried and the best counts, else the largest one's.
         enlargement: How the map is enlarged; None: bilinear.
     """
@@ -177,6 +181,7 @@ class Localisation(_Metric):
     quantities: ClassVar[Mapping[str, Better | None]] = _quantities(
         box_acc="higher", corloc="higher", box_iou="higher", pixel_ap="higher"
     )
+    normalisation: Normalisation | None = None
     threshold: float | None = None
     iou: float | None = None
     points: int | None = None
@@ -244,11 +249,11 @@ Metric: TypeAlias = (
     | ClassDiscrimination
     | Compactness
     | MaskAgreement
-    | Localisation
     | InsertionDeletion
     | Sparseness
     | Randomisation
     | Counterfactual
+    | Localisation
 )
 MetricLike: TypeAlias = MetricKind | Metric
 """A metric, or the name of one with its defaults."""
@@ -266,11 +271,11 @@ METRICS: dict[str, type[Metric]] = {
         ClassDiscrimination,
         Compactness,
         MaskAgreement,
-        Localisation,
         InsertionDeletion,
         Sparseness,
         Randomisation,
         Counterfactual,
+        Localisation,
     )
 }
 """Every metric, by name."""

@@ -131,7 +131,7 @@ def largest_box(
     high = float(enlarged.max())
     if high <= 0:
         return None
-    ((top, left, bottom, right),) = components((enlarged >= threshold * high)[None]).largest().box.tolist()
+    ((top, left, bottom, right),) = components((enlarged / high >= threshold)[None]).largest().box.tolist()
     return Region(left, top, right, bottom)
 
 

@@ -51,7 +51,7 @@ def components(masks: NDArray[np.bool_]) -> Components:
     padded[:, :-1, :-1] = masks
     line = padded.ravel()
     edges = np.flatnonzero(line[1:] != line[:-1]) + 1
-    if line[0]:
+    if line[:1].any():
         edges = np.concatenate(([0], edges))
     starts, ends = edges[::2], edges[1::2]  # of runs: pixels side by side
     label = _joined(len(starts), *_touching(starts, ends, width + 1))

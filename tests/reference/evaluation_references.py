@@ -369,6 +369,7 @@ def localisation(
     mask: NDArray[np.bool_],
     patch: Patch,
     *,
+    normalisation: str = "max",
     threshold: float = 0.2,
     iou: float = 0.5,
     points: int = 100,
@@ -392,10 +393,17 @@ def localisation(
         return max((box_iou(region.bbox, truth) for region in regions for truth in truths), default=0.0)
 
     low, high = float(pixels.min()), float(pixels.max())
-    scaled = (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
+    none = np.zeros(mask.shape, bool)
+
+    def at_least(level: float) -> NDArray[np.bool_]:
+        if normalisation == "max":
+            return pixels / high >= level if high > 0 else none
+        assert normalisation == "min_max"
+        return (pixels - low) / (high - low) >= level if high > low else ~none if level <= 0 else none
+
     levels = [k / points for k in range(points)]
-    hits = [float(fit(scaled >= level) >= iou) for level in levels]
-    fixed = fit(pixels >= threshold * high) if high > 0 else 0.0
+    hits = [float(fit(at_least(level)) >= iou) for level in levels]
+    fixed = fit(at_least(threshold))
     return {
         "box_acc": Number(sum(hits) / points, np.array([levels, hits])),
         "corloc": Number(float(fixed >= iou)),

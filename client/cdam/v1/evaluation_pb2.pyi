@@ -99,6 +99,30 @@ ENLARGEMENT_NEAREST: Enlargement.ValueType  # 2
 """Every pixel has its patch's score."""
 Global___Enlargement: _TypeAlias = Enlargement  # noqa: Y015
 
+class _MapNormalisation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MapNormalisationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MapNormalisation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MAP_NORMALISATION_UNSPECIFIED: _MapNormalisation.ValueType  # 0
+    """The metric's default."""
+    MAP_NORMALISATION_MAX: _MapNormalisation.ValueType  # 1
+    """By its largest score: 0 stays 0. A map without a positive score has nothing at any level."""
+    MAP_NORMALISATION_MIN_MAX: _MapNormalisation.ValueType  # 2
+    """From its least score, which becomes 0, to its largest, which becomes 1; a constant map becomes 0."""
+
+class MapNormalisation(_MapNormalisation, metaclass=_MapNormalisationEnumTypeWrapper):
+    """How a map is scaled before it is thresholded."""
+
+MAP_NORMALISATION_UNSPECIFIED: MapNormalisation.ValueType  # 0
+"""The metric's default."""
+MAP_NORMALISATION_MAX: MapNormalisation.ValueType  # 1
+"""By its largest score: 0 stays 0. A map without a positive score has nothing at any level."""
+MAP_NORMALISATION_MIN_MAX: MapNormalisation.ValueType  # 2
+"""From its least score, which becomes 0, to its largest, which becomes 1; a constant map becomes 0."""
+Global___MapNormalisation: _TypeAlias = MapNormalisation  # noqa: Y015
+
 @_typing.final
 class EvaluateRequest(_message.Message):
     """One message of Evaluate's requests: the protocol first, then samples."""
@@ -485,27 +509,30 @@ Global___MaskAgreementMetric: _TypeAlias = MaskAgreementMetric  # noqa: Y015
 
 @_typing.final
 class LocalisationMetric(_message.Message):
-    """Weakly supervised localisation (Choe et al. 2020): the box around the largest connected component of the pixels that score at least so much, against
-    the boxes around the components of the object's mask, of which the one that fits best counts. Samples need a mask.
+    """Weakly supervised localisation (Choe et al. 2020): the box around the largest connected component of the pixels that the normalised map has at some
+    level or above, against the boxes around the components of the object's mask, of which the one that fits best counts. Samples need a mask.
 
-    Quantities: box_acc, the share of levels between the map's least and largest score at which the box is right, with the curve of 1 and 0 by level;
-    corloc, 1 if the box at a fraction of the largest score is right; box_iou, its intersection over union; pixel_ap, average precision of the scores as
-    a classifier of the sample's pixels; in the table also max_box_acc, the largest share of samples whose box is right at one and the same level.
+    Quantities: box_acc, the share of levels at which the box is right, with the curve of 1 and 0 by level; corloc, 1 if the box at a fixed level is
+    right; box_iou, its intersection over union; pixel_ap, average precision of the scores as a classifier of the sample's pixels; in the table also
+    max_box_acc, the largest share of samples whose box is right at one and the same level.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    NORMALISATION_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
     IOU_FIELD_NUMBER: _builtins.int
     POINTS_FIELD_NUMBER: _builtins.int
     ALL_COMPONENTS_FIELD_NUMBER: _builtins.int
     ENLARGEMENT_FIELD_NUMBER: _builtins.int
+    normalisation: Global___MapNormalisation.ValueType
+    """How the map is normalised. Unset: by its largest score."""
     threshold: _builtins.float
-    """Of corloc and box_iou: the fraction of the largest score, greater than 0 and at most 1. If no score is positive there is no box. Unset: 0.2."""
+    """The level of corloc and box_iou, greater than 0 and at most 1. Unset: 0.2."""
     iou: _builtins.float
     """From which intersection over union on a box is right, greater than 0 and at most 1. Unset: 0.5."""
     points: _builtins.int
-    """Number of levels of the curve, at k / points for k = 0 to points - 1 of the way from the map's least score to its largest. Unset: 100."""
+    """Number of levels of the curve: k / points for k = 0 to points - 1. Unset: 100."""
     all_components: _builtins.bool
     """Whether the boxes of all components of the map are tried and the best counts, else the largest component's."""
     enlargement: Global___Enlargement.ValueType
@@ -513,6 +540,7 @@ class LocalisationMetric(_message.Message):
     def __init__(
         self,
         *,
+        normalisation: Global___MapNormalisation.ValueType = ...,
         threshold: _builtins.float | None = ...,
         iou: _builtins.float | None = ...,
         points: _builtins.int | None = ...,
@@ -521,7 +549,7 @@ class LocalisationMetric(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_iou", b"_iou", "_points", b"_points", "_threshold", b"_threshold", "iou", b"iou", "points", b"points", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_iou", b"_iou", "_points", b"_points", "_threshold", b"_threshold", "all_components", b"all_components", "enlargement", b"enlargement", "iou", b"iou", "points", b"points", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_iou", b"_iou", "_points", b"_points", "_threshold", b"_threshold", "all_components", b"all_components", "enlargement", b"enlargement", "iou", b"iou", "normalisation", b"normalisation", "points", b"points", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__iou: _TypeAlias = _typing.Literal["iou"]  # noqa: Y015
     _WhichOneofArgType__iou: _TypeAlias = _typing.Literal["_iou", b"_iou"]  # noqa: Y015

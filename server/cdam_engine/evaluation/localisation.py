@@ -30,20 +30,24 @@ def localisation(metric: Localisation, subject: Subject, its: MapOf) -> dict[str
     mask = subject.sample.mask
     assert mask is not None
     pixels = subject.enlarged(its, metric.enlargement)
-    truths = components(mask[None]).box
-    low, high = pixels.min(), pixels.max()
-    scaled = (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
+    truths, scaled = components(mask[None]).box, _normalised(metric, pixels)
     levels = np.arange(metric.points) / metric.points
-    hits = (_ious(metric, scaled, levels, truths) >= metric.iou).astype(np.float64)
-    # Where nothing speaks for the target there is no box.
-    level = metric.threshold * high if high > 0 else np.inf
-    (iou,) = _ious(metric, pixels, np.array([level]), truths)
+    *ious, iou = _ious(metric, scaled, np.append(levels, metric.threshold), truths)
+    hits = (np.array(ious) >= metric.iou).astype(np.float64)
     return {
         "box_acc": Found(float(hits.mean()), curve(levels, hits)),
         "corloc": Found(float(iou >= metric.iou)),
         "box_iou": Found(float(iou)),
         "pixel_ap": Found(_average_precision(pixels, mask)),
     }
+
+
+def _normalised(metric: Localisation, pixels: Scores) -> Scores:
+    """The map of which 1 is the largest score; below 0 where there is no box."""
+    low, high = pixels.min(), pixels.max()
+    if metric.normalisation == "min_max":
+        return (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
+    return pixels / high if high > 0 else np.full_like(pixels, -np.inf)
 
 
 def _ious(metric: Localisation, pixels: Scores, levels: Floats, truths: NDArray[np.intp]) -> Floats:

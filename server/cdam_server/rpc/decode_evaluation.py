@@ -22,6 +22,7 @@ from cdam_engine.evaluation import (
     Localisation,
     MaskAgreement,
     Metric,
+    Normalisation,
     Protocol,
     Randomisation,
     Sparseness,
@@ -52,6 +53,10 @@ _ANCHOR: Mapping[int, Anchor] = {
 _UNIT: Mapping[int, Unit] = {
     evaluation_pb2.PERTURBATION_UNIT_PIXEL: "pixel",
     evaluation_pb2.PERTURBATION_UNIT_PATCH: "patch",
+}
+_NORMALISATION: Mapping[int, Normalisation] = {
+    evaluation_pb2.MAP_NORMALISATION_MAX: "max",
+    evaluation_pb2.MAP_NORMALISATION_MIN_MAX: "min_max",
 }
 _ENLARGEMENT: Mapping[int, Enlargement] = {
     evaluation_pb2.ENLARGEMENT_BILINEAR: "bilinear",
@@ -208,6 +213,10 @@ def _mask_agreement(metric: evaluation_pb2.MaskAgreementMetric, field: str) -> M
 
 def _localisation(metric: evaluation_pb2.LocalisationMetric, field: str) -> Localisation:
     said = {**_enlargement(metric, field), **_number(metric, "points", field, least=1, most=_MAX_LEVELS)}
+    if metric.normalisation:
+        if metric.normalisation not in _NORMALISATION:
+            raise InvalidArgumentError(f"{field}.normalisation", f"{metric.normalisation} is not a normalisation")
+        said["normalisation"] = _NORMALISATION[metric.normalisation]
     for name in ("threshold", "iou"):
         if metric.HasField(name):
             said[name] = value = getattr(metric, name)

@@ -48,6 +48,10 @@ _ENLARGEMENT = {
     "bilinear": evaluation_pb2.ENLARGEMENT_BILINEAR,
     "nearest": evaluation_pb2.ENLARGEMENT_NEAREST,
 }
+_NORMALISATION = {
+    "max": evaluation_pb2.MAP_NORMALISATION_MAX,
+    "min_max": evaluation_pb2.MAP_NORMALISATION_MIN_MAX,
+}
 _QUADRATURE = {
     "riemann_right": method_pb2.QUADRATURE_RIEMANN_RIGHT,
     "gauss_legendre": method_pb2.QUADRATURE_GAUSS_LEGENDRE,
@@ -205,6 +209,7 @@ def _mask_agreement(metric: MaskAgreement) -> evaluation_pb2.MaskAgreementMetric
 
 def _localisation(metric: Localisation) -> evaluation_pb2.LocalisationMetric:
     return evaluation_pb2.LocalisationMetric(
+        normalisation=_NORMALISATION[metric.normalisation],
         threshold=metric.threshold,
         iou=metric.iou,
         points=metric.points,
