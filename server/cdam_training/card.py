@@ -94,6 +94,7 @@ class DataPart:
         group_by: The column of the groups.
         split: How the rows came to their sides.
         split_seed: Of what was drawn; None: nothing was.
+        shares: Of the sides that were drawn, the share that was asked for.
         sides: By name: train, validation, test; those that have rows.
         notes: As of `Dataset`.
     """
@@ -105,6 +106,7 @@ class DataPart:
     group_by: str | None
     split: str
     split_seed: int | None
+    shares: Mapping[str, float]
     sides: Mapping[str, SidePart]
     notes: Sequence[str] = ()
 
@@ -175,6 +177,7 @@ def data_part(dataset: Dataset, splits: Splits) -> DataPart:
         group_by=dataset.group_by,
         split=splits.how,
         split_seed=splits.seed,
+        shares={str(split): share for split, share in splits.shares.items()},
         sides={split: _side(dataset, indices) for split, indices in splits.items()},
         notes=dataset.notes,
     )

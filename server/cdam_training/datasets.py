@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from cdam_images.folders import SUFFIXES, begins_like_image, is_shown, walk
 from cdam_server.load_error import few
 from cdam_server.specs import Task
-from cdam_training.errors import DatasetError
+from cdam_training.errors import DatasetError, shown
 from cdam_training.tables import Record, Table, read_table
 from cdam_training.values import Value, check_classes, odd_names, read_values
 
@@ -209,14 +209,17 @@ def _read_folder(path: Path, task: Task | None, columns: _Columns) -> Dataset:
     if not folders:
         raise DatasetError(f"{path}: has no sub-folders; there must be one for each class")
     outputs = tuple(sorted({folder.name for folder in folders}))
+    index_of = {name: index for index, name in enumerate(outputs)}
     rows: list[Row] = []
     others: list[Path] = []
     for folder, side in sorted(folders.items()):
         images, left_out = walk(folder)
         if not images:
-            raise DatasetError(f"{folder}: has no JPEG, PNG or WebP file below it, and is no class therefore")
+            raise DatasetError(
+                f"{path / _below(folder, path)}: has no JPEG, PNG or WebP file below it, and is no class therefore"
+            )
         others += left_out
-        rows += (Row(image, _below(image, path), "", outputs.index(folder.name), split=side) for image in images)
+        rows += (Row(image, _below(image, path), "", index_of[folder.name], split=side) for image in images)
     check_classes(str(path), outputs, (row.value for row in rows))
     others += (file for top in {path, *(top for top, _ in sides)} for file in sorted(top.iterdir()) if _is_loose(file))
     notes = [*odd_names(outputs)]
@@ -252,7 +255,7 @@ def _is_loose(file: Path) -> bool:
 
 
 def _below(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix()
+    return shown(file.relative_to(folder).as_posix())
 
 
 # --- Tables
@@ -262,8 +265,7 @@ def _read_table(path: Path, task: Task | None, columns: _Columns) -> Dataset:
     table = read_table(path)
     if task is None:
         raise DatasetError(
-            f"{path}: a file does not say what its targets mean; give the task: {', '.join(Task)} (a folder of classes "
-            "would be multi_class)"
+            f"{path}: a file does not say what its targets mean; give the task (--task): {', '.join(Task)}"
         )
     table.require((*columns.others, *columns.targets))
     targets = columns.targets or _only_target(table, columns)
@@ -276,7 +278,7 @@ def _read_table(path: Path, task: Task | None, columns: _Columns) -> Dataset:
     )
     notes = [*values.notes]
     if unused := [column for column in table.columns if column not in asked]:
-        notes.append(f"columns not used: {few(unused)}")
+        notes.append(f"columns not used: {few(map(shown, unused))}")
     return Dataset(
         path.name, table.kind, task, values.outputs, rows, "", columns.group_by, columns.split_by, tuple(notes)
     )
@@ -285,8 +287,10 @@ def _read_table(path: Path, task: Task | None, columns: _Columns) -> Dataset:
 def _only_target(table: Table, columns: _Columns) -> tuple[str, ...]:
     left = [column for column in table.columns if column not in columns.others]
     if len(left) != 1:
-        which = f"there are {few(left, 8)}" if left else f"there are none beside {', '.join(columns.others)}"
-        raise DatasetError(f"{table.path}: say which columns are the targets; {which}")
+        which = (
+            f"there are {few(map(shown, left), 8)}" if left else f"there are none beside {', '.join(columns.others)}"
+        )
+        raise DatasetError(f"{table.path}: say which columns are the targets (--target); {which}")
     return tuple(left)
 
 
@@ -305,13 +309,20 @@ def _split(table: Table, record: Record, column: str) -> Split:
 
 
 def _file(table: Table, record: Record, column: str) -> Path:
-    name = table.name(record, column)
+    name = table.filled(record, column)
     file = table.path.parent / name
-    if file.is_file():
-        return file
-    found = "is a folder" if file.is_dir() else "is not there"
+    try:
+        if file.is_file():
+            return file
+        found = "is a folder" if file.is_dir() else "is not there"
+    except OSError as error:
+        found = f"can't be read ({error.strerror})"
     hint = "; parts of a path have / between them" if "\\" in name else ""
-    raise table.wrong(record, column, f"the file {name!r} {found} (paths are relative to {table.path.name}){hint}")
+    raise table.wrong(
+        record,
+        column,
+        f"the file {table.shown(record, column)} {found} (paths are relative to {table.path.name}){hint}",
+    )
 
 
 # --- Files, copies, leaks
@@ -347,10 +358,10 @@ def _contents(rows: Sequence[Row], path: Path, progress: Progress) -> dict[Path,
         try:
             data = file.read_bytes()
         except OSError as error:
-            raise DatasetError(f"{path}, {wheres[file]}: {file.name} can't be read: {error.strerror}") from error
+            raise DatasetError(f"{path}, {wheres[file]}: {shown(file.name)} can't be read: {error.strerror}") from error
         if not begins_like_image(data):
             found = "is empty" if not data else "is no JPEG, PNG or WebP image"
-            raise DatasetError(f"{path}, {wheres[file]}: {file.name} {found}")
+            raise DatasetError(f"{path}, {wheres[file]}: {shown(file.name)} {found}")
         contents[file] = hashlib.sha256(data).hexdigest()
     return contents
 

@@ -20,4 +20,9 @@ def meant(name: str, names: Iterable[str]) -> str:
     """The end of a message about a name that there is not: the one that may be meant, or some that there are."""
     known = list(names)
     near = get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {few(known, 8)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {few(map(shown, known), 8)}"
+
+
+def shown(name: str) -> str:
+    """A name of a file or a column as it is, or where that is not one line of what can be seen, with escapes."""
+    return name if name.isprintable() else ascii(name)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cdam_engine import SplitViT, UnsupportedArchitectureError
 from cdam_engine.fingerprint import fingerprint
-from cdam_server.load_error import LoadError
+from cdam_server.load_error import LoadError, reason
 from cdam_server.loading import Backbone
 from cdam_server.specs import Task
 from cdam_server.weights.files import StateDict
@@ -194,11 +194,10 @@ class HeadTraining:
         self._options = options
         self._recipe = recipe
         self._work = work
-        device = torch.device(options.device)
+        device = _device(options.device)
         model = fingerprint(backbone.module, backbone.architecture, {})
         self.tail = _tail(backbone, images.outputs, options, device)
-        if start is not None:
-            self._put(*start)
+        self._put(*(start or self._first_guess()))
         self._sources = Sources(
             images.paths,
             backbone.data_config,
@@ -228,6 +227,19 @@ class HeadTraining:
         if not self._keeps_train:
             batches = partial(batches_of, recipe, len(images.train))
             self._rows = FreshOutputs(self.tail, self._sources, images.train, batches)
+
+    def _first_guess(self) -> tuple[Tensor, Tensor]:
+        """A head that says how frequent each output is, and knows nothing more."""
+        images, weight = self._images, torch.zeros_like(self.tail.head.weight)
+        targets = images.targets[torch.from_numpy(images.train)]
+        match images.task:
+            case Task.MULTI_CLASS:
+                bias = torch.log(torch.bincount(targets, minlength=images.outputs) / len(targets))
+            case Task.MULTI_LABEL | Task.BINARY:
+                bias = torch.logit(targets.reshape(len(targets), -1).float().mean(0))
+            case Task.REGRESSION:  # of scaled targets
+                bias = torch.zeros(images.outputs)
+        return weight, bias.to(weight)
 
     def _entering(self) -> str:
         """Fingerprint of what makes the kept numbers: whatever is tuned after it, they stay the same."""
@@ -278,7 +290,13 @@ class HeadTraining:
         """Of some training images, by their places among these; leaves the tail in training mode."""
         entering = self._rows(some, epoch)  # before the tail is in training mode: the trunk must not be
         self.tail.train(bool(self.tail.blocks))
-        return self._loss(self.tail(entering).logits, self._targets_of(self._images.train[some]))
+        targets = self._targets_of(self._images.train[some])
+        if not self._recipe.mixup:
+            return self._loss(self.tail(entering).logits, targets)
+        share = float(np.random.default_rng((self._recipe.seed, epoch, *some)).beta(*(self._recipe.mixup,) * 2))
+        other = torch.randperm(len(some)).to(entering.device)
+        logits = self.tail(torch.lerp(entering[other], entering, share)).logits
+        return share * self._loss(logits, targets) + (1 - share) * self._loss(logits, targets[other])
 
     def validation_loss(self) -> float:
         """Of the validation images; leaves the tail in eval mode."""
@@ -305,6 +323,15 @@ class HeadTraining:
         with torch.no_grad():
             self.tail.head.weight.copy_(weight)
             self.tail.head.bias.copy_(bias)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LoadError("device", f"{name} can't be used here ({reason(error)})") from error
+    return device
 
 
 def _tail(backbone: Backbone, outputs: int, options: Options, device: torch.device) -> Tail:

@@ -93,9 +93,10 @@ class Kept:
     def take(self, rows: NDArray[np.int64]) -> Tensor:
         """Rows in float32, shape (len(rows), *shape)."""
         order = np.argsort(rows, kind="stable")
-        taken = np.empty((len(rows), *self._rows.shape[1:]), dtype=np.float32)
-        taken[order] = self._rows[rows[order]]  # in the file's order, which disks like
-        return torch.from_numpy(taken)
+        # torch's memory, because a matrix product rounds by where its operands lie; numpy's begins anywhere.
+        taken = torch.empty((len(rows), *self._rows.shape[1:]))
+        taken.numpy()[order] = self._rows[rows[order]]  # in the file's order, which disks like
+        return taken
 
 
 def _open(file: Path, shape: tuple[int, ...], dtype: str) -> np.memmap[Any, Any]:

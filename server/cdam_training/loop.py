@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from cdam_server.load_error import LoadError
+from cdam_server.load_error import LoadError, reason
 from cdam_training.state import State
 
 Schedule = Literal["constant", "exponential", "cosine", "one_cycle"]
@@ -36,6 +36,9 @@ class Recipe:
         weight_decay: Of weights, not of biases and norms.
         schedule: How learning rates change; "exponential" multiplies them by `lr_decay` after each epoch.
         lr_decay: See `schedule`.
+        ema: Decay, a step, of the running average of the parameters that is validated and kept in their place; 0: none.
+        clip: Largest norm of the gradient; 0: any.
+        mixup: Alpha of mixup (Zhang et al. 2018, Algorithm 1), of what enters the part that is trained; 0: none.
         patience: Epochs without a better validation loss after which training ends; 0: none.
         seed: Of everything that is drawn.
     """
@@ -48,12 +51,15 @@ class Recipe:
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
     lr_decay: float = 0.95
+    ema: float = 0.0
+    clip: float = 0.0
+    mixup: float = 0.0
     patience: int = 0
     seed: int = 0
 
 
-OF_BLOCKS: Final = Recipe(batch_size=16, optimizer="adamw", lr=2e-3, block_lr=1e-4, schedule="one_cycle")
-"""What does well with few images."""
+OF_BLOCKS: Final = Recipe(epochs=50, batch_size=16, schedule="exponential", clip=1.0, patience=5)
+"""For blocks: the CDAM paper's epochs and rates (its batch size is not stated), and an end that its text does not have."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class Loop:
         self._parameters = {**blocks, **head}
         self._optimizer = _optimizer(head, blocks, recipe)
         self._schedule = _schedule(self._optimizer, recipe, self.steps_an_epoch)
+        self._average = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._step = 0
         self._sum = 0.0
         self.history: list[Epoch] = []
@@ -164,17 +171,30 @@ class Loop:
             raise LoadError("lr", f"the loss is no longer finite in epoch {epoch + 1}: take a lower learning rate")
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if self._recipe.clip:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self._recipe.clip)
         self._optimizer.step()
         self._schedule.step()
+        self._follow()
         self._sum += float(loss.detach()) * len(rows)
         self._step += 1
 
+    def _follow(self) -> None:
+        """The running average, which starts as a plain mean so that the first steps do not linger."""
+        decay = min(self._recipe.ema, self._step / (self._step + 1)) if self._recipe.ema else 0.0
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                self._average[name].lerp_(parameter, 1 - decay)
+
     def _end_epoch(self) -> None:
+        current = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._put(self._average)
         loss = None if self._validate is None else self._validate()
         self.history.append(Epoch(len(self.history) + 1, self._sum / self._rows, loss))
         self._sum = 0.0
         if self.best is self.history[-1]:
-            self._best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+            self._best = {name: value.clone() for name, value in self._average.items()}
+        self._put(current)
         self._save()
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
@@ -189,6 +209,7 @@ class Loop:
                 "sum": self._sum,
                 "history": [asdict(epoch) for epoch in self.history],
                 "parameters": {name: parameter.detach() for name, parameter in self._parameters.items()},
+                "average": self._average,
                 "best": self._best,
                 "optimizer": self._optimizer.state_dict(),
                 "schedule": self._schedule.state_dict(),
@@ -199,6 +220,7 @@ class Loop:
     def _restore(self, kept: Mapping[str, Any]) -> None:
         self._step, self._sum = kept["step"], kept["sum"]
         self.history = [Epoch(**epoch) for epoch in kept["history"]]
+        self._average = kept["average"]
         self._best = kept["best"]
         self._put(kept["parameters"])
         self._optimizer.load_state_dict(kept["optimizer"])
@@ -221,7 +243,10 @@ def _optimizer(
         for matrices in (True, False)
         if (its := [p for p in parameters.values() if (p.ndim > 1) is matrices])
     ]
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, recipe.optimizer, lr=recipe.lr)
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, recipe.optimizer, lr=recipe.lr)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise LoadError("optimizer", f"timm can't make {recipe.optimizer!r}: {reason(error)}") from error
     return optimizer
 
 

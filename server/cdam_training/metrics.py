@@ -1,8 +1,12 @@
 """How good a model's answers are on one side of a split, with 95 % intervals.
 
-Intervals are percentiles of a bootstrap over clusters: groups where there are groups, else rows (Efron and Tibshirani
-1993, chapter 13; Field and Welsh 2007 for clusters). All of a cluster's rows are drawn together, so that ten images of
+Intervals come from a bootstrap over clusters: groups where there are groups, else rows (Efron and Tibshirani 1993,
+chapters 10 and 13; Field and Welsh 2007 for clusters). All of a cluster's rows are drawn together, so that ten images of
 one patient count as what they are. A draw gives each row a weight, and every quantity is computed of all draws at once.
+
+An interval runs between percentiles of the draws less twice their bias, which is the draws' mean less the value. Few rows
+flatter average precision, as each positive row counts itself among those found, and draws, in which rows repeat, flatter it
+once more. Plain percentiles would lie above the truth for rare labels; of unbiased quantities they are what remains.
 
 What is undefined has no value and a note that says why; nothing here is ever NaN.
 """
@@ -37,7 +41,7 @@ class Estimate:
 
     Attributes:
         value: Of all rows; None: undefined.
-        low: Lower end of the 95 % interval; None: there is none.
+        low: Lower end of the 95 % interval; None: there is none. Of a biased quantity the value may lie outside.
         high: Upper end.
         note: Why there is no value or no interval, or which outputs a mean is over; empty otherwise.
     """
@@ -72,11 +76,13 @@ class _Values:
     Attributes:
         draws: (r,), or (r, outputs) where it is one of each output; NaN where undefined.
         undefined: Why it would be.
+        bounds: The least and the largest value that there can be.
         mean: The name of the mean over outputs; empty: there is none.
     """
 
     draws: Floats
-    undefined: str
+    undefined: str = ""
+    bounds: tuple[float, float] = (0.0, 1.0)
     mean: str = ""
 
 
@@ -174,13 +180,11 @@ def _scores(parts: Sequence[Mapping[str, _Values]], outputs: Sequence[str], rows
     for name, first in parts[0].items():
         draws = np.concatenate([part[name].draws for part in parts])
         if draws.ndim == 1:
-            estimates[name] = _estimate(draws, first.undefined, count)
+            estimates[name] = _estimate(draws, first, count)
             continue
-        by_output[name] = {
-            output: _estimate(draws[:, index], first.undefined, count) for index, output in enumerate(outputs)
-        }
+        by_output[name] = {output: _estimate(draws[:, index], first, count) for index, output in enumerate(outputs)}
         if first.mean:
-            estimates[first.mean] = _mean(draws, first.undefined, count)
+            estimates[first.mean] = _mean(draws, first, count)
     return Scores(rows, count, estimates, by_output)
 
 
@@ -218,11 +222,11 @@ def _weights(members: NDArray[np.int64], count: int, seed: int, resamples: int) 
         yield times[:, members].astype(np.float64)
 
 
-def _estimate(draws: Floats, undefined: str, clusters: int) -> Estimate:
+def _estimate(draws: Floats, about: _Values, clusters: int) -> Estimate:
     """From the value of all rows and those of the draws."""
     value, values = draws[0], draws[1:]
     if np.isnan(value):
-        return Estimate(None, note=undefined)
+        return Estimate(None, note=about.undefined)
     if not len(values):
         return Estimate(float(value))
     defined = values[~np.isnan(values)]
@@ -230,20 +234,21 @@ def _estimate(draws: Floats, undefined: str, clusters: int) -> Estimate:
         return Estimate(float(value), note="no interval: there is one cluster alone")
     if len(defined) < max(1, _DEFINED * len(values)):
         return Estimate(
-            float(value), note=f"no interval: in {len(values) - len(defined)} of {len(values)} draws {undefined}"
+            float(value), note=f"no interval: in {len(values) - len(defined)} of {len(values)} draws {about.undefined}"
         )
-    low, high = np.percentile(defined, [2.5, 97.5]).tolist()
+    bias = defined.mean() - value
+    low, high = np.clip(np.percentile(defined, [2.5, 97.5]) - 2 * bias, *about.bounds).tolist()
     return Estimate(float(value), low, high)
 
 
-def _mean(draws: Floats, undefined: str, clusters: int) -> Estimate:
+def _mean(draws: Floats, about: _Values, clusters: int) -> Estimate:
     """The mean over the outputs that have a value."""
     there = ~np.isnan(draws)
     number = there.sum(1)
     means = np.divide(np.where(there, draws, 0).sum(1), number, out=np.full(len(draws), np.nan), where=number > 0)
-    estimate = _estimate(means, undefined, clusters)
+    estimate = _estimate(means, about, clusters)
     if 0 < number[0] < draws.shape[1]:
-        note = f"over {number[0]} of {draws.shape[1]} outputs: of the others {undefined}"
+        note = f"over {number[0]} of {draws.shape[1]} outputs: of the others {about.undefined}"
         return Estimate(estimate.value, estimate.low, estimate.high, "; ".join(filter(None, (note, estimate.note))))
     return estimate
 
@@ -270,7 +275,7 @@ def _multi_class(targets: NDArray[np.int64], answers: Floats, weights: Floats) -
     recall[:, classes] = np.divide(right, all_of, out=np.full_like(right, np.nan), where=all_of > 0)
     return {
         **values,
-        "log_loss": _average(losses, weights),
+        "log_loss": _average(losses, weights, bounds=_NOT_NEGATIVE),
         "recall": _Values(recall, "there is no example", mean="balanced_accuracy"),
     }
 
@@ -298,7 +303,7 @@ def _binary(targets: NDArray[np.float32], answers: Floats, weights: Floats) -> d
         "auroc": _Values(auroc(logits, positive, weights), _ONE_KIND),
         "average_precision": _Values(average_precision(logits, positive, weights), _NO_POSITIVE),
         "brier": _average(np.exp(-2 * np.logaddexp(0, signed)), weights),  # (1 - p of the truth)^2
-        "log_loss": _average(losses, weights),
+        "log_loss": _average(losses, weights, bounds=_NOT_NEGATIVE),
     }
 
 
@@ -316,11 +321,12 @@ def _regression(targets: NDArray[np.float32], answers: Floats, weights: Floats) 
         "pearson_r": _Values(
             np.clip(covariance / np.sqrt(variance_x * variance_y), -1, 1),
             "targets or answers are all the same",
+            (-1.0, 1.0),
             mean="mean_pearson_r",
         ),
-        "r2": _Values(1 - squared / variance_y, "targets are all the same", mean="mean_r2"),
-        "mae": _Values(weights @ np.abs(errors) / total, ""),
-        "rmse": _Values(np.sqrt(squared), ""),
+        "r2": _Values(1 - squared / variance_y, "targets are all the same", (-np.inf, 1.0), mean="mean_r2"),
+        "mae": _Values(weights @ np.abs(errors) / total, bounds=_NOT_NEGATIVE),
+        "rmse": _Values(np.sqrt(squared), bounds=_NOT_NEGATIVE),
     }
 
 
@@ -333,14 +339,17 @@ _MEASURES: Final[Mapping[Task, _Measures]] = MappingProxyType(
         Task.REGRESSION: _regression,
     }
 )
+_NOT_NEGATIVE: Final = (0.0, np.inf)
 _NO_POSITIVE: Final = "there is no positive example"
 _ONE_KIND: Final = "there are only positive or only negative examples"
 
 
-def _average(values: NDArray[Any], weights: Floats, undefined: str = "") -> _Values:
+def _average(
+    values: NDArray[Any], weights: Floats, undefined: str = "", bounds: tuple[float, float] = (0.0, 1.0)
+) -> _Values:
     total = weights.sum(1)
     average = np.divide(weights @ values.astype(np.float64), total, out=np.full(len(weights), np.nan), where=total > 0)
-    return _Values(average, undefined)
+    return _Values(average, undefined, bounds)
 
 
 def _centred(values: Floats) -> Floats:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Final
 
@@ -25,8 +25,9 @@ from cdam_training.errors import DatasetError
 SHARE: Final = 0.15
 """Of all rows, for validation and again for the test, where nothing is said."""
 
+_MAX_SEED: Final = 2**32 - 1  # scikit-learn's
 _FOLDS: Final = 100  # at most: a share is met to a percent
-_NEAR = 0.4  # how far a share of stratified folds may be from the one that is asked for, relative to it
+_NEAR: Final = 0.4  # how far a share of stratified folds may be from the one that is asked for, relative to it
 
 Indices = NDArray[np.int64]
 
@@ -41,6 +42,7 @@ class Splits:
         test: To measure on; may be empty.
         how: How the rows came to their sides, in words.
         seed: Of the draws; None if nothing was drawn.
+        shares: Of the sides that were drawn, the share that was asked for.
     """
 
     train: Indices
@@ -48,6 +50,7 @@ class Splits:
     test: Indices
     how: str
     seed: int | None = None
+    shares: Mapping[Split, float] = field(default_factory=dict)
 
     def of(self, split: Split) -> Indices:
         """The rows of a side."""
@@ -78,6 +81,8 @@ def split_dataset(
             training rows.
         ImportError: scikit-learn is not installed (extra `train`).
     """
+    if not 0 <= seed <= _MAX_SEED:
+        raise DatasetError(f"the seed must be 0 to {_MAX_SEED}, not {seed}")
     given = {split: np.array([row.split == split for row in dataset.rows]) for split in SPLITS}
     pool = np.flatnonzero(given["train"]) if dataset.split_by else np.arange(len(dataset))
     sides: dict[Split, Indices] = {split: np.flatnonzero(given[split]) for split in SPLITS}
@@ -93,9 +98,9 @@ def split_dataset(
             pool, sides[split], said = _draw(dataset, pool, share / (1 - taken), seed, split)
             how.append(f"{split}: {said}")
             taken += share
-    drawn = any(shares.values())
+    drawn = {split: share for split, share in shares.items() if share}
     said = "; ".join(how) or "all rows are for training"
-    return Splits(pool, sides["validation"], sides["test"], said, seed if drawn else None)
+    return Splits(pool, sides["validation"], sides["test"], said, seed if drawn else None, drawn)
 
 
 def _shares(
@@ -106,10 +111,9 @@ def _shares(
     for split, share in asked.items():
         if share is not None and not 0 <= share < 1:
             raise DatasetError(f"the share of {split} must be at least 0 and less than 1, not {share:g}")
-        if share and len(sides[split]):
+        if share is not None and len(sides[split]):
             raise DatasetError(
-                f"{dataset.name}: {dataset.split_by!r} says which rows are for {split}; a share of {share:g} can't be "
-                "drawn, too"
+                f"{dataset.name}: {dataset.split_by!r} says which rows are for {split}; leave its share out, {share:g}"
             )
         default = 0.0 if dataset.split_by else SHARE
         shares[split] = default if share is None else share
@@ -139,12 +143,12 @@ def _draw(dataset: Dataset, pool: Indices, share: float, seed: int, split: Split
     else:  # rows of a cluster are copies, and one of them stands for all
         fold_of = _folds(strata[first], None, part.denominator, seed)[clusters]
     lacking = ""
-    for start in range(part.denominator):
-        # Folds that are next to each other have all examples of a rare class; those that are taken lie apart.
-        chosen = [
-            (start + step * part.denominator // part.numerator) % part.denominator for step in range(part.numerator)
-        ]
-        taken = np.isin(fold_of, chosen)
+    # A rare class lies in folds that are next to each other, and in the same ones for every seed: those that are taken lie
+    # apart, and the seed says with which they begin.
+    apart = np.arange(part.numerator) * part.denominator // part.numerator
+    begin = int(np.random.default_rng(seed).integers(part.denominator))
+    for start in range(begin, begin + part.denominator):
+        taken = np.isin(fold_of, (start + apart) % part.denominator)
         if taken.any() and not (lacking := _not_learnable(dataset, pool[~taken])):
             by = f", groups by {dataset.group_by!r} kept together" if grouped else ""
             return pool[~taken], pool[taken], f"{taken.sum()} of {len(pool)} rows drawn with seed {seed}, {how}{by}"

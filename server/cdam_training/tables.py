@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _KINDS: Final[Mapping[str, Kind]] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson"
 NUMBER: Final = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 """A number as files write it: in decimal digits, with a point."""
 
+_NOT_IN_NAMES: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})  # controls, halves of characters, ends of lines
 _SHOWN: Final = 40  # characters of a cell in a message
 
 
@@ -98,18 +100,11 @@ class Table:
         """A cell's text as a name: of a class, a group.
 
         Raises:
-            DatasetError: It is empty, or has line breaks or characters that can't be seen.
+            DatasetError: It is empty, or no name.
         """
-        return self.printable(record, column, self.filled(record, column))
-
-    def printable(self, record: Record, column: str, name: str) -> str:
-        """The name itself.
-
-        Raises:
-            DatasetError: It has line breaks or characters that can't be seen.
-        """
-        if not name.isprintable():
-            raise self.wrong(record, column, f"{name!r} has line breaks, or characters that can't be seen")
+        name = self.filled(record, column)
+        if not is_name(name):
+            raise self.wrong(record, column, f"{self.shown(record, column)} has line breaks or control characters")
         return name
 
     def number(self, record: Record, column: str) -> float:
@@ -153,6 +148,11 @@ class Table:
     def wrong(self, record: Record, column: str, message: str) -> DatasetError:
         """The error of a cell, with file, line and column."""
         return DatasetError(f"{self.path}, line {record.line}, column {column!r}: {message}")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be an output's name: something on one line, without control characters."""
+    return bool(text.strip()) and not any(unicodedata.category(character) in _NOT_IN_NAMES for character in text)
 
 
 def read_table(path: Path) -> Table:

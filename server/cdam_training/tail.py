@@ -6,8 +6,8 @@ import torch
 from timm.layers import PatchDropout
 from torch import Tensor, nn
 
-from cdam_engine import SplitViT
-from cdam_engine.families import TailOutput, TrunkOutput
+from cdam_engine import SplitViT, UnsupportedMethodError
+from cdam_engine.families import Readout, TailOutput, TrunkOutput
 from cdam_engine.methods.prediction import read_out_alone
 from cdam_server.load_error import LoadError
 
@@ -58,6 +58,7 @@ class Tail(nn.Module):
         for module in self.parts.modules() if dropout else ():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
+        self._rows = self._rows_read()
         own = {id(parameter) for parameter in head.parameters()}
         self.tuned = {
             name: parameter
@@ -102,7 +103,15 @@ class Tail(nn.Module):
 
     def forward(self, x: Tensor) -> TailOutput:
         """Latent (B, D) and logits (B, C)."""
-        return TailOutput(x, self.head(x)) if not self.blocks else self.vit.read_out(self.leave(self._drop(x)))
+        if not self.blocks:
+            return TailOutput(x, self.head(x))
+        x = self._drop(x)
+        if self._rows is None:
+            return self.vit.read_out(self.leave(x))
+        # Of the last block only the tokens that are read out matter.
+        last = len(self.vit.blocks) - 1
+        read, _ = self.vit.attend(last, self._run(x), self._arguments[-1], self._bias(), self._rows)
+        return self.vit.read_out(self.vit.final_norm(read, self._grid))
 
     def with_patches(self, x: Tensor) -> tuple[TailOutput, Tensor]:
         """The same, and what the classifier says of each patch's token alone, shape (B, patches, C)."""
@@ -111,7 +120,23 @@ class Tail(nn.Module):
 
     def leave(self, x: Tensor) -> Tensor:
         """The final norm's output, shape (B, N, D), of what enters the first trained block."""
-        for index in range(self.first, len(self.vit.blocks) - 1):
-            x = self.vit.family.run(index, x, self._arguments[index], self._grid)
+        x = self._run(x)
         tokens = self.vit.blocks[-1].norm1(x)
         return self.vit.leave(TrunkOutput(x, tokens, self._grid, self._arguments[-1]), tokens)
+
+    def _run(self, x: Tensor) -> Tensor:
+        """What enters the last block."""
+        for index in range(self.first, len(self.vit.blocks) - 1):
+            x = self.vit.family.run(index, x, self._arguments[index], self._grid)
+        return x
+
+    def _bias(self) -> Tensor | None:
+        return self.vit.position_bias(len(self.vit.blocks) - 1, self._arguments[-1])
+
+    def _rows_read(self) -> int | None:
+        """How many of the last block's tokens matter, the first ones; None if all may, or if nobody knows."""
+        try:
+            self.vit.check_attend()
+        except UnsupportedMethodError:
+            return None
+        return self.vit.rows_read if self.vit.readout is Readout.CLS_TOKEN else None

@@ -32,7 +32,7 @@ class Sources:
         config: How the model wants its images.
         augmentation: How training images are varied.
         views: Of each training image, how many are kept; the first is the image as it is served.
-        seed: Of the variations.
+        seed: Of what is drawn anew in every epoch.
         workers: Processes that read ahead.
         device: Where the model is.
     """
@@ -45,9 +45,9 @@ class Sources:
     workers: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def view(self, image: int, number: int, *more: int) -> View:
-        """A view of an image, by its index."""
-        return View(self.images[image], number, (self.seed, image, *more))
+    def view(self, image: int, number: int, *seed: int) -> View:
+        """A view of an image, by its index; kept views have no seed, so that trainings can share them."""
+        return View(self.images[image], number, (*seed, image))
 
     def entering(self, tail: Tail, batches: Sequence[Sequence[View]]) -> Iterator[Tensor]:
         """What the trunk makes of each batch of views, on the device."""
@@ -100,7 +100,7 @@ class KeptOutputs:
         more = [(int(image), number) for image in train for number in range(1, sources.views)]
         self._views = [sources.view(int(image), PLAIN) for image in plain] + [sources.view(*each) for each in more]
         self._first_more = len(plain)
-        of_views = {"augmentation": asdict(sources.augmentation), "seed": sources.seed, "train": _digest(train)}
+        of_views = {"augmentation": asdict(sources.augmentation), "train": _digest(train)}
         which = {"plain": _digest(plain), **(of_views if more else {})}
         whole = {**key, **which, "blocks": tail.blocks, "views": sources.views, "config": asdict(sources.config)}
         self._kept = Kept(folder, whole, tail.entering_shape, len(self._views), limit=limit, dtype=dtype)
@@ -174,7 +174,8 @@ class FreshOutputs:
             batches = self._batches(epoch)
             place = next(index for index, batch in enumerate(batches) if np.array_equal(batch, rows))
             views = [
-                [self._sources.view(int(image), 1, epoch) for image in self._train[batch]] for batch in batches[place:]
+                [self._sources.view(int(image), 1, self._sources.seed, epoch) for image in self._train[batch]]
+                for batch in batches[place:]
             ]
             self._coming, self._epoch = self._sources.entering(self._tail, views), epoch
         return next(self._coming)

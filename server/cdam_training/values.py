@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ import numpy as np
 from cdam_server.load_error import few
 from cdam_server.specs import Task
 from cdam_training.errors import DatasetError
-from cdam_training.tables import NUMBER, Record, Table
+from cdam_training.tables import NUMBER, Record, Table, is_name
 
 Value = int | tuple[float, ...]
 """A class's index; or a number for each output: 0 and 1 of labels, a regression's values."""
@@ -21,6 +22,7 @@ Value = int | tuple[float, ...]
 SEPARATOR: Final = ";"
 """Between the labels in a cell."""
 
+_UNSEEN: Final = frozenset({"Cf", "Zs"})  # blanks of any kind, and what has no width
 _MISSING: Final = frozenset({"nan", "none", "null", "na", "n/a"})
 
 
@@ -50,7 +52,13 @@ def read_values(table: Table, task: Task, targets: Sequence[str]) -> Values:
     Raises:
         DatasetError: A cell can't be read so, or there is nothing to learn from the columns.
     """
-    return _READERS[task](table, targets)
+    values = _READERS[task](table, targets)
+    for name in values.outputs:
+        if not is_name(name):
+            raise DatasetError(
+                f"{table.path}: the output {name!r} must have a name, without line breaks and control characters"
+            )
+    return replace(values, notes=(*odd_names(values.outputs), *values.notes))
 
 
 def check_classes(where: str, outputs: Sequence[str], values: Iterable[Value]) -> None:
@@ -79,7 +87,8 @@ def odd_names(outputs: Iterable[str]) -> tuple[str, ...]:
     """Notes on names that may be one class in several spellings, or no class."""
     by_fold: dict[str, list[str]] = {}
     for name in outputs:
-        by_fold.setdefault("".join(name.split()).casefold(), []).append(name)
+        shown = (char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) not in _UNSEEN)
+        by_fold.setdefault("".join(shown).casefold(), []).append(name)
     notes = [
         f"different outputs with almost the same name: {few(map(repr, names))}"
         for names in by_fold.values()
@@ -97,7 +106,7 @@ def _multi_class(table: Table, targets: Sequence[str]) -> Values:
     index_of = {name: index for index, name in enumerate(outputs)}
     values = tuple(index_of[name] for name in names)
     check_classes(f"{table.path}, column {column!r}", outputs, values)
-    return Values(outputs, values, odd_names(outputs))
+    return Values(outputs, values)
 
 
 def _multi_label(table: Table, targets: Sequence[str]) -> Values:
@@ -120,7 +129,7 @@ def _multi_label(table: Table, targets: Sequence[str]) -> Values:
     _check_labels(where, outputs, values)
     commas = [name for name in outputs if "," in name]
     note = f"labels with a comma in them (labels are separated by {SEPARATOR!r}): {few(map(repr, commas))}"
-    return Values(outputs, values, (*odd_names(outputs), *([note] if commas else [])))
+    return Values(outputs, values, (note,) if commas else ())
 
 
 def _binary(table: Table, targets: Sequence[str]) -> Values:
@@ -182,7 +191,7 @@ def _labels(table: Table, record: Record, column: str) -> list[str]:
         raise table.wrong(record, column, f"{table.shown(record, column)} has an empty label")
     if len(set(labels)) < len(labels):
         raise table.wrong(record, column, f"{table.shown(record, column)} has a label twice")
-    return [table.printable(record, column, label) for label in labels]
+    return labels
 
 
 def _check_labels(where: str, outputs: Sequence[str], values: Sequence[tuple[float, ...]]) -> None:

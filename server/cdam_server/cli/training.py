@@ -27,7 +27,19 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _TASKS: Final = ("multi_class", "multi_label", "binary", "regression")
 _SHOWN_BY_OUTPUT: Final = ("average_precision", "pearson_r", "recall", "mask_iou")
-OF_EPOCHS: Final = ("epochs", "batch_size", "lr", "block_lr", "weight_decay", "schedule", "lr_decay", "patience")
+OF_EPOCHS: Final = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "block_lr",
+    "weight_decay",
+    "schedule",
+    "lr_decay",
+    "ema",
+    "clip",
+    "mixup",
+    "patience",
+)
 _MODEL: Final = (
     "models_file",
     "model",
@@ -110,6 +122,17 @@ training_options = _options(
         help="How learning rates change.  [constant; with blocks exponential]",
     ),
     click.option("--lr-decay", type=click.FloatRange(0, 1), help="Of the exponential schedule, an epoch.  [0.95]"),
+    click.option(
+        "--ema",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Decay, a step, of the running average of what is trained that is kept in its place; 0: none.  [0]",
+    ),
+    click.option("--clip", type=click.FloatRange(0), help="Largest norm of the gradient; 0: any.  [0; with blocks 1]"),
+    click.option(
+        "--mixup",
+        type=click.FloatRange(0),
+        help="Alpha of mixup, of what enters the part that is trained; 0: none.  [0]",
+    ),
     click.option(
         "--patience",
         type=click.IntRange(0),

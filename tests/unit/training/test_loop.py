@@ -92,10 +92,27 @@ def test_steps_of_adam_as_the_paper_says(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], value.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_running_average_is_validated_and_kept(tmp_path: Path) -> None:
+    plain = Small(Recipe(epochs=2, batch_size=10, lr=1e-2), tmp_path / "plain.pt")
+    steps: list[dict[str, Tensor]] = []
+    plain.loop.run(lambda *_: steps.append({n: v.clone() for n, v in plain.head.state_dict().items()}))
+    expected = steps[0]
+    for number, values in enumerate(steps[1:], 1):
+        decay = min(0.8, number / (number + 1))
+        expected = {name: decay * value + (1 - decay) * values[name] for name, value in expected.items()}
+    averaged = Small(Recipe(epochs=2, batch_size=10, lr=1e-2, ema=0.8), tmp_path / "averaged.pt")
+    found = averaged.run()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[f"head.{name}"], value)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "cosine", "one_cycle"])
 @pytest.mark.parametrize("steps", [1, 4, 7, 11])
-def test_interrupted_and_resumed_is_uninterrupted(schedule: str, steps: int, tmp_path: Path) -> None:
-    recipe = Recipe(epochs=4, batch_size=16, lr=1e-2, block_lr=1e-3, weight_decay=0.1, schedule=schedule, seed=5)  # type: ignore[arg-type]
+def test_interrupted_and_resumed_is_uninterrupted(schedule: str, steps: int, ema: float, tmp_path: Path) -> None:
+    recipe = Recipe(
+        epochs=4, batch_size=16, lr=1e-2, block_lr=1e-3, weight_decay=0.1, schedule=schedule, ema=ema, seed=5
+    )  # type: ignore[arg-type]
     expected = Small(recipe, tmp_path / "whole.pt", [3.0, 2.0, 1.0, 4.0])
     numbers = expected.run()
     stopped = Small(recipe, tmp_path / "stopped.pt", [3.0, 2.0, 1.0, 4.0])
