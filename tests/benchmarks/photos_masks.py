@@ -3,7 +3,7 @@
     python tests/benchmarks/photos_masks.py --checkpoint backbone.safetensors --work masks/
 
 trains the last two blocks of a DINOv2 ViT-S/14 and a linear head on VOC's train split (or takes a --head that
-`cdam train head` wrote), and from there once with each share of the masks; what is measured is VOC's val split, no image
+`cdam train head` wrote), and from there once with each share of the masks, and once as if there were none: the control; what is measured is VOC's val split, no image
 of which is looked at before. Beside it stand CDAM and attention of the model before, on the first of these images. What
 is done is kept in the folder: called again, it goes on. The table is written to its end.
 """
@@ -48,7 +48,6 @@ ROWS = (
 METHODS = {
     "patch mask prediction": engine.PatchMaskPrediction("sigmoid"),
     "CDAM": engine.Cdam(),
-    "Smooth CDAM": engine.SmoothCdam(),
     "attention": engine.Attention(),
 }
 
@@ -159,16 +158,18 @@ def main() -> None:
     models = write_models(work / "before.yaml", given.checkpoint, head)
     cards = {}
     methods = {"before": compared(models, dataset, given.compare)}
-    for share in given.shares:
-        weights = work / f"masks_{share:g}.safetensors"
+    for name, share, weight in [("control", 0.01, 1e-9), *((f"masks_{share:g}", share, 1.0) for share in given.shares)]:
+        weights = work / f"{name}.safetensors"
         if not weights.exists():
-            more = ["--mask", "mask", "--masked-share", share, *given.rest]
+            more = ["--mask", "mask", "--masked-share", share, "--mask-weight", weight, *given.rest]
             cdam("train", "masks", dataset, "--models-file", models, *shared, *more, "-o", weights)
         card = json.loads(weights.with_suffix(".json").read_text())
-        title = f"{share:.0%} ({card['recipe']['masks']['train']} images)"
+        title = "no masks" if name == "control" else f"{share:.0%} ({card['recipe']['masks']['train']} images)"
         cards[title] = card
-        after = write_models(work / f"masks_{share:g}.yaml", given.checkpoint, weights)
-        methods[title] = compared(after, dataset, given.compare)
+        if name != "control":
+            methods[title] = compared(
+                write_models(work / f"{name}.yaml", given.checkpoint, weights), dataset, given.compare
+            )
     text = "\n".join(table(cards, methods, given.compare))
     (work / "masks.md").write_text(text + "\n")
     print(text)
