@@ -3,9 +3,10 @@
     python tests/benchmarks/photos_masks.py --checkpoint backbone.safetensors --work masks/
 
 trains the last two blocks of a DINOv2 ViT-S/14 and a linear head on VOC's train split (or takes a --head that
-`cdam train head` wrote), and from there once with each share of the masks, and once as if there were none: the control; what is measured is VOC's val split, no image
-of which is looked at before. Beside it stand CDAM and attention of the model before, on the first of these images. What
-is done is kept in the folder: called again, it goes on. The table is written to its end.
+`cdam train head` wrote, or with --whole a checkpoint that has its classifier), and from there once with each share of the
+masks, and once as if there were none: the control. What is measured is VOC's val split, which nothing is chosen by. CDAM
+and attention, before and after, stand beside it on the first of these images. What is done is kept in the folder: called
+again, it goes on. Options of `cdam train masks` follow after --. The table is written into the folder, too.
 """
 
 from __future__ import annotations
