@@ -106,7 +106,7 @@ def view_of_indices(
     """
     if view.number != PLAIN:
         varied: NDArray[np.uint8] = _vary(
-            tv_tensors.Mask(torch.from_numpy(numbers)), view, _variation(config, augmentation)
+            tv_tensors.Mask(torch.from_numpy(numbers.copy())), view, _variation(config, augmentation)
         ).numpy()
         return varied
     nearest = replace(config, interpolation="nearest", mean=(0.0,) * 3, std=(1.0,) * 3)

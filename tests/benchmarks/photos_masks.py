@@ -34,6 +34,7 @@ from cdam_server.specs import Task
 from cdam_training.datasets import read_dataset
 from cdam_training.mask_metrics import pixel_average_precision
 from cdam_training.masks import MaskKind, Masks
+from cdam_training.trunk_outputs import Sources
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("CDAM_VOC", ROOT.parent / "shared" / "data" / "voc"))
@@ -79,7 +80,7 @@ def compared(models: Path, dataset: Path, count: int) -> dict[str, float]:
     explainer, vit = engine.Explainer(model.module), engine.SplitViT(model.module)
     data = read_dataset(dataset, task=Task.MULTI_LABEL, targets=["labels"], split_by="split", mask="mask")
     geometry = Geometry(vit.input_size, vit.patch_size, vit.grid(vit.input_size))
-    masks = Masks(data, MaskKind.CLASSES, model.data_config, geometry)
+    masks = Masks(data, MaskKind.CLASSES, Sources([row.image for row in data.rows], model.data_config), geometry)
     found: dict[str, defaultdict[int, list[float]]] = {name: defaultdict(list) for name in METHODS}
     for row in [row for row, its in enumerate(data.rows) if its.split == "test"][:count]:
         with Image.open(data.rows[row].image) as opened:
