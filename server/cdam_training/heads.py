@@ -259,6 +259,8 @@ class HeadTraining:
         """The head that makes the loss and a penalty least."""
         images, penalties = self._images, self._options.penalties
         assert penalties is not None
+        if len(penalties) > 1 and not len(images.validation):
+            raise LoadError("l2", "there are no validation images to choose among penalties by: give one")
         latents, which = self.kept.all_views()
         validation = images.validation
         head, fits = convex.fit(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from cdam_training.heads import Options
     from cdam_training.loop import Epoch
     from cdam_training.metrics import Estimate
+
+_EVERY: Final = 15.0  # seconds between two lines, where there is no terminal
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -291,6 +295,7 @@ class Bars:
     def __init__(self) -> None:
         self._bar: Any = None
         self._title = ""
+        self._said = 0.0
 
     def __enter__(self) -> Self:
         """Nothing is shown yet."""
@@ -323,11 +328,21 @@ class Bars:
     def _show(self, title: str, done: int, total: int, told: dict[str, float | None] | None = None) -> None:
         from tqdm import tqdm
 
+        shown = {name: f"{value:.4g}" for name, value in (told or {}).items() if value is not None}
         if title != self._title:
             if self._bar is not None:
                 self._bar.close()
             self._bar, self._title = tqdm(total=total, initial=done, desc=title, disable=None), title
-        shown = {name: f"{value:.4g}" for name, value in (told or {}).items() if value is not None}
-        if shown:
+            self._said = 0.0
+        if not sys.stderr.isatty():
+            self._say(title, done, total, shown)
+        elif shown:
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update(done - self._bar.n)
+
+    def _say(self, title: str, done: int, total: int, shown: dict[str, str]) -> None:
+        """A line now and then, where there is no terminal."""
+        if done == total or time.monotonic() - self._said > _EVERY:
+            self._said = time.monotonic()
+            more = "".join(f", {name} {value}" for name, value in shown.items())
+            click.echo(f"{title}: {done} of {total}{more}", err=True)
