@@ -52,7 +52,7 @@ class MaskOptions:
     share: float = 0.01
     weight: float = 1.0
     images: int = 8
-    balanced: bool = False
+    balanced: bool = True
 
 
 def log_odds(logits: Tensor, images: Tensor, outputs: Tensor, task: Task) -> Tensor:

@@ -160,13 +160,17 @@ def main() -> None:
     models = write_models(work / "before.yaml", given.checkpoint, head)
     cards = {}
     methods = {"before": compared(models, dataset, given.compare)}
-    for name, share, weight in [("control", 0.01, 1e-9), *((f"masks_{share:g}", share, 1.0) for share in given.shares)]:
+    trainings = [("control", 0.01, ["--mask-weight", 1e-9])]
+    trainings += [(f"masks_{share:g}", share, []) for share in given.shares]
+    trainings += [("unbalanced", given.shares[-1], ["--no-balance-masks"])]
+    for name, share, own in trainings:
         weights = work / f"{name}.safetensors"
         if not weights.exists():
-            more = ["--mask", "mask", "--masked-share", share, "--mask-weight", weight, *given.rest]
+            more = ["--mask", "mask", "--masked-share", share, *own, *given.rest]
             cdam("train", "masks", dataset, "--models-file", models, *shared, *more, "-o", weights)
         card = json.loads(weights.with_suffix(".json").read_text())
-        title = "no masks" if name == "control" else f"{share:.0%} ({card['recipe']['masks']['train']} images)"
+        images = f"{share:.0%} ({card['recipe']['masks']['train']} images)"
+        title = {"control": "no masks", "unbalanced": f"{images}, not balanced"}.get(name, images)
         cards[title] = card
         if name != "control":
             methods[title] = compared(

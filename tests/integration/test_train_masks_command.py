@@ -131,7 +131,7 @@ def test_the_object_of_an_images_class(folder: Path, tmp_path: Path) -> None:
 
 def test_the_object_of_a_binary_task(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "red.safetensors"
-    more = ("--mask", "red", "--masked-share", "0.2", "--balance-masks", *FAST)
+    more = ("--mask", "red", "--masked-share", "0.2", "--no-balance-masks", *FAST)
     done = run(folder, *RED, *more, "-o", str(out), models="models1.yaml")
     assert done.exit_code == 0, done.output
     assert estimate(read_card(out), "test_masks", "mean_mask_iou") > 0.4

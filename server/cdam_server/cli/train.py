@@ -161,7 +161,12 @@ Example
 @click.option(
     "--masks-per-step", type=click.IntRange(1), default=8, show_default=True, help="Images with masks in each step."
 )
-@click.option("--balance-masks", is_flag=True, help="Let patches inside an object count as much as those outside.")
+@click.option(
+    "--balance-masks/--no-balance-masks",
+    default=True,
+    show_default=True,
+    help="Let patches inside an object count together as much as those outside.",
+)
 @click.option(
     "--train-blocks", type=click.IntRange(1), default=2, show_default=True, help="How many of the last are trained."
 )

@@ -43,7 +43,7 @@ def test_the_loss_of_a_step_is_that_of_its_images_and_masks(tmp_path: Path, epoc
     start = own_classifier(spec, dataset)
     backbone = load_backbone(spec)
     options = Options(blocks=2, keep=True, views=3, augmentation=AUGMENTATION)
-    with_masks = MaskOptions(MaskKind.CLASSES, share=0.5, weight=0.7, images=4)
+    with_masks = MaskOptions(MaskKind.CLASSES, share=0.5, weight=0.7, images=4, balanced=False)
     recipe = Recipe(batch_size=6, seed=SEED)
     training = MaskTraining(backbone, dataset, images_of(dataset, splits), options, with_masks, recipe, tmp_path, start)
     training.kept.fill(Silent().trunk)
