@@ -110,7 +110,7 @@ def _concepts(arguments: argparse.Namespace) -> None:
         split: concepts.outputs(explainer, voc, split, arguments.results / f"{arguments.name}-outputs-{split}.npz")
         for split in ("train", "val")
     }
-    head = measuring.header(explainer, measuring.protocol("multi", measuring.Sigmas(0, 0)), classes=voc.classes)
+    head = measuring.header(explainer, None, classes=voc.classes)
     head |= {"average_precision": concepts.summary(kept["val"]), "examples": concepts.counts(voc)}
     journal = _journal(arguments, "concepts", head)
     plain, centred = concepts.vectors(voc, kept["train"])

@@ -135,12 +135,11 @@ def digest(explainer: Explainer) -> str:
     return fingerprint(explainer.vit.model, ARCHITECTURE, {"img_size": list(INPUT)})
 
 
-def header(explainer: Explainer, its: Protocol, **others: object) -> dict[str, object]:
-    """What the lines of a journal have in common: model, protocol, versions."""
+def header(explainer: Explainer, its: Protocol | None, **others: object) -> dict[str, object]:
+    """What the lines of a journal have in common: model, protocol if there is one, versions."""
     return {
         "model": digest(explainer),
-        "protocol": repr(its),
-        "methods": names(its),
+        **({} if its is None else {"protocol": repr(its), "methods": names(its)}),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         **others,
     }
