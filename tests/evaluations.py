@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2
 from numpy.typing import NDArray
 from PIL import Image
 
-from calls import Stub, method, output
+from calls import Stub, array, method, output
 from cdam.statistics import Statistics
 from cdam.v1 import common_pb2, evaluation_pb2
 from cdam_engine import Output
@@ -141,6 +141,17 @@ class Answers:
         """The numbers of each sample that was measured."""
         return {item.sample_id: values(item) for item in self.results if item.HasField("measured")}
 
+    def curves(self) -> dict[str, dict[Key, NDArray[Any]]]:
+        """The curves of each sample that was measured."""
+        return {
+            item.sample_id: {
+                (value.method_index, value.metric_index, value.quantity): array(value.curve)
+                for value in item.measured.values
+                if value.HasField("curve")
+            }
+            for item in self.results
+        }
+
     def errors(self) -> dict[str, common_pb2.ItemError]:
         """What became of the others."""
         return {item.sample_id: item.error for item in self.results if item.HasField("error")}
@@ -202,11 +213,19 @@ class Talk:
         return code
 
 
-def statistics(found: dict[str, dict[Key, float]], *, methods: int = 2, seed: int = 0, failures: int = 0) -> Statistics:
+def statistics(
+    found: dict[str, dict[Key, float]],
+    *,
+    curves: dict[str, dict[Key, NDArray[Any]]] | None = None,
+    methods: int = 2,
+    seed: int = 0,
+    failures: int = 0,
+) -> Statistics:
     """What a client makes of results that came from anywhere."""
     made = Statistics(methods, seed=seed)
     for sample_id, its in found.items():
-        made.add(sample_id, [(*key, value) for key, value in its.items()])
+        drawn = (curves or {}).get(sample_id, {})
+        made.add(sample_id, [(*key, value, drawn.get(key)) for key, value in its.items()])
     for _ in range(failures):
         made.failed()
     return made

@@ -27,6 +27,7 @@ ENUMS: Mapping[str, tuple[Any, str]] = {
     "quadrature": (method_pb2.Quadrature, "QUADRATURE"),
     "unit": (evaluation_pb2.PerturbationUnit, "PERTURBATION_UNIT"),
     "enlargement": (evaluation_pb2.Enlargement, "ENLARGEMENT"),
+    "normalisation": (evaluation_pb2.MapNormalisation, "MAP_NORMALISATION"),
 }
 NESTED: Mapping[str, type[Any]] = {"noise": Noise, "fidelity": Fidelity, "box_sensitivity": BoxSensitivity}
 REPEATED = frozenset({"heads", "box_sizes"})

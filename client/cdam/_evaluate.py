@@ -11,6 +11,7 @@ from cdam._encode import Resize, encode_method, encode_preprocessing, encode_set
 from cdam._errors import CdamError, FailedPrecondition, MalformedResponse, RpcError
 from cdam._evaluation import EvaluationProtocol, EvaluationStarted, MetricValue, Sample, SampleResult
 from cdam._flow import SERVICE
+from cdam._hits import as_hits
 from cdam._images import encode_image, encode_mask, fit
 from cdam._methods import METHODS
 from cdam._metrics import (
@@ -26,6 +27,7 @@ from cdam._metrics import (
 from cdam._numbers import whole
 from cdam._stream import Job, Sent, passes
 from cdam._targets import TargetLike, TopK, as_target
+from cdam.statistics import PEAKED
 from cdam.v1 import common_pb2, evaluation_pb2, target_pb2
 
 T = TypeVar("T")
@@ -275,6 +277,11 @@ def _value(value: evaluation_pb2.MetricValue) -> MetricValue:
     curve = decode_tensor(value.curve) if value.HasField("curve") else None
     if curve is not None and (curve.ndim != 2 or len(curve) != 2):
         raise MalformedResponse(f"a curve of shape {curve.shape}")
+    if value.quantity == PEAKED:
+        try:
+            as_hits(curve)
+        except ValueError as error:
+            raise MalformedResponse(f"{value.quantity}: {error}") from error
     return MetricValue(value.method_index, value.metric_index, value.quantity, value.value, curve)
 
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal, TypeAlias, cast
 
 from cdam._methods import Method, MethodKind, MethodLike, as_method
-from cdam.statistics import CORRELATION
+from cdam.statistics import CORRELATION, PEAK
 
 MetricKind: TypeAlias = Literal[
     "fidelity",
@@ -19,6 +19,7 @@ MetricKind: TypeAlias = Literal[
     "sparseness",
     "randomisation",
     "counterfactual",
+    "localisation",
 ]
 """A metric's name."""
 
@@ -30,6 +31,9 @@ PerturbationUnit: TypeAlias = Literal["pixel", "patch"]
 
 Enlargement: TypeAlias = Literal["bilinear", "nearest"]
 """How a map over the patch grid becomes one over the input's pixels."""
+
+Normalisation: TypeAlias = Literal["max", "min_max"]
+"""How a map is scaled before it is thresholded: by its largest score, or from its least to its largest."""
 
 AnchorName: TypeAlias = Literal["random", "mask", "inverted_mask"]
 
@@ -158,6 +162,34 @@ class MaskAgreement(_Metric):
 
 
 @dataclass(frozen=True)
+class Localisation(_Metric):
+    """Whether a box drawn from the map finds the object, and whether the scores find its pixels.
+
+    In the table also ``max_box_acc``, the largest share of samples whose box is right at one and the same level: MaxBoxAcc of
+    Choe et al. (CVPR 2020).
+
+    Attributes:
+        normalisation: How the map is scaled; None: by its largest score.
+        threshold: The level of ``corloc`` and ``box_iou``; None: 0.2.
+        iou: From which intersection over union with a box of the mask on a box is right; None: 0.5.
+        points: Levels of the curve of ``box_acc``; None: 100.
+        all_components: Whether the boxes of all connected components are tried and the best counts, else the largest one's.
+        enlargement: How the map is enlarged; None: bilinear.
+    """
+
+    kind: ClassVar[MetricKind] = "localisation"
+    quantities: ClassVar[Mapping[str, Better | None]] = _quantities(
+        box_acc="higher", corloc="higher", box_iou="higher", pixel_ap="higher"
+    )
+    normalisation: Normalisation | None = None
+    threshold: float | None = None
+    iou: float | None = None
+    points: int | None = None
+    all_components: bool = False
+    enlargement: Enlargement | None = None
+
+
+@dataclass(frozen=True)
 class InsertionDeletion(_Metric):
     """The target's probability as the most important parts are put into a blurred image, or deleted.
 
@@ -221,6 +253,7 @@ Metric: TypeAlias = (
     | Sparseness
     | Randomisation
     | Counterfactual
+    | Localisation
 )
 MetricLike: TypeAlias = MetricKind | Metric
 """A metric, or the name of one with its defaults."""
@@ -242,13 +275,14 @@ METRICS: dict[str, type[Metric]] = {
         Sparseness,
         Randomisation,
         Counterfactual,
+        Localisation,
     )
 }
 """Every metric, by name."""
 
 BETTER: Mapping[str, Better | None] = MappingProxyType(
     {name: better for metric in METRICS.values() for name, better in metric.quantities.items()}
-    | {CORRELATION: "higher"}
+    | {CORRELATION: "higher", PEAK: "higher"}
 )
 """Which values of a quantity are better, of every quantity of a table; None: neither."""
 

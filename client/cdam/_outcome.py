@@ -44,7 +44,7 @@ class Outcome:
 
     def _count(self, result: SampleResult) -> SampleResult:
         if result.error is None:
-            values = [(v.method_index, v.metric_index, v.quantity, v.value) for v in result.values]
+            values = [(v.method_index, v.metric_index, v.quantity, v.value, v.curve) for v in result.values]
             self._statistics.add(result.id, values)
         else:
             self._statistics.failed()

@@ -10,7 +10,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
+
+from cdam_images.components import components
 
 Interpolation: TypeAlias = Literal["bicubic", "bilinear", "nearest"]
 """How a map is enlarged: smoothly, or each patch as a block."""
@@ -22,6 +24,9 @@ Background: TypeAlias = Literal["faded", "original"]
 _EVIDENCE = np.array([(255, 176, 84), (250, 126, 20), (211, 68, 0)], np.float32)
 _COUNTER = np.array([(104, 176, 250), (36, 112, 220), (8, 54, 165)], np.float32)
 _LEVELS = 1024  # of either sign
+
+_INK, _CASING = (24, 26, 30), (255, 255, 255)  # of a box, to be seen on anything
+_STROKES = 256  # widths of its line in the longer side of a picture
 
 _GREYS, _OUTSIDE = (150.0, 252.0), 0.7  # range of a faded background; how far towards white where the model didn't look
 
@@ -107,6 +112,37 @@ def overlay(
     opacity = rgba[..., 3:] / 255
     under = _background(image, region, background)
     return Image.fromarray(np.rint(under + opacity * (rgba[..., :3] - under)).astype(np.uint8))
+
+
+def largest_box(
+    scores: NDArray[np.float32],
+    region: Region,
+    size: tuple[int, int],
+    threshold: float,
+    interpolation: Interpolation = "bilinear",
+) -> Region | None:
+    """The box around the largest connected part of an image of `size` (height, width) with a fraction of the largest score.
+
+    None if no score is positive where the image is.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"the threshold of a box is greater than 0 and at most 1, not {threshold:g}")
+    enlarged = enlarge(scores, region, size, interpolation)  # 0, which is no evidence, outside
+    high = float(enlarged.max())
+    if high <= 0:
+        return None
+    ((top, left, bottom, right),) = components((enlarged / high >= threshold)[None]).largest().box.tolist()
+    return Region(left, top, right, bottom)
+
+
+def outline(picture: Image.Image, box: Region) -> None:
+    """Draw the edge of a box into a picture, from within."""
+    width = max(1, round(max(picture.size) / _STROKES))
+    pen = ImageDraw.Draw(picture)
+    for inset, ink, stroke in ((0, _CASING, 3 * width), (width, _INK, width)):
+        left, top = round(box.left) + inset, round(box.top) + inset
+        right, bottom = max(left, round(box.right) - 1 - inset), max(top, round(box.bottom) - 1 - inset)
+        pen.rectangle((left, top, right, bottom), outline=ink, width=stroke)
 
 
 def _background(image: Image.Image, region: Region, background: Background) -> NDArray[np.float32]:

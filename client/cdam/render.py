@@ -46,6 +46,7 @@ def sheet(
     percentile: float = 100.0,
     interpolation: Interpolation = "bicubic",
     title: str = "",
+    box: float | None = None,
 ) -> Image.Image:
     """The image and its maps side by side: a row for each method, a column for each target.
 
@@ -59,6 +60,7 @@ def sheet(
         percentile: Of |score|, where colours are full.
         interpolation: How maps are enlarged: "bicubic", "bilinear", or "nearest" for blocks.
         title: Written above everything.
+        box: Draw each map's `RelevanceMap.box` at this fraction of its largest score; None: draw none.
 
     Returns:
         An RGB image.
@@ -81,7 +83,10 @@ def sheet(
             heading, note = _captions(relevance)
             if not one_scale:
                 note += f"   ±{scale:.3g}"
-            pen.cell(column, top, _picture(relevance, original, layout.picture, scale, interpolation), heading, note)
+            picture = _picture(relevance, original, layout.picture, scale, interpolation)
+            if box is not None:
+                relevance._outline(picture, box)  # noqa: SLF001 - a friend
+            pen.cell(column, top, picture, heading, note)
         pen.bar(layout.left(len(row) + 1), top, scales[id(row[0])] if one_scale else None)
         top += layout.row_height
     return canvas

@@ -16,15 +16,26 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cdam._hits import Hits, as_hits
+
 Key: TypeAlias = tuple[int, int, str]
 """Index of the method, index of the metric, quantity."""
 
+Number: TypeAlias = tuple[int, int, str, float] | tuple[int, int, str, float, NDArray[Any] | None]
+"""Of a sample: the parts of the key, the value, and its curve of shape (2, points), if it has one."""
+
 _Array: TypeAlias = NDArray[np.float64]
 _Indices: TypeAlias = NDArray[np.intp]
+_HitsOf: TypeAlias = dict[tuple[int, int], NDArray[np.bool_]]  # by method and metric
 
 CORRELATION: Final = "change_correlation"
 """Pearson's correlation over samples of the two quantities of `CORRELATED`; a quantity of the table alone."""
 CORRELATED: Final = ("map_change", "true_change")
+
+PEAK: Final = "max_box_acc"
+"""The largest ordinate of the mean curve of `PEAKED` over samples; a quantity of the table alone."""
+PEAKED: Final = "box_acc"
+"""The quantity whose curve says, 1 or 0, whether each of its points is hit."""
 
 _ENDS = (0.025, 0.975)
 
@@ -37,9 +48,9 @@ class Row:
         method_index: Index of the method, as evaluated.
         metric_index: Index of the metric, as evaluated.
         quantity: Which of the metric's quantities.
-        mean: Mean over samples; for ``change_correlation`` the correlation.
+        mean: Mean over samples; for ``change_correlation`` the correlation, for ``max_box_acc`` the maximum.
         standard_error: Of the mean: sd / sqrt(n), with n - 1 in the variance; None for a single sample, and for a
-            correlation.
+            correlation and a maximum.
         interval_low: Lower end of the 95 % bootstrap interval; None for a single sample.
         interval_high: Upper end; likewise.
         samples: Number of samples.
@@ -64,8 +75,8 @@ class Comparison:
         other_method_index: Index of the other.
         metric_index: Index of the metric.
         quantity: Which of the metric's quantities.
-        mean_difference: Mean over samples of the one's value minus the other's; for ``change_correlation`` the
-            difference of the correlations.
+        mean_difference: Mean over samples of the one's value minus the other's; for ``change_correlation`` and
+            ``max_box_acc`` the difference of the two methods' numbers.
         interval_low: Lower end of the difference's 95 % bootstrap interval; None for a single sample.
         interval_high: Upper end; likewise.
     """
@@ -124,24 +135,27 @@ class Statistics:
         self._resamples = resamples
         self._moments: _Moments | None = None
 
-    def add(self, sample_id: str, values: Sequence[tuple[int, int, str, float]]) -> None:
+    def add(self, sample_id: str, values: Sequence[Number]) -> None:
         """Add a sample; each is added once.
 
         Args:
             sample_id: Its id.
-            values: Its method indices, metric indices, quantities and values, in any order; the same for every sample.
+            values: Its method indices, metric indices, quantities and values, in any order; the same for every sample. Of
+                `PEAKED` the curve is needed, others are not looked at.
 
         Raises:
             ValueError: They are not those of the samples before, or not finite; nothing was added.
         """
-        keys = tuple((method, metric, quantity) for method, metric, quantity, _ in values)
-        numbers = np.array([value for *_, value in values], np.float64)
+        keys = tuple((value[0], value[1], value[2]) for value in values)
+        numbers = np.array([value[3] for value in values], np.float64)
         if not np.isfinite(numbers).all():
             raise ValueError(f"{sample_id!r} has values that are not finite")
-        moments = self._moments or _Moments(self._checked(keys), self._resamples)
+        hits = _hits(sample_id, values)
+        moments = self._moments or _Moments(self._checked(keys), self._resamples, hits)
         if keys != moments.keys:
             numbers = numbers[_order(keys, moments.keys)]
-        moments.add(numbers, _weights(self._seed, sample_id, self._resamples))
+        moments.check(sample_id, hits)
+        moments.add(numbers, hits, _weights(self._seed, sample_id, self._resamples))
         self._moments = moments
         self.samples += 1
 
@@ -232,8 +246,9 @@ class _Sums:
 class _Moments:
     """Sums over samples of every quantity: of all samples once, and of the bootstrap's resamples."""
 
-    def __init__(self, keys: tuple[Key, ...], resamples: int) -> None:
+    def __init__(self, keys: tuple[Key, ...], resamples: int, hits: _HitsOf) -> None:
         self.keys = keys
+        self.hits = {its: Hits(len(points), resamples) for its, points in hits.items()}
         pairs = _correlated(keys)
         every = np.arange(len(keys))
         self.x = x = np.array([x for x, _ in pairs], np.intp)
@@ -241,14 +256,31 @@ class _Moments:
         self.once = _Sums(len(keys), (np.concatenate([every, x]), np.concatenate([every, y])), 1)
         self.drawn = _Sums(len(keys), (np.concatenate([x, y, x]), np.concatenate([x, y, y])), resamples)
 
-    def add(self, values: _Array, weights: _Array) -> None:
+    def check(self, sample_id: str, hits: _HitsOf) -> None:
+        """Refuse curves of another length than those before."""
+        for its, points in hits.items():
+            before = len(self.hits[its].once)
+            if len(points) != before:
+                raise ValueError(f"{sample_id!r}: {PEAKED}'s curve has {len(points)} points, not {before} as before")
+
+    def add(self, values: _Array, hits: _HitsOf, weights: _Array) -> None:
         """Add a sample."""
         self.once.add(values, np.ones(1))
         self.drawn.add(values, weights)
+        for its, points in hits.items():
+            self.hits[its].add(points, weights)
 
     def merge(self, other: "_Moments") -> None:
         """Add the sums of other samples."""
         order = _order(other.keys, self.keys)
+        for its, hits in self.hits.items():
+            theirs, ours = len(other.hits[its].once), len(hits.once)
+            if theirs != ours:
+                raise ValueError(
+                    f"curves of different lengths can't be merged: {PEAKED} has {ours} and {theirs} points"
+                )
+        for its, hits in self.hits.items():
+            hits.merge(other.hits[its])
         self.once.merge(other.once, order)
         self.drawn.merge(other.drawn, order)
 
@@ -260,10 +292,17 @@ class _Moments:
         correlations = _correlation(*np.split(self.drawn.products[:, some], 3))
         errors = np.sqrt(squares / (samples - 1) / samples) if samples > 1 else None
         correlated = [self.keys[index][:2] for index in self.x]
+        peaks = [hits.peaks(self.drawn.weight) for hits in self.hits.values()]
         return _Estimates(
-            keys=(*self.keys, *((method, metric, CORRELATION) for method, metric in correlated)),
-            points=np.concatenate([self.once.means()[:, 0], correlation]),
-            resampled=np.concatenate([self.drawn.means()[:, some], correlations]),
+            keys=(
+                *self.keys,
+                *((method, metric, CORRELATION) for method, metric in correlated),
+                *((method, metric, PEAK) for method, metric in self.hits),
+            ),
+            points=np.array(
+                [*self.once.means()[:, 0], *correlation, *(its.peak(samples) for its in self.hits.values())]
+            ),
+            resampled=np.concatenate([self.drawn.means()[:, some], correlations, *(its[None] for its in peaks)]),
             errors=errors,
             samples=samples,
         )
@@ -315,6 +354,18 @@ def _weights(seed: int, sample_id: str, resamples: int) -> _Array:
     digest = hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
     draws = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
     return draws.poisson(1.0, resamples).astype(np.float64)
+
+
+def _hits(sample_id: str, values: Sequence[Number]) -> _HitsOf:
+    """The curves of `PEAKED`, by method and metric."""
+    hits = {}
+    for method, metric, quantity, _, *rest in values:
+        if quantity == PEAKED:
+            try:
+                hits[method, metric] = as_hits(rest[0] if rest else None)
+            except ValueError as error:
+                raise ValueError(f"{sample_id!r}: {PEAKED}: {error}") from error
+    return hits
 
 
 def _order(keys: Sequence[Any], wanted: Sequence[Any]) -> _Indices:

@@ -24,6 +24,7 @@ from cdam_engine.evaluation import (
     Evaluator,
     Fidelity,
     InsertionDeletion,
+    Localisation,
     Measured,
     Metric,
     Protocol,
@@ -49,6 +50,7 @@ _LEAST_WINDOW: Final = 4  # of samples in work: one for each batch that there ma
 _SHARE: Final = 4  # of the server's bound on pending work
 _CALLER_SHARE: Final = 4
 _MAX_NUMBERS: Final = 1 << 21  # that the bootstrap keeps: 16 MiB, and a second for the table
+_MAX_LEVELS: Final = 20_000  # of maps, where boxes are drawn: 7 s at 224 x 224
 _LISTED: Final = 16  # perturbed images, of all methods, for each pass that is allowed
 _RETRY_AFTER_SECONDS: Final = 5.0
 _MASK_THRESHOLD: Final = 128
@@ -153,6 +155,7 @@ class EvaluateUseCase:
         model = self._explain.catalog.get(plan.model)
         input_size = self._explain.input_size(model, plan.input_size, "protocol.preprocessing.input_size")
         protocol = _resolved(model, plan.protocol, input_size)
+        _check_levels(protocol)
         _check_resamples(protocol, plan.resamples)
         self._check_images(protocol)
         evaluator = await asyncio.to_thread(_evaluator, model, protocol, input_size)
@@ -262,7 +265,7 @@ class Evaluation:
                 wrong_mask=pixels.wrong_mask,
             )
             measured = (await ticket.submit(sample)).answer
-        values = [(value.method_index, value.metric_index, value.quantity, value.value) for value in measured.values]
+        values = [(v.method_index, v.metric_index, v.quantity, v.value, v.curve) for v in measured.values]
         async with self._adding:  # which takes milliseconds, of many quantities and resamples
             await asyncio.to_thread(self._statistics.add, order.id, values)
         return measured
@@ -321,14 +324,28 @@ def _resolved_boxes(metric: BoxSensitivity, input_size: tuple[int, int], field: 
         raise InvalidArgumentError(f"{field}.box_sizes", str(error).removeprefix("box_sizes: ")) from error
 
 
+def _check_levels(protocol: Protocol) -> None:
+    """Refuse boxes that take long to draw: they take no pass, which would bound them."""
+    levels = len(protocol.methods) * sum(map(_levels, protocol.metrics))
+    if levels > _MAX_LEVELS:
+        message = f"draw boxes at {levels} levels a sample, those of each method counted; at most {_MAX_LEVELS}"
+        raise InvalidArgumentError("protocol.metrics", message)
+
+
 def _check_resamples(protocol: Protocol, resamples: int) -> None:
     """Refuse a bootstrap that takes too much memory, or a table that takes too long."""
     rows = len(protocol.methods) * sum(
-        len(metric.quantities) + 3 * (set(CORRELATED) <= set(metric.quantities)) for metric in protocol.metrics
+        len(metric.quantities) + 3 * (set(CORRELATED) <= set(metric.quantities)) + _levels(metric)
+        for metric in protocol.metrics
     )
     if rows * resamples > _MAX_NUMBERS:
         message = f"{resamples} of {rows} rows; at most {_MAX_NUMBERS // rows} are allowed"
         raise InvalidArgumentError("protocol.bootstrap_resamples", message)
+
+
+def _levels(metric: Metric) -> int:
+    """How many levels a metric draws boxes at, for one method."""
+    return metric.points if isinstance(metric, Localisation) else 0
 
 
 def _images(metric: Metric) -> int:

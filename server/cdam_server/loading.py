@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,8 +31,19 @@ from cdam_server.output_names import imagenet_names, read_names
 from cdam_server.specs import DEMO, HUB, TORCHVISION, ModelSpec, Task, load_models_file, naming
 from cdam_server.validation import unknown
 from cdam_server.weights import NO_REPORT, Report, Wish, attach_head, load_weights, read_checkpoint
+from cdam_server.weights.trained import Trained, apply_tuned, check_backbone, read_trained
 
-__all__ = ["LoadError", "LoadedModel", "ModelSpec", "Task", "load_model", "load_models_file", "share_weights"]
+__all__ = [
+    "Backbone",
+    "LoadError",
+    "LoadedModel",
+    "ModelSpec",
+    "Task",
+    "load_backbone",
+    "load_model",
+    "load_models_file",
+    "share_weights",
+]
 
 # Keyword arguments that leave a model's output alone, or show in its tensors or its preprocessing.
 _NOT_IN_FINGERPRINT: Final = {
@@ -103,24 +114,18 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
     """
     with naming(spec.name):
         names = read_names(spec.outputs)
-        converted = None
-        if spec.architecture == DEMO:
-            module, report = _demo(), Report("the package")
-        else:
-            module, report, converted = _build(spec, names)
-        module = module.eval().requires_grad_(False)
+        built = _build(spec, names) if spec.head is None else _with_head(spec)
+        module, converted = built.module, built.converted
         split = _split(spec, module)
         count = _count_outputs(module, split)
         if not names:
-            names = _default_names(spec, module, count, converted)
-        task = _task(spec, converted)
+            names = _default_names(spec, built, count)
+        task = _task(spec, built)
         _check_outputs(spec, names, count, task)
-        architecture = _architecture(spec, module) if converted is None else converted.source
-        data_config = _data_config(spec, module)
-        settings = _settings(spec, module, data_config, converted)
+        architecture, data_config, settings = _identity(spec, built)
         digest = fingerprint(module, architecture, settings)
         trunk = "" if split is None else fingerprint(module, architecture, settings, counts=split.is_of_trunk)
-    _tell(spec.name, report)
+    _tell(spec.name, built.report)
     text = None if converted is None else converted.text
     return LoadedModel(
         spec.name,
@@ -132,10 +137,54 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
         count,
         digest,
         trunk,
-        report,
+        built.report,
         text,
         dict(spec.model_kwargs) if converted is None else dict(converted.model_kwargs),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A model without classifier, for heads to be trained on.
+
+    Attributes:
+        module: The model, in eval mode; its weights take no gradient.
+        architecture: See `LoadedModel`.
+        data_config: How it wants its images.
+        fingerprint: Of the backbone before anything of it was tuned; files of trained heads name it.
+        tuned: Names of the tensors that come from a file which `cdam train` wrote.
+    """
+
+    module: nn.Module
+    architecture: str
+    data_config: DataConfig
+    fingerprint: str
+    tuned: tuple[str, ...] = ()
+
+
+def load_backbone(spec: ModelSpec) -> Backbone:
+    """The model that the settings describe, without its classifier; with what a trained head of it has tuned.
+
+    Raises:
+        LoadError: It can't be done as the settings say; the message names the setting.
+    """
+    with naming(spec.name):
+        return _backbone(spec)[0]
+
+
+def _backbone(spec: ModelSpec) -> tuple[Backbone, _Built]:
+    bare = spec.model_copy(update={"head": None, "head_layers": None, "outputs": None, "num_outputs": 0})
+    built = _build(bare, [])
+    architecture, data_config, settings = _identity(bare, built)
+    digest = fingerprint(built.module, architecture, settings)
+    tuned: tuple[str, ...] = ()
+    found = None if spec.head is None else read_trained(spec.head, "head")
+    if spec.head is not None and found is not None:
+        trained, tensors = found
+        check_backbone(trained, digest, architecture, spec.head, "head")
+        tuned = apply_tuned(built.module, tensors, spec.head, "head")
+        built = replace(built, trained=trained)
+    return Backbone(built.module, architecture, data_config, digest, tuned), built
 
 
 def share_weights(module: nn.Module, others: Sequence[nn.Module]) -> None:
@@ -171,27 +220,61 @@ def _tell(model: str, report: Report) -> None:
 # --- the module
 
 
-def _demo() -> nn.Module:
+@dataclass(frozen=True, eq=False)
+class _Built:
+    """A module in eval mode, what was done to its weights, what it was in another library, and of which training its
+    head is.
+    """
+
+    module: nn.Module
+    report: Report
+    converted: Converted | None = None
+    trained: Trained | None = None
+
+
+def _demo(spec: ModelSpec) -> nn.Module:
     from cdam_server.demo import model
 
     try:
-        module: nn.Module = model.load()
+        module: Any = model.load()
     except OSError as error:
         raise LoadError("architecture", "the demo model's weights are not installed") from error
-    return module
+    if spec.num_outputs == 0:
+        module.reset_classifier(0)
+    loaded: nn.Module = module
+    return loaded
 
 
-def _build(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report, Converted | None]:
-    """A timm model with its weights and head, what was done to the weights, and what it was in another library."""
-    found = foreign.converted_of(spec)
-    if found is None:
+def _build(spec: ModelSpec, names: list[str]) -> _Built:
+    """A model with its weights and its own head."""
+    found = None
+    if spec.architecture == DEMO:
+        module, report = _demo(spec), Report("the package")
+    elif (found := foreign.converted_of(spec)) is None:
         module, report = _of_timm(spec, names)
     else:
         module, report = foreign.build(spec, found[0]), found[1]
         foreign.tell(spec.name, found[0])
-    if spec.head is not None:
-        attach_head(module, spec.head, "head", spec.head_layers)
-    return module, report, None if found is None else found[0]
+    return _Built(module.eval().requires_grad_(False), report, None if found is None else found[0])
+
+
+def _with_head(spec: ModelSpec) -> _Built:
+    """A model with the head in a file, and with what was tuned together with it."""
+    assert spec.head is not None
+    _, built = _backbone(spec)
+    if built.trained is not None and spec.head_layers is not None:
+        raise LoadError("head_layers", f"{spec.head} holds a linear head: leave them out")
+    attach_head(built.module, spec.head, "head", spec.head_layers, tuned=built.trained is not None)
+    built.module.eval().requires_grad_(False)
+    return built
+
+
+def _identity(spec: ModelSpec, built: _Built) -> tuple[str, DataConfig, dict[str, object]]:
+    """What a fingerprint is of, besides the weights: architecture, preprocessing, other settings."""
+    converted = built.converted
+    architecture = _architecture(spec, built.module) if converted is None else converted.source
+    data_config = _data_config(spec, built.module)
+    return architecture, data_config, _settings(spec, built.module, data_config, converted)
 
 
 def _of_timm(spec: ModelSpec, names: list[str]) -> tuple[nn.Module, Report]:
@@ -409,16 +492,16 @@ def _settings(
 # --- names of outputs
 
 
-def _default_names(spec: ModelSpec, module: nn.Module, count: int, converted: Converted | None) -> list[str]:
+def _default_names(spec: ModelSpec, built: _Built, count: int) -> list[str]:
+    if spec.head is not None:
+        return [] if built.trained is None else list(built.trained.outputs)
     if spec.architecture == DEMO:
         from cdam_server.demo import model
 
         return list(model.LABELS)
-    if spec.head is not None:
-        return []
-    if converted is not None:
-        return list(converted.output_names) if count else []
-    config: Mapping[str, Any] = getattr(module, "pretrained_cfg", None) or {}
+    if built.converted is not None:
+        return list(built.converted.output_names) if count else []
+    config: Mapping[str, Any] = getattr(built.module, "pretrained_cfg", None) or {}
     labels = config.get("label_names")
     if spec.brings_weights and isinstance(labels, list | tuple) and len(labels) == count:
         return [str(label) for label in labels]
@@ -427,11 +510,12 @@ def _default_names(spec: ModelSpec, module: nn.Module, count: int, converted: Co
     return imagenet_names(subset) if spec.pretrained and subset else []
 
 
-def _task(spec: ModelSpec, converted: Converted | None) -> Task:
-    """What the settings say, else the converted files."""
-    if converted is None or converted.task is None or "task" in spec.model_fields_set or spec.head is not None:
+def _task(spec: ModelSpec, built: _Built) -> Task:
+    """What the settings say, else the file of the head, else the converted files."""
+    source = built.converted if spec.head is None else built.trained
+    if source is None or source.task is None or "task" in spec.model_fields_set:
         return spec.task
-    return Task(converted.task)
+    return Task(source.task)
 
 
 def _check_outputs(spec: ModelSpec, names: list[str], count: int, task: Task) -> None:

@@ -188,7 +188,9 @@ class ModelSpec(BaseModel):
     def _one_source_of_weights(self) -> Self:
         if self.architecture == DEMO:
             given = {field for field in self.model_fields_set if getattr(self, field)}
-            if extra := given - {"name", "architecture", "task", "dynamic_img_size"}:
+            # A head of one's own says what the outputs are.
+            own = {"head", "outputs", "num_outputs"} if self.head is not None else set()
+            if extra := given - {"name", "architecture", "task", "dynamic_img_size"} - own:
                 raise ValueError(f"the demo model comes complete; leave out {', '.join(sorted(extra))}")
             return self
         sources = [self.pretrained, self.checkpoint is not None, self.random_weights]

@@ -13,9 +13,10 @@ from PIL import Image
 
 import cdam
 from cdam.v1 import concept_pb2
+from cdam_images.folders import once, walk
 from cdam_server.cli import main
 from cdam_server.cli.evaluation.dataset import open_dataset
-from cdam_server.cli.images import Found, find_images, once, walk
+from cdam_server.cli.images import Found, find_images
 from scripted_server import Script, serving
 
 Run = Callable[..., Result]

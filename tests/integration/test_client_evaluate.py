@@ -30,6 +30,7 @@ HOW: dict[str, Any] = {
         cdam.BoxSensitivity(box_sizes=(32,), boxes=8),
         "compactness",
         "mask_agreement",
+        "localisation",
         "sparseness",
         "counterfactual",
     ],

@@ -26,6 +26,7 @@ from cdam_engine.evaluation import (
     Evaluator,
     Fidelity,
     InsertionDeletion,
+    Localisation,
     MaskAgreement,
     Measured,
     Protocol,
@@ -68,6 +69,7 @@ ALL = protocol(
     ),
     metric("compactness", absolute=True),
     metric("mask_agreement", enlargement=evaluation_pb2.ENLARGEMENT_NEAREST),
+    metric("localisation", points=30, iou=0.3),
     metric("insertion_deletion", steps=3),
     metric("sparseness"),
     metric("randomisation"),
@@ -88,6 +90,7 @@ ALL_OF_THE_ENGINE = Protocol(
         ClassDiscrimination(Fidelity(unit="patch", points=2), BoxSensitivity((8, 20), boxes=4)),
         Compactness(absolute=True),
         MaskAgreement("nearest"),
+        Localisation(points=30, iou=0.3),
         InsertionDeletion(steps=3),
         Sparseness(),
         Randomisation(),
@@ -126,9 +129,9 @@ def test_the_table_is_what_the_results_come_to(stub: Stub) -> None:
     answers = evaluate(stub, ALL, [*map(sample, range(3)), sample(3, image=None)])
     assert answers.table is not None
     assert (answers.table.samples, answers.table.failures) == (3, 1)
-    made = statistics(answers.values(), methods=4, seed=3, failures=1).table()
+    made = statistics(answers.values(), curves=answers.curves(), methods=4, seed=3, failures=1).table()
     same(answers.table, made)
-    assert {row.quantity for row in answers.table.rows} >= {"a_mif", "change_correlation"}
+    assert {row.quantity for row in answers.table.rows} >= {"a_mif", "change_correlation", "max_box_acc"}
 
 
 def same(table: evaluation_pb2.EvaluationTable, expected: Table) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from cdam_engine.evaluation import (
     Evaluator,
     Fidelity,
     InsertionDeletion,
+    Localisation,
     MaskAgreement,
     Measured,
     Metric,
@@ -210,6 +212,9 @@ class Expectation:
             case MaskAgreement(enlargement):
                 assert given.mask is not None
                 return references.mask_agreement(scores, given.mask, its.patch, enlargement)
+            case Localisation():
+                assert given.mask is not None
+                return references.localisation(scores, given.mask, its.patch, **dataclasses.asdict(metric))
             case InsertionDeletion():
                 f = self._f
                 if isinstance(given.target, Output):

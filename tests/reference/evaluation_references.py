@@ -10,9 +10,11 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import skimage.measure
+import sklearn.metrics
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -360,6 +362,65 @@ def mask_agreement(
         "auroc": Number(float(wins / (n * m))),
         "patch_iou": Number(len(object_patches & best) / len(object_patches | best)),
     }
+
+
+def localisation(
+    scores: NDArray[np.floating],
+    mask: NDArray[np.bool_],
+    patch: Patch,
+    *,
+    normalisation: str = "max",
+    threshold: float = 0.2,
+    iou: float = 0.5,
+    points: int = 100,
+    all_components: bool = False,
+    enlargement: str = "bilinear",
+) -> Numbers:
+    """Boxes around connected components of the map against those of the mask; the scores as a classifier of pixels.
+
+    Sources: Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020, section 3.1 and, for
+    several components, their "Evaluation for Weakly Supervised Object Localization", TPAMI 2022; the fixed level: Zhou et
+    al., "Learning Deep Features for Discriminative Localization", CVPR 2016. Components are scikit-image's, average
+    precision is scikit-learn's.
+    """
+    pixels = enlarge(scores, patch, mask.shape, enlargement)
+    truths = [region.bbox for region in component_regions(mask)]
+
+    def fit(chosen: NDArray[np.bool_]) -> float:
+        regions = component_regions(chosen)
+        if not all_components and regions:
+            regions = [max(regions, key=lambda region: region.area)]  # the first of equal ones
+        return max((box_iou(region.bbox, truth) for region in regions for truth in truths), default=0.0)
+
+    low, high = float(pixels.min()), float(pixels.max())
+    none = np.zeros(mask.shape, bool)
+
+    def at_least(level: float) -> NDArray[np.bool_]:
+        if normalisation == "max":
+            return pixels / high >= level if high > 0 else none
+        assert normalisation == "min_max"
+        return (pixels - low) / (high - low) >= level if high > low else ~none if level <= 0 else none
+
+    levels = [k / points for k in range(points)]
+    hits = [float(fit(at_least(level)) >= iou) for level in levels]
+    fixed = fit(at_least(threshold))
+    return {
+        "box_acc": Number(sum(hits) / points, np.array([levels, hits])),
+        "corloc": Number(float(fixed >= iou)),
+        "box_iou": Number(fixed),
+        "pixel_ap": Number(float(sklearn.metrics.average_precision_score(mask.ravel(), pixels.ravel()))),
+    }
+
+
+def component_regions(mask: NDArray[np.bool_]) -> list[Any]:
+    """Connected components, at edges and corners, from the top."""
+    return list(skimage.measure.regionprops(skimage.measure.label(mask, connectivity=2)))
+
+
+def box_iou(one: Sequence[int], other: Sequence[int]) -> float:
+    """Intersection over union of two boxes (top, left, bottom, right), pixel by pixel."""
+    cells = [{(y, x) for y in range(box[0], box[2]) for x in range(box[1], box[3])} for box in (one, other)]
+    return len(cells[0] & cells[1]) / len(cells[0] | cells[1])
 
 
 def insertion_deletion(

@@ -37,6 +37,7 @@ from cdam_engine.evaluation import (
     Evaluator,
     Fidelity,
     InsertionDeletion,
+    Localisation,
     MaskAgreement,
     Metric,
     Protocol,
@@ -55,6 +56,7 @@ QUICK = (
     BoxSensitivity(boxes=10),
     Compactness(),
     MaskAgreement(),
+    Localisation(),
     InsertionDeletion(unit="patch", steps=4),
     Sparseness(),
     Counterfactual(),
@@ -179,6 +181,8 @@ def test_map_of_zeros() -> None:
     assert numbers["pointing_game"] == pytest.approx(one.mask.mean())
     assert numbers["auroc"] == 0.5
     assert numbers["gini"] == 0
+    assert numbers["corloc"] == numbers["box_iou"] == numbers["box_acc"] == 0
+    assert numbers["pixel_ap"] == pytest.approx(one.mask.mean())
     assert numbers["map_change"] == 0
     assert numbers["sign_agreement"] == 0.5
     assert numbers["randomisation_mean"] == numbers["randomisation_all"] == 0
@@ -194,6 +198,11 @@ def test_constant_map(height: float) -> None:
     assert numbers["box_mean"] == numbers["box_area"] == 0
     assert numbers["compactness"] == 0
     assert numbers["energy"] == pytest.approx(one.mask.mean() if height > 0 else 0)
+    rows, columns = (np.flatnonzero(one.mask.any(axis)) for axis in (1, 0))
+    whole_image = len(rows) * len(columns) / one.mask.size  # the mask is a box
+    assert numbers["box_iou"] == pytest.approx(whole_image if height > 0 else 0)
+    assert numbers["corloc"] == (height > 0 and whole_image >= 0.5)
+    assert numbers["pixel_ap"] == pytest.approx(one.mask.mean())
     assert numbers["auroc"] == 0.5
     assert numbers["gini"] == pytest.approx(0, abs=1e-12)
     assert numbers["randomisation_mean"] == 0
@@ -250,7 +259,7 @@ def over_scenes(methods: tuple[Evaluated, ...], metrics: tuple[Metric, ...], cou
 HIGHER = (
     *("a_lif", "a_lif_mif", "mean_lif", "box_mean", "box_area", "energy", "pointing_game", "auroc", "patch_iou"),
     *("delta_a_lif", "delta_a_lif_mif", "delta_box_mean", "delta_box_area", "sign_agreement", "map_change"),
-    *("insertion", "insertion_deletion"),
+    *("insertion", "insertion_deletion", "box_acc", "corloc", "box_iou", "pixel_ap"),
 )
 LOWER = ("a_mif", "mean_mif", "delta_a_mif", "deletion")
 
@@ -263,6 +272,7 @@ def test_objects_beat_noise() -> None:
         boxes,
         ClassDiscrimination(Fidelity(points=4), boxes),
         MaskAgreement(),
+        Localisation(),
         InsertionDeletion(unit="patch", steps=4),
         Counterfactual(),
     )
@@ -271,6 +281,70 @@ def test_objects_beat_noise() -> None:
     for name in (*HIGHER, *LOWER):
         better = mask[name].mean() - random[name].mean()
         assert (better < 0) if name in LOWER else (better > 0), name
+
+
+def test_boxes_of_objects_are_theirs() -> None:
+    """The mask's map is a mask of patches: at half of its largest score its box is the object's, in almost every scene."""
+    methods = (Anchor.MASK, Anchor.RANDOM, Anchor.INVERTED_MASK)
+    mask, random, inverted = over_scenes(methods, (Localisation(threshold=0.5),), 30)
+    assert mask["corloc"].mean() > 0.95  # the thinnest strokes have no patch of which they cover half
+    assert mask["box_iou"].mean() > 0.8
+    assert mask["pixel_ap"].mean() > 0.9
+    assert random["corloc"].mean() < 0.1
+    assert random["pixel_ap"].mean() < 0.2
+    assert inverted["corloc"].mean() < 0.1
+    assert inverted["pixel_ap"].mean() < 0.1
+
+
+def test_the_lowest_level_is_the_whole_image() -> None:
+    its = setting("patch_8")
+    mask = np.zeros(its.size, bool)
+    mask[:-2] = True
+    metric = Localisation("min_max", points=5)
+    (found,) = measure(its, Protocol((given(noise(its)),), (metric,)), [sample(its, mask=mask)])
+    curve = found[0, 0, "box_acc"].curve
+    assert curve is not None
+    assert curve[0] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert curve[1, 0] == 1
+
+
+def test_boxes_know_0_or_not() -> None:
+    """From its minimum a map is the same with any offset and scale; by its maximum with any scale."""
+    its = setting("patch_8")
+    scores = np.round(64 * noise(its))  # whole numbers: exact
+    maps = given(scores), given(4 * scores), given(4 * scores + 1024)
+    plain, scaled, moved = ask(its, maps, (Localisation("min_max", points=64),), sample(its))
+    assert plain == scaled == pytest.approx(moved)
+    plain, scaled, moved = ask(its, maps, (Localisation("max", points=64),), sample(its))
+    assert plain == scaled
+    assert moved["box_iou"] != plain["box_iou"]
+
+
+@pytest.mark.parametrize("normalisation", ["max", "min_max"])
+def test_the_fixed_level_is_a_point_of_the_curve(normalisation: Any) -> None:
+    """So the best level is at least as good as it, whatever the methods."""
+    its, mask = setting("patch_8"), np.zeros((40, 64), bool)
+    mask[:30, :50] = True
+    assert its.size == mask.shape
+    metrics = [Localisation(normalisation, points=10, threshold=k / 10) for k in range(1, 10)]
+    (found,) = measure(its, Protocol((given(noise(its, 3)),), tuple(metrics)), [sample(its, mask=mask)])
+    curve = found[0, 0, "box_acc"].curve
+    assert curve is not None
+    assert curve[1, 1:].tolist() == [found[0, index, "corloc"].value for index in range(9)]
+    assert set(curve[1]) == {0, 1}
+
+
+def test_one_of_several_objects_is_enough() -> None:
+    its = setting("patch_8")
+    (height, width), (down, across) = its.size, its.patch
+    mask = np.zeros(its.size, bool)
+    mask[:down, :across] = mask[height - 2 * down :, width - 2 * across :] = True
+    scores = np.zeros(its.grid)
+    scores[0, 0] = 1
+    metric = Localisation(enlargement="nearest")
+    first, anchor = ask(its, (given(scores), Anchor.MASK), (metric,), sample(its, mask=mask))
+    assert first["box_iou"] == anchor["box_iou"] == first["corloc"] == 1
+    assert first["box_acc"] == anchor["box_acc"] == pytest.approx(0.99)  # but for the whole image
 
 
 def test_surroundings_lose_to_objects() -> None:
@@ -524,6 +598,7 @@ def test_bad_samples_fail_alone_and_say_why(batch_size: int) -> None:
     ("method", "metric", "field", "needer"),
     [
         (Cdam(), MaskAgreement(), "mask", "mask_agreement"),
+        (Cdam(), Localisation(), "mask", "localisation"),
         (Cdam(), Counterfactual(), "counterfactual", "counterfactual"),
         (Cdam(), ClassDiscrimination(), "wrong_target", "class_discrimination"),
         (Anchor.MASK, Sparseness(), "mask", "mask"),

@@ -259,6 +259,50 @@ def test_auroc_is_scikit_learns() -> None:
         assert references.mask_agreement(scores, mask, PATCH, how)["auroc"].value == pytest.approx(expected, abs=1e-12)
 
 
+def test_localisation_by_hand() -> None:
+    """A map of single pixels: 8 and 9 beside one another on the object, a weaker and wider part elsewhere."""
+    scores = np.array(
+        [
+            [8.0, 9.0, -1.0, -1.0],
+            [-1.0, -1.0, -1.0, -1.0],
+            [4.0, 4.0, 4.0, -1.0],
+        ]
+    )
+    mask = np.zeros((3, 4), bool)
+    mask[0, 0] = mask[0, 1] = True
+    plain = references.localisation(scores, mask, (1, 1), points=10)
+    # Levels of S / 9: to 0.4 the wider part is the largest, then the object, at 0.9 the 9 alone, which is half of it.
+    assert plain["box_acc"].curve is not None
+    assert plain["box_acc"].curve[1].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+    plain = references.localisation(scores, mask, (1, 1), points=10, normalisation="min_max")
+    # Levels of (S + 1) / 10: at 0 all is one box of twelve, to 0.5 the wider part is the largest, then the object.
+    assert plain["box_acc"].curve is not None
+    assert plain["box_acc"].curve[0] == pytest.approx([k / 10 for k in range(10)])
+    assert plain["box_acc"].curve[1].tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert value(plain) == {"box_acc": 0.4, "corloc": 0.0, "box_iou": 0.0, "pixel_ap": 1.0}
+    tried = value(references.localisation(scores, mask, (1, 1), points=10, all_components=True))
+    assert tried == {"box_acc": 1.0, "corloc": 1.0, "box_iou": 1.0, "pixel_ap": 1.0}
+    strict = value(references.localisation(scores, mask, (1, 1), points=10, threshold=0.95))
+    assert (strict["corloc"], strict["box_iou"]) == (1.0, 0.5)  # the 9 alone
+    stricter = value(references.localisation(scores, mask, (1, 1), points=10, threshold=0.95, iou=0.51))
+    assert (stricter["corloc"], stricter["box_iou"]) == (0.0, 0.5)
+    mask[2, 0] = mask[2, 1] = True  # another object, which is as good
+    assert value(references.localisation(scores, mask, (1, 1)))["box_iou"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("height", [0.0, -0.5, 2.0])
+def test_localisation_of_a_constant_map(height: float) -> None:
+    """By its maximum it is everywhere, or nowhere if it is not positive; from its minimum it is everywhere at level 0 alone."""
+    mask = np.zeros((4, 5), bool)
+    mask[1:, :4] = True
+    flat = np.full((4, 5), height)
+    found = value(references.localisation(flat, mask, (1, 1), points=4))
+    place = float(height > 0)
+    assert found == pytest.approx({"box_acc": place, "corloc": place, "box_iou": 0.6 * place, "pixel_ap": 0.6})
+    found = value(references.localisation(flat, mask, (1, 1), points=4, normalisation="min_max"))
+    assert found == pytest.approx({"box_acc": 0.25, "corloc": 0, "box_iou": 0, "pixel_ap": 0.6})
+
+
 def test_object_smaller_than_half_a_patch() -> None:
     mask = np.zeros(SIZE, bool)
     mask[6, 4] = True

@@ -8,8 +8,10 @@ import click
 import grpc
 import numpy as np
 import pytest
+import skimage.measure
 from click.testing import CliRunner, Result
 from google.rpc import error_details_pb2 as details
+from numpy.typing import NDArray
 from PIL import Image
 
 import cdam
@@ -62,6 +64,41 @@ def test_explain_writes_overlays_and_scores(run: Run, script: Script, image: Pat
     assert "first, 2 x 3 patches, 12.0 ms" in result.stdout
     assert "25.0%" in result.stdout
     assert max(map(len, result.stdout.splitlines())) < 200
+
+
+def test_explain_tells_the_box(run: Run, script: Script, image: Path, tmp_path: Path) -> None:
+    """Of 2 x 3 random patches over all of the image."""
+    words = (image, "-t", "7", "-t", "0", "-m", "cdam", "-o", tmp_path / "out")
+    assert "box:" not in run(explain, *words).stdout
+    plain = (tmp_path / "out" / "scene.7.cdam.png").read_bytes()
+    saved = json.loads((tmp_path / "out" / "scene.json").read_text())
+    assert "box" not in saved["maps"][0]
+    result = run(explain, *words, "--box", "0.5", "--sheet")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert (tmp_path / "out" / "scene.7.cdam.png").read_bytes() != plain
+    saved = json.loads((tmp_path / "out" / "scene.json").read_text())
+    for relevance in saved["maps"]:
+        expected = expected_box(np.float32(relevance["scores"]), 0.5)
+        assert relevance["box"] == expected
+        corners = (
+            "-" if expected is None else ", ".join(f"{expected[edge]:g}" for edge in ("left", "top", "right", "bottom"))
+        )
+        assert corners in result.stdout
+    assert "box: left, top, right, bottom" in result.stdout
+    for wrong in ("0", "1.1", "x"):
+        refused = run(explain, image, "--box", wrong)
+        assert refused.exit_code == 2
+        assert "--box" in refused.stderr
+
+
+def expected_box(patches: NDArray[np.float32], fraction: float) -> dict[str, float] | None:
+    """By Pillow's bilinear enlargement and scikit-image's components."""
+    large = np.asarray(Image.fromarray(patches).resize((60, 40), Image.Resampling.BILINEAR))
+    if large.max() <= 0:
+        return None
+    regions = skimage.measure.regionprops(skimage.measure.label(large >= fraction * large.max(), connectivity=2))
+    top, left, bottom, right = max(regions, key=lambda region: region.area).bbox
+    return {"left": left, "top": top, "right": right, "bottom": bottom}
 
 
 def test_explain_without_words(run: Run, script: Script, image: Path, tmp_path: Path) -> None:

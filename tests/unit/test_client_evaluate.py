@@ -983,9 +983,10 @@ def test_every_metric_has_a_message_and_says_what_is_better() -> None:
         name.removeprefix("ANCHOR_") for name, value in evaluation_pb2.Anchor.items() if value
     }
     assert cdam.BETTER["a_mif"] == cdam.BETTER["deletion"] == cdam.BETTER["randomisation_all"] == "lower"
-    assert cdam.BETTER["a_lif"] == cdam.BETTER["gini"] == cdam.BETTER["change_correlation"] == "higher"
+    assert cdam.BETTER["a_lif"] == cdam.BETTER["gini"] == "higher"
+    assert cdam.BETTER["change_correlation"] == cdam.BETTER["max_box_acc"] == "higher"
     assert cdam.BETTER["true_change"] is cdam.BETTER["map_change"] is None
-    assert set(cdam.BETTER) - {"change_correlation"} == {
+    assert set(cdam.BETTER) - {"change_correlation", "max_box_acc"} == {
         quantity for metric in cdam.METRICS.values() for quantity in metric.quantities
     }
 

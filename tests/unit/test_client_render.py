@@ -120,6 +120,59 @@ def test_the_overlay_of_a_turned_photo() -> None:
     assert (overlay[:40, :, 0] > overlay[:40, :, 2]).all()
 
 
+def test_a_box_is_around_the_largest_part_of_the_image() -> None:
+    """In a crop of a wide image, 4 x 4 patches of 10 pixels: the weaker part is larger, the stronger one is far from it."""
+    scores = np.zeros((4, 4))
+    scores[0, 0] = 10
+    scores[2:, 2:] = 3
+    scores[1, 1] = -5
+    crop = _map(scores, Region(20, 0, 60, 40), (40, 80))
+    assert crop.box(interpolation="nearest") == Region(40, 20, 60, 40)
+    assert crop.box(0.3, interpolation="nearest") == Region(40, 20, 60, 40)
+    assert crop.box(0.31, interpolation="nearest") == crop.box(1, interpolation="nearest") == Region(20, 0, 30, 10)
+    # Between the centres of patches: the weaker part's 3 begins at 25, the other falls from 10 at 5 to 0 at 15.
+    assert crop.box(0.29) == Region(20 + 25, 25, 60, 40)
+    assert crop.box(0.5) == Region(20, 0, 20 + 10, 10)
+    assert _map(-abs(scores), Region(20, 0, 60, 40), (40, 80)).box() is None
+    assert _map(np.zeros((4, 4)), Region(20, 0, 60, 40), (40, 80)).box() is None
+    assert _map(np.ones((4, 4)), Region(20, 0, 60, 40), (40, 80)).box() == Region(20, 0, 60, 40)
+    padded = _map(np.ones((4, 4)), Region(-10, -10, 90, 50), (40, 80))
+    assert padded.box() == Region(0, 0, 80, 40)  # what lies beyond the image is no part of it
+
+
+@pytest.mark.parametrize("threshold", [0, -0.1, 1.01, float("nan")])
+def test_thresholds_of_no_box(threshold: float) -> None:
+    with pytest.raises(ValueError, match="greater than 0 and at most 1"):
+        _map([[1, 0]], Region(0, 0, 40, 40), (40, 40)).box(threshold)
+
+
+def test_a_box_is_drawn_into_the_overlay() -> None:
+    scores = np.zeros((4, 4))
+    scores[2:, 2:] = 1
+    its = _map(scores, Region(20, 0, 60, 40), (40, 80), np.full((40, 80), 128, np.uint8))
+    plain, boxed = (its.overlay(interpolation="nearest", box=box) for box in (None, 0.5))
+    large = its.overlay(np.full((400, 800), 128, np.uint8), interpolation="nearest", box=0.5)
+    for picture, factor in ((boxed, 1), (large, 10), (its.overlay(box=0.5, zoom=3), 3)):
+        pixels = np.asarray(picture, int)
+        dark = np.argwhere(pixels.sum(2) < 150)  # the line's, within its white edge
+        line = max(1, round(80 * factor / 256))
+        box = its.box(0.5)
+        assert box is not None
+        assert dark.min(0).tolist() == [round(box.top) * factor + line, round(box.left) * factor + line]
+        assert dark.max(0).tolist() == [round(box.bottom) * factor - 1 - line, round(box.right) * factor - 1 - line]
+    changed = np.argwhere((np.asarray(plain) != np.asarray(boxed)).any(2))
+    assert len(changed)
+    empty = _map(-scores, Region(20, 0, 60, 40), (40, 80))
+    assert (np.asarray(empty.overlay(box=0.2)) == np.asarray(empty.overlay())).all()
+
+
+def test_a_sheet_with_boxes() -> None:
+    explanation = _explanation(["7", "3"])
+    plain, boxed = (np.asarray(cdam.render.sheet(explanation, box=box)) for box in (None, 0.5))
+    assert plain.shape == boxed.shape
+    assert (plain != boxed).any()
+
+
 def test_maps_can_share_a_scale() -> None:
     weak, strong = (_map([[v, 0]], Region(0, 0, 2, 1), (1, 2)) for v in (0.1, -1.0))
     assert cdam.render.limit([weak, strong]) == 1.0

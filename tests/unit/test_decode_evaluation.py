@@ -19,6 +19,7 @@ from cdam_engine.evaluation import (
     Compactness,
     Fidelity,
     InsertionDeletion,
+    Localisation,
     Metric,
     Randomisation,
 )
@@ -67,6 +68,12 @@ def test_what_is_not_said_is_the_engines_default() -> None:
             ClassDiscrimination(Fidelity(points=2), BoxSensitivity(boxes=2)),
         ),
         (metric("compactness", threshold=0.0, absolute=True), Compactness(0.0, absolute=True)),
+        (
+            metric(
+                "localisation", normalisation=2, threshold=1.0, iou=0.3, points=1000, all_components=True, enlargement=2
+            ),
+            Localisation("min_max", 1.0, 0.3, 1000, all_components=True, enlargement="nearest"),
+        ),
         (metric("insertion_deletion", unit=1, steps=9), InsertionDeletion(steps=9)),
         (metric("randomisation", absolute=True), Randomisation(absolute=True)),
     ],
@@ -136,6 +143,14 @@ def test_a_bad_field_is_named(fields: dict[str, Any], field: str) -> None:
         ("compactness", {"threshold": 1.0}, "threshold"),
         ("compactness", {"threshold": float("nan")}, "threshold"),
         ("mask_agreement", {"enlargement": 9}, "enlargement"),
+        ("localisation", {"threshold": 0.0}, "threshold"),
+        ("localisation", {"threshold": 1.1}, "threshold"),
+        ("localisation", {"iou": 0.0}, "iou"),
+        ("localisation", {"iou": float("nan")}, "iou"),
+        ("localisation", {"points": 0}, "points"),
+        ("localisation", {"points": 1001}, "points"),
+        ("localisation", {"enlargement": 9}, "enlargement"),
+        ("localisation", {"normalisation": 9}, "normalisation"),
         ("insertion_deletion", {"steps": 0}, "steps"),
         ("insertion_deletion", {"steps": 10_001}, "steps"),
         ("insertion_deletion", {"unit": 9}, "unit"),

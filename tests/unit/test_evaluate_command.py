@@ -578,7 +578,9 @@ def test_every_quantity_is_described() -> None:
     for form in cdam.METRICS.values():
         for name in form.quantities:
             assert quantity(name).says != name
-    assert quantity("change_correlation").better == "higher"
+    for name in ("change_correlation", "max_box_acc"):
+        assert quantity(name).says != name
+        assert quantity(name).better == "higher"
 
 
 # --- what is written

@@ -23,6 +23,7 @@ from cdam_engine.evaluation import (
     Evaluator,
     Fidelity,
     InsertionDeletion,
+    Localisation,
     MaskAgreement,
     Measured,
     Metric,
@@ -45,6 +46,7 @@ EVERY = (
     ClassDiscrimination(FIDELITY, BOXES),
     Compactness(),
     MaskAgreement(),
+    Localisation(),
     InsertionDeletion(steps=3),
     Sparseness(),
     Randomisation(),
@@ -108,7 +110,7 @@ def test_every_metric_gives_its_quantities_in_order() -> None:
         for k, metric in enumerate(EVERY)
         for quantity in metric.quantities
     ]
-    with_curves = {"a_mif", "a_lif", "box_area", "insertion", "deletion", "randomisation_mean"}
+    with_curves = {"a_mif", "a_lif", "box_area", "insertion", "deletion", "randomisation_mean", "box_acc"}
     assert {value.quantity for value in result.values if value.curve is not None} == with_curves
     assert all(value.curve.shape[0] == 2 for value in result.values if value.curve is not None)
 
@@ -285,7 +287,7 @@ def test_equal_work_is_done_once() -> None:
     both = ClassDiscrimination(fidelity, boxes)
     assert images(fidelity, boxes, both) == images(both) == 1 + 1 + 2 * curve_images + 12
     assert images(fidelity, boxes, both, methods=(Attention(),)) == 1 + 1 + curve_images + 12  # one map for both
-    assert images(Compactness(), Sparseness(), MaskAgreement()) == 1
+    assert images(Compactness(), Sparseness(), MaskAgreement(), Localisation()) == 1
     assert images(Compactness(), methods=(Anchor.RANDOM,)) == 0
 
 

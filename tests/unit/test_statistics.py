@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdam.statistics import Comparison, Row, Statistics, Table
+from cdam.statistics import Comparison, Number, Row, Statistics, Table
 from tables import assert_same
 
 Values = list[tuple[int, int, str, float]]
@@ -266,6 +266,136 @@ def test_a_line_correlates_wholly() -> None:
     assert row.quantity == "change_correlation"
     assert (row.mean, row.interval_low, row.interval_high) == pytest.approx((-1, -1, -1))
     assert row.standard_error is None
+
+
+# Curves of hits.
+
+Points = dict[int, int]
+"""How many points the curve of each metric has."""
+
+
+def hitting(count: int, points: Points, *, methods: int = 2, seed: int = 0) -> dict[str, list[Number]]:
+    """Made-up curves of 0 and 1 among other values, with methods that differ."""
+    rng = np.random.default_rng(seed)
+    given: dict[str, list[Number]] = {}
+    for number in range(count):
+        values: list[Number] = []
+        for method, metric in itertools.product(range(methods), points):
+            levels = np.arange(points[metric]) / points[metric]
+            hits = (rng.random(points[metric]) < 0.2 + 0.2 * method + 0.5 * levels).astype(float)
+            values += [
+                (method, metric, "a_mif", rng.standard_normal(), np.stack((levels, rng.random(points[metric])))),
+                (method, metric, "box_acc", float(hits.mean()), np.stack((levels, hits))),
+                (method, metric, "corloc", float(rng.integers(2)), None),
+            ]
+        given[f"sample {number}"] = values
+    return given
+
+
+def peaks(given: dict[str, list[Number]], seed: int, resamples: int) -> dict[tuple[int, int], tuple[float, np.ndarray]]:
+    """Of each method and metric: the maximum over the points of the mean curve, of all samples and of each resample."""
+    drawn = np.array([weights(seed, name, resamples) for name in given])
+    keep = drawn.sum(axis=0) > 0
+    curves: dict[tuple[int, int], list[np.ndarray]] = {}
+    for values in given.values():
+        for method, metric, quantity, _, curve in values:  # type: ignore[misc]
+            if quantity == "box_acc":
+                curves.setdefault((method, metric), []).append(curve[1])
+    return {
+        key: (
+            float(np.mean(its, axis=0).max()),
+            np.array([np.average(its, axis=0, weights=weight).max() for weight in drawn.T[keep]]),
+        )
+        for key, its in curves.items()
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_the_peak_of_the_mean_curve(count: int) -> None:
+    given = hitting(count, {0: 7, 3: 1})
+    table = filled(Statistics(2, seed=5, resamples=200), given).table()
+    expected = peaks(given, 5, 200)
+    rows = {(row.method_index, row.metric_index): row for row in table.rows if row.quantity == "max_box_acc"}
+    assert rows.keys() == expected.keys()
+    for key, (peak, resampled) in expected.items():
+        row = rows[key]
+        assert row.mean == pytest.approx(peak, abs=1e-12)
+        assert (row.standard_error, row.samples) == (None, count)
+        ends = (None, None) if count == 1 else tuple(np.percentile(resampled, (2.5, 97.5)))
+        assert (row.interval_low, row.interval_high) == pytest.approx(ends, abs=1e-12)
+    pairs = {pair.metric_index: pair for pair in table.comparisons if pair.quantity == "max_box_acc"}
+    assert pairs.keys() == {0, 3}
+    for metric, pair in pairs.items():
+        (one, ones), (other, others) = expected[0, metric], expected[1, metric]
+        assert pair.mean_difference == pytest.approx(one - other, abs=1e-12)
+        ends = (None, None) if count == 1 else tuple(np.percentile(ones - others, (2.5, 97.5)))
+        assert (pair.interval_low, pair.interval_high) == pytest.approx(ends, abs=1e-12)
+    assert [row.quantity for row in table.rows][:4] == ["a_mif", "box_acc", "corloc", "max_box_acc"]
+
+
+def filled(statistics: Statistics, given: dict[str, list[Number]], names: Sequence[str] | None = None) -> Statistics:
+    for name in given if names is None else names:
+        statistics.add(name, given[name])
+    return statistics
+
+
+def test_the_peak_is_the_same_to_the_last_bit_in_any_order_and_in_parts() -> None:
+    given = hitting(40, {0: 11, 1: 3})
+
+    def told(statistics: Statistics) -> list[Row | Comparison]:
+        table = statistics.table()
+        return [item for item in (*table.rows, *table.comparisons) if item.quantity == "max_box_acc"]
+
+    names = list(given)
+    whole = told(filled(Statistics(2), given))
+    assert told(filled(Statistics(2), given, names[::-1])) == whole
+    parts = [filled(Statistics(2), given, part) for part in (names[25:], names[:1], names[1:25])]
+    together = Statistics(2)
+    for part in parts:
+        before = told(part)
+        together.merge(part)
+        assert told(part) == before
+    assert told(together) == whole
+    mixed = {name: random.Random(name).sample(values, len(values)) for name, values in given.items()}
+    mixed["sample 0"] = given["sample 0"]
+    assert told(filled(Statistics(2), mixed)) == whole
+    travelled = {  # in the API's float32
+        name: [(*value[:4], None if value[4] is None else np.float32(value[4])) for value in values]  # type: ignore[misc]
+        for name, values in given.items()
+    }
+    assert told(filled(Statistics(2), travelled)) == whole
+
+
+@pytest.mark.parametrize(
+    ("curve", "said"),
+    [
+        (None, "there is no curve"),
+        (np.zeros((2, 0)), r"the shape \(2, points\)"),
+        (np.zeros(4), r"the shape \(2, points\)"),
+        (np.array([[0.0, 0.5, 0.7], [1.0, 0.0, 0.5]]), "other than 0 and 1"),
+        (np.array([[0.0, 0.5, 0.7], [1.0, 0.0, np.nan]]), "other than 0 and 1"),
+        (np.array([[0.0, 0.5], [1.0, 0.0]]), "2 points, not 3 as before"),
+    ],
+)
+def test_a_curve_that_is_none_is_refused_and_changes_nothing(curve: Any, said: str) -> None:
+    statistics = filled(Statistics(2), hitting(3, {0: 3}))
+    before = statistics.table()
+    (wrong,) = hitting(1, {0: 3}, seed=1).values()
+    wrong[4] = (1, 0, "box_acc", 0.5, curve)
+    with pytest.raises(ValueError, match=f"'wrong': box_acc.*{said}"):
+        statistics.add("wrong", wrong)
+    assert statistics.table() == before
+    without: list[Number] = [(m, k, name, value) for m, k, name, value, *_ in wrong]
+    with pytest.raises(ValueError, match="box_acc: there is no curve"):
+        Statistics(2).add("first", without)
+
+
+def test_curves_of_other_lengths_do_not_merge() -> None:
+    statistics, other = filled(Statistics(2), hitting(3, {0: 3})), filled(Statistics(2), hitting(3, {0: 4}))
+    before = statistics.table()
+    with pytest.raises(ValueError, match="3 and 4 points"):
+        statistics.merge(other)
+    assert statistics.table() == before
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:

@@ -99,6 +99,30 @@ ENLARGEMENT_NEAREST: Enlargement.ValueType  # 2
 """Every pixel has its patch's score."""
 Global___Enlargement: _TypeAlias = Enlargement  # noqa: Y015
 
+class _MapNormalisation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MapNormalisationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MapNormalisation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MAP_NORMALISATION_UNSPECIFIED: _MapNormalisation.ValueType  # 0
+    """The metric's default."""
+    MAP_NORMALISATION_MAX: _MapNormalisation.ValueType  # 1
+    """By its largest score: 0 stays 0. A map without a positive score has nothing at any level."""
+    MAP_NORMALISATION_MIN_MAX: _MapNormalisation.ValueType  # 2
+    """From its least score, which becomes 0, to its largest, which becomes 1; a constant map becomes 0."""
+
+class MapNormalisation(_MapNormalisation, metaclass=_MapNormalisationEnumTypeWrapper):
+    """How a map is scaled before it is thresholded."""
+
+MAP_NORMALISATION_UNSPECIFIED: MapNormalisation.ValueType  # 0
+"""The metric's default."""
+MAP_NORMALISATION_MAX: MapNormalisation.ValueType  # 1
+"""By its largest score: 0 stays 0. A map without a positive score has nothing at any level."""
+MAP_NORMALISATION_MIN_MAX: MapNormalisation.ValueType  # 2
+"""From its least score, which becomes 0, to its largest, which becomes 1; a constant map becomes 0."""
+Global___MapNormalisation: _TypeAlias = MapNormalisation  # noqa: Y015
+
 @_typing.final
 class EvaluateRequest(_message.Message):
     """One message of Evaluate's requests: the protocol first, then samples."""
@@ -235,6 +259,7 @@ class Metric(_message.Message):
     SPARSENESS_FIELD_NUMBER: _builtins.int
     RANDOMISATION_FIELD_NUMBER: _builtins.int
     COUNTERFACTUAL_FIELD_NUMBER: _builtins.int
+    LOCALISATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def fidelity(self) -> Global___FidelityMetric:
         """Curves of the target's logit as the most, or the least, important parts are blurred first."""
@@ -271,6 +296,10 @@ class Metric(_message.Message):
     def counterfactual(self) -> Global___CounterfactualMetric:
         """The map against the true change of the target when the object is not there."""
 
+    @_builtins.property
+    def localisation(self) -> Global___LocalisationMetric:
+        """Boxes drawn from the map against those of the object's mask."""
+
     def __init__(
         self,
         *,
@@ -283,12 +312,13 @@ class Metric(_message.Message):
         sparseness: Global___SparsenessMetric | None = ...,
         randomisation: Global___RandomisationMetric | None = ...,
         counterfactual: Global___CounterfactualMetric | None = ...,
+        localisation: Global___LocalisationMetric | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["box_sensitivity", b"box_sensitivity", "class_discrimination", b"class_discrimination", "compactness", b"compactness", "counterfactual", b"counterfactual", "fidelity", b"fidelity", "insertion_deletion", b"insertion_deletion", "kind", b"kind", "mask_agreement", b"mask_agreement", "randomisation", b"randomisation", "sparseness", b"sparseness"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["box_sensitivity", b"box_sensitivity", "class_discrimination", b"class_discrimination", "compactness", b"compactness", "counterfactual", b"counterfactual", "fidelity", b"fidelity", "insertion_deletion", b"insertion_deletion", "kind", b"kind", "localisation", b"localisation", "mask_agreement", b"mask_agreement", "randomisation", b"randomisation", "sparseness", b"sparseness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["box_sensitivity", b"box_sensitivity", "class_discrimination", b"class_discrimination", "compactness", b"compactness", "counterfactual", b"counterfactual", "fidelity", b"fidelity", "insertion_deletion", b"insertion_deletion", "kind", b"kind", "mask_agreement", b"mask_agreement", "randomisation", b"randomisation", "sparseness", b"sparseness"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["box_sensitivity", b"box_sensitivity", "class_discrimination", b"class_discrimination", "compactness", b"compactness", "counterfactual", b"counterfactual", "fidelity", b"fidelity", "insertion_deletion", b"insertion_deletion", "kind", b"kind", "localisation", b"localisation", "mask_agreement", b"mask_agreement", "randomisation", b"randomisation", "sparseness", b"sparseness"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["fidelity", "box_sensitivity", "class_discrimination", "compactness", "mask_agreement", "insertion_deletion", "sparseness", "randomisation", "counterfactual"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["fidelity", "box_sensitivity", "class_discrimination", "compactness", "mask_agreement", "insertion_deletion", "sparseness", "randomisation", "counterfactual", "localisation"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -476,6 +506,65 @@ class MaskAgreementMetric(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MaskAgreementMetric: _TypeAlias = MaskAgreementMetric  # noqa: Y015
+
+@_typing.final
+class LocalisationMetric(_message.Message):
+    """Weakly supervised localisation (Choe et al. 2020): the box around the largest connected component of the pixels that the normalised map has at some
+    level or above, against the boxes around the components of the object's mask, of which the one that fits best counts. Samples need a mask.
+
+    Quantities: box_acc, the share of levels at which the box is right, with the curve of 1 and 0 by level; corloc, 1 if the box at a fixed level is
+    right; box_iou, its intersection over union; pixel_ap, average precision of the scores as a classifier of the sample's pixels; in the table also
+    max_box_acc, the largest share of samples whose box is right at one and the same level.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NORMALISATION_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    IOU_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    ALL_COMPONENTS_FIELD_NUMBER: _builtins.int
+    ENLARGEMENT_FIELD_NUMBER: _builtins.int
+    normalisation: Global___MapNormalisation.ValueType
+    """How the map is normalised. Unset: by its largest score."""
+    threshold: _builtins.float
+    """The level of corloc and box_iou, greater than 0 and at most 1. Unset: 0.2."""
+    iou: _builtins.float
+    """From which intersection over union on a box is right, greater than 0 and at most 1. Unset: 0.5."""
+    points: _builtins.int
+    """Number of levels of the curve: k / points for k = 0 to points - 1. Unset: 100."""
+    all_components: _builtins.bool
+    """Whether the boxes of all components of the map are tried and the best counts, else the largest component's."""
+    enlargement: Global___Enlargement.ValueType
+    """How the map is enlarged. Unset: bilinear."""
+    def __init__(
+        self,
+        *,
+        normalisation: Global___MapNormalisation.ValueType = ...,
+        threshold: _builtins.float | None = ...,
+        iou: _builtins.float | None = ...,
+        points: _builtins.int | None = ...,
+        all_components: _builtins.bool = ...,
+        enlargement: Global___Enlargement.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_iou", b"_iou", "_points", b"_points", "_threshold", b"_threshold", "iou", b"iou", "points", b"points", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_iou", b"_iou", "_points", b"_points", "_threshold", b"_threshold", "all_components", b"all_components", "enlargement", b"enlargement", "iou", b"iou", "normalisation", b"normalisation", "points", b"points", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__iou: _TypeAlias = _typing.Literal["iou"]  # noqa: Y015
+    _WhichOneofArgType__iou: _TypeAlias = _typing.Literal["_iou", b"_iou"]  # noqa: Y015
+    _WhichOneofReturnType__points: _TypeAlias = _typing.Literal["points"]  # noqa: Y015
+    _WhichOneofArgType__points: _TypeAlias = _typing.Literal["_points", b"_points"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__iou) -> _WhichOneofReturnType__iou | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__points) -> _WhichOneofReturnType__points | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___LocalisationMetric: _TypeAlias = LocalisationMetric  # noqa: Y015
 
 @_typing.final
 class InsertionDeletionMetric(_message.Message):
@@ -804,7 +893,7 @@ class MetricValue(_message.Message):
     """The value."""
     @_builtins.property
     def curve(self) -> _common_pb2.FloatTensor:
-        """The curve it is the area of, if it is one: shape (2, points), abscissae then ordinates."""
+        """The curve it is the area or the mean of, if it is one: shape (2, points), abscissae then ordinates."""
 
     def __init__(
         self,
@@ -918,7 +1007,7 @@ class EvaluationRow(_message.Message):
     quantity: _builtins.str
     """Which of the metric's quantities."""
     mean: _builtins.float
-    """Mean over samples."""
+    """Mean over samples; of change_correlation and max_box_acc the number itself."""
     standard_error: _builtins.float
     """Standard error of the mean; unset for a single sample."""
     interval_low: _builtins.float

@@ -8,6 +8,7 @@ from cdam_engine.evaluation.boxes import box_images, box_sensitivity
 from cdam_engine.evaluation.curves import fidelity, fidelity_images, insertion_deletion, insertion_deletion_images
 from cdam_engine.evaluation.found import Found
 from cdam_engine.evaluation.geometry import Geometry
+from cdam_engine.evaluation.localisation import localisation
 from cdam_engine.evaluation.map_metrics import (
     COUNTERFACTUAL_IMAGES,
     compactness,
@@ -25,6 +26,7 @@ from cdam_engine.evaluation.protocol import (
     Evaluated,
     Fidelity,
     InsertionDeletion,
+    Localisation,
     MaskAgreement,
     Metric,
     Randomisation,
@@ -102,6 +104,8 @@ def measure(metric: Metric, evaluated: Evaluated, seed: int, subject: Subject) -
             found = compactness(metric, subject.maps[its])
         case MaskAgreement():
             found = mask_agreement(metric, subject, its)
+        case Localisation():
+            found = localisation(metric, subject, its)
         case InsertionDeletion():
             found = insertion_deletion(metric, subject, its)
         case Sparseness():

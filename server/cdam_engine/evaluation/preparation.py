@@ -19,6 +19,7 @@ from cdam_engine.evaluation.protocol import (
     ClassDiscrimination,
     Counterfactual,
     InsertionDeletion,
+    Localisation,
     MaskAgreement,
     Protocol,
     Randomisation,
@@ -135,8 +136,8 @@ class Preparation:
         if mask.shape != self._geometry.input_size or mask.dtype != np.bool_:
             size = " x ".join(map(str, self._geometry.input_size))
             raise SampleError(field, f"of shape {mask.shape} and type {mask.dtype}, not {size} and bool")
-        agreement = any(isinstance(metric, MaskAgreement) for metric in self._protocol.metrics)
-        if field == "mask" and agreement and mask.all() == mask.any():
+        judges = any(isinstance(metric, MaskAgreement | Localisation) for metric in self._protocol.metrics)
+        if field == "mask" and judges and mask.all() == mask.any():
             raise SampleError(field, "is full: nothing lies outside" if mask.any() else "is empty: nothing lies inside")
 
     def _pixels(self, field: str, image: NDArray[np.uint8] | Tensor) -> Tensor:
@@ -200,7 +201,7 @@ def _requirements(protocol: Protocol, *, compares: bool) -> Mapping[str, str]:
         match metric:
             case ClassDiscrimination():
                 required.setdefault("wrong_target", metric.kind)
-            case MaskAgreement():
+            case MaskAgreement() | Localisation():
                 required.setdefault("mask", metric.kind)
             case Counterfactual():
                 required.setdefault("counterfactual", metric.kind)

@@ -16,6 +16,10 @@ Enlargement = Literal["bilinear", "nearest"]
 """How a map over the patch grid becomes one over the input's pixels."""
 
 
+Normalisation = Literal["max", "min_max"]
+"""How a map is scaled before it is thresholded: by its largest score, so that 0 stays 0; or from its least, which becomes 0."""
+
+
 class Anchor(Enum):
     """A map that is no explanation, for scale."""
 
@@ -182,6 +186,55 @@ class MaskAgreement(Metric):
 
 
 @dataclass(frozen=True)
+class Localisation(Metric):
+    """Whether a box drawn from the map finds the object, and whether the scores find its pixels.
+
+    The map is enlarged and normalised, image by image. A box is the tightest one around the largest connected component
+    (8-connectivity) of the pixels that are at least some level. The mask is of a class, not of an object: the tightest box
+    around each of its components is the truth, and the one that fits best counts, so that one of several objects is enough.
+
+    - ``box_acc``: the share of levels from 0 to 1 at which the box is right, its IoU at least `iou`; with whether it is by
+      level, the curve. Over samples the curve's mean is BoxAcc of Choe et al. (CVPR 2020, section 4.1), and its maximum, of
+      the table alone, their MaxBoxAcc.
+    - ``corloc``: 1 if the box at the level `threshold` is right, else 0 (correct localisation, Deselaers et al. 2012);
+      ``box_iou``: its IoU. The default is the level of Zhou et al. (CAM, 2016).
+    - ``pixel_ap``: average precision of the scores as a classifier of the pixels, of each sample by itself. PxAP of Choe et
+      al. pools the pixels of all samples, so that scores are compared between images and large objects count more.
+
+    Where there is no box nothing is right, and the IoU is 0: normalised by its maximum, a map without a positive score has
+    none at any level; from its minimum, a constant map has that of the whole image at level 0 alone.
+
+    Attributes:
+        normalisation: ``max``, S / max S, after Zhou et al.: what speaks against the target, or not at all, is never inside
+            above level 0. ``min_max``, (S - min S) / (max S - min S), as Choe et al. do: for maps without a sign.
+        threshold: The level of ``corloc`` and ``box_iou``.
+        iou: From which IoU on a box is right.
+        points: Levels of the curve: k / points for k = 0 to points - 1.
+        all_components: Whether the boxes of all components are tried and the best counts (MaxBoxAccV2 of Choe et al.,
+            TPAMI 2022), else the largest one's.
+        enlargement: Of the map.
+    """
+
+    normalisation: Normalisation = "max"
+    threshold: float = 0.2
+    iou: float = 0.5
+    points: int = 100
+    all_components: bool = False
+    enlargement: Enlargement = "bilinear"
+
+    kind: ClassVar[str] = "localisation"
+    quantities: ClassVar[tuple[str, ...]] = ("box_acc", "corloc", "box_iou", "pixel_ap")
+
+    def __post_init__(self) -> None:
+        _one_of("normalisation", self.normalisation, get_args(Normalisation))
+        _one_of("enlargement", self.enlargement, get_args(Enlargement))
+        for name in ("threshold", "iou"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, but it is greater than 0, and at most 1")
+        at_least_one("points", self.points)
+
+
+@dataclass(frozen=True)
 class InsertionDeletion(Metric):
     """The target's probability as the most important parts are inserted into a blurred image, or deleted.
 
@@ -258,6 +311,7 @@ METRICS: Final[dict[str, type[Metric]]] = {
         Sparseness,
         Randomisation,
         Counterfactual,
+        Localisation,
     )
 }
 """Every metric by its name; each can be made without parameters."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cdam_engine.batch import Batch
 from cdam_engine.errors import UnsupportedMethodError
-from cdam_engine.families import Readout
+from cdam_engine.families import Readout, TailOutput
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.targets import Target
 from cdam_engine.vit import SplitViT
@@ -50,11 +50,7 @@ class PatchMaskPrediction(Method):
         """See `Method`."""
         assert batch.trunk is not None
         vit, trunk = batch.vit, batch.trunk.take(images)
-        patches = vit.num_prefix_tokens
-        x = vit.leave(trunk, trunk.tokens)[:, patches:]
-        # A sequence that is the same token everywhere is pooled to that token, whatever the pooling.
-        alone = x.flatten(0, 1)[:, None].expand(-1, patches + 1, -1)
-        latent, logits = (torch.unflatten(part, 0, x.shape[:2]) for part in vit.read_out(alone))
+        latent, logits = read_out_alone(vit, vit.leave(trunk, trunk.tokens))
         said = self._activated(logits)
         targets = batch.resolve(images, wanted)
         rows = [torch.stack([f(latent[b], said[b]) for f in its]) for b, its in enumerate(targets)]
@@ -68,3 +64,17 @@ class PatchMaskPrediction(Method):
                 return logits.sigmoid()
             case "identity":
                 return logits
+
+
+def read_out_alone(vit: SplitViT, x: Tensor) -> TailOutput:
+    """What the readout would say of each patch's token alone: latents (B, patches, D) and logits (B, patches, C).
+
+    Args:
+        vit: The model.
+        x: The final norm's output, shape (B, N, D). Gradients flow if the caller's grad mode lets them.
+    """
+    prefix = vit.num_prefix_tokens
+    patches = x[:, prefix:]
+    # A sequence that is the same token everywhere is pooled to that token, whatever the pooling.
+    alone = patches.flatten(0, 1)[:, None].expand(-1, prefix + 1, -1)
+    return TailOutput(*(torch.unflatten(part, 0, patches.shape[:2]) for part in vit.read_out(alone)))

@@ -11,6 +11,7 @@ from cdam_server.cli.evaluate import evaluate
 from cdam_server.cli.explain import explain
 from cdam_server.cli.models import models
 from cdam_server.cli.serve import serve
+from cdam_server.cli.train import train
 
 
 @click.group()
@@ -20,5 +21,5 @@ def main() -> None:
 
 
 concept.add_command(text)
-for command in (serve, check, explain, models, concept, evaluate, bench):
+for command in (serve, check, explain, models, concept, evaluate, train, bench):
     main.add_command(command)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cdam_server.cli.model_options import FILE, complain, model_options
+from cdam_server.cli.model_options import FILE, chosen, complain, model_options
 
 if TYPE_CHECKING:
     from cdam_server.models import ServedModel
@@ -63,7 +63,7 @@ def check(
 
         settings = Settings.load(config, **flags)
         logs.configure(settings.log_format, "error")
-        specs = _chosen(settings.specs(), only)
+        specs = chosen(settings.specs(), only)
         if expect is not None and len(specs) > 1:
             raise click.UsageError("--expect is of one model: say which with --only")
         check_files(specs)
@@ -72,17 +72,6 @@ def check(
     click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join("\n".join(_lines(each)) for each in found))
     if any("error" in each or not each.get("expectation", {}).get("within", True) for each in found):
         raise click.exceptions.Exit(1)
-
-
-def _chosen(specs: list[ModelSpec], only: str | None) -> list[ModelSpec]:
-    if only is None:
-        return specs
-    chosen = [spec for spec in specs if spec.name == only]
-    if not chosen:
-        raise click.UsageError(
-            f"--only: there is no model {only!r}; there are {', '.join(spec.name for spec in specs)}"
-        )
-    return chosen
 
 
 def _numbers(path: Path) -> list[Any]:

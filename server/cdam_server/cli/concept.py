@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdam
+from cdam_images.folders import once, walk
 from cdam_server.cli import concept_report
 from cdam_server.cli.explain import Aborted, Failure, Server, connection_options, describe, server_from
 from cdam_server.cli.hints import hint
-from cdam_server.cli.images import digests, find_images, once, some, tell_left_out, walk
+from cdam_server.cli.images import digests, find_images, some, tell_left_out
 from cdam_server.cli.report import safe
 from cdam_server.cli.spelling import CONCEPT_ID, CONCEPT_NAME, WHOLE_ID, model_option, parse_size
 

@@ -33,6 +33,7 @@ _FEWER_BOXES: Final = cdam.ClassDiscrimination(box_sensitivity=cdam.BoxSensitivi
 _NEEDS: Final = {
     "class_discrimination": "wrong_target",
     "mask_agreement": "mask",
+    "localisation": "mask",
     "counterfactual": "counterfactual",
     "mask": "mask",
     "inverted_mask": "mask",

@@ -13,8 +13,9 @@ from typing import IO, Any, TypeVar, get_args
 import click
 
 import cdam
+from cdam_images.folders import once
 from cdam_server.cli.hints import hint
-from cdam_server.cli.images import find_images, once, tell_left_out
+from cdam_server.cli.images import find_images, tell_left_out
 from cdam_server.cli.report import Report
 from cdam_server.cli.spelling import (
     Given,
@@ -65,6 +66,7 @@ Examples
   cdam explain scene.png --target 7 --minus 3 --method cdam --method integrated_cdam:steps=20
   cdam explain scene.png --target concept:loops --minus concept:strokes
   cdam explain *.jpg --target tench --server dns:///cdam.example.org:8001 --tls --token-file token
+  cdam explain scene.png --target 7 --box 0.2      (where is it?)
   cdam explain scene.png --json | jq '.maps[] | {label, probability}'
   cdam explain scene.png --local      (no server needed; with the extra `server` installed)
 """
@@ -238,6 +240,13 @@ def _plain(error: Exception) -> str:
 )
 @click.option("--shared-scale", is_flag=True, help="One scale of colours for all maps of an image, to compare them.")
 @click.option("--blocks", is_flag=True, help="Show each patch as a block instead of a smooth map.")
+@click.option(
+    "--box",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="FRACTION",
+    help="Draw and print, for each map, the box around the largest connected part of the image that scores at least this "
+    "fraction of the map's maximum; 0.2 is usual. In pixels of the image.",
+)
 @click.option("--sheet", is_flag=True, help="Also write IMAGE.sheet.png: the image and its maps side by side.")
 @click.option("--json", "as_json", is_flag=True, help="Print each image's answer as a line of JSON, not as a table.")
 @click.option(
@@ -256,7 +265,7 @@ def explain(
     **options: Any,
 ) -> None:
     """Explain every image; exit with 1 if one failed."""
-    look = {name: options.pop(name) for name in ("shared_scale", "blocks", "sheet", "as_json", "out")}
+    look = {name: options.pop(name) for name in ("shared_scale", "blocks", "box", "sheet", "as_json", "out")}
     request = {name: options.pop(name) for name in ("methods", "model", "resize", "input_size")}
     request["targets"] = _targets(targets, minus, request["methods"])
     if look["out"] is None and not look["as_json"]:

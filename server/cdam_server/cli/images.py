@@ -1,29 +1,20 @@
 """Which files the command line means by names, folders and patterns: one walk for all commands.
 
-Below a folder nothing hidden is found: no file or folder whose name begins with a dot, such as the ``._photo.jpg`` of
-macOS, ``.DS_Store`` and ``.ipynb_checkpoints``, and nothing that systems add of themselves. What is named is taken,
-hidden or not. A file counts once, by whatever names and links it is reached.
+Below a folder nothing hidden is found, as `cdam_images.folders` says. What is named is taken, hidden or not. A file
+counts once, by whatever names and links it is reached.
 """
 
 import glob
 import hashlib
-import os
-import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Final
 
 import click
-from PIL import Image
 
-from cdam_images.files import find_picture
+from cdam_images.folders import begins_like_image, is_shown, once, walk
 
-SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-_FORMATS: Final = ("JPEG", "PNG", "WEBP")
-# In lower case: of Windows, of archives made on macOS, of network drives (thumbnails, which are images).
-_OF_SYSTEMS: Final = frozenset({"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "@eadir"})
 _NAMED: Final = 16
 
 
@@ -58,30 +49,6 @@ def find_images(words: Iterable[str]) -> Found:
     return Found(images, once(images + left_out)[len(images) :])
 
 
-def walk(folder: Path, suffixes: Collection[str] = SUFFIXES) -> tuple[list[Path], list[Path]]:
-    """Files of some suffixes below a folder, and other files; sorted, each once, nothing hidden.
-
-    Args:
-        folder: The folder, hidden or not; links to other folders below it are not followed.
-        suffixes: In lower case.
-    """
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = filter(is_shown, folders)
-        files += (Path(parent, name) for name in names if is_shown(name))
-    files = once(sorted(file for file in files if file.is_file()))
-    wanted = [file for file in files if file.suffix.lower() in suffixes]
-    return wanted, [file for file in files if file.suffix.lower() not in suffixes]
-
-
-def once(files: Iterable[Path]) -> list[Path]:
-    """Each file by the first of its names."""
-    found: dict[Path, Path] = {}
-    for file in files:
-        found.setdefault(file.resolve(), file)
-    return list(found.values())
-
-
 def tell_left_out(others: Sequence[Path]) -> None:
     """Say which files below folders are no images."""
     if others:
@@ -100,7 +67,7 @@ def digests(files: Sequence[Path]) -> dict[Path, str]:
     for file in files:
         try:
             data = file.read_bytes()
-            if _is_image(data):
+            if begins_like_image(data):
                 found[file] = hashlib.sha256(data).hexdigest()
             else:
                 wrong.append(str(file))
@@ -109,19 +76,6 @@ def digests(files: Sequence[Path]) -> dict[Path, str]:
     if wrong:
         raise click.ClickException(f"can't be read as JPEG, PNG or WebP: {some(wrong, _NAMED)}; nothing was registered")
     return found
-
-
-def _is_image(data: bytes) -> bool:
-    """Whether this begins like an image; the server looks at the rest."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.open(BytesIO(find_picture(data).data), formats=_FORMATS).close()  # reads the header alone
-    except Image.DecompressionBombError:
-        return True  # how large it may be is the server's business
-    except (OSError, SyntaxError, ValueError):
-        return False
-    return True
 
 
 def some(names: Sequence[object], most: int = 5) -> str:
@@ -141,11 +95,6 @@ def _files(word: str) -> tuple[list[Path], list[Path]]:
 def _below(path: Path) -> tuple[list[Path], list[Path]]:
     """Images, and other files; a file that is named counts as an image."""
     return walk(path) if path.is_dir() else ([path], [])
-
-
-def is_shown(name: str) -> bool:
-    """Whether a file or folder of this name, below another, is anything that people put there."""
-    return not name.startswith(".") and name.lower() not in _OF_SYSTEMS
 
 
 def _nothing(word: str) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from cdam_server.specs import ModelSpec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 _PATH: Final = click.Path(path_type=Path)  # hf-hub: and local-dir: are no paths to look for
 
-_OPTIONS: Final = (
+_OF_BACKBONE: Final = (
     click.option(
         "--models-file",
         type=FILE,
@@ -28,7 +31,6 @@ _OPTIONS: Final = (
         help="timm architecture; hf-hub:ORG/NAME or local-dir:PATH of timm, transformers or open_clip, with weights; "
         "torchvision:NAME or open_clip:NAME, with a checkpoint; or demo.  [demo]",
     ),
-    click.option("--model-name", metavar="NAME", help="Name that requests use.  [the architecture]"),
     click.option("--pretrained", is_flag=True, default=None, help="Fetch timm's weights from the hub."),
     click.option(
         "--checkpoint",
@@ -44,12 +46,6 @@ _OPTIONS: Final = (
     click.option("--random-weights", is_flag=True, default=None, help="Weights drawn at random, to measure speed."),
     click.option("--head", type=_PATH, metavar="FILE", help="Linear head for a headless backbone: weight and bias."),
     click.option(
-        "--outputs", metavar="FILE", type=_PATH, help="Names of the outputs: text, one a line, or JSON; or imagenet-1k."
-    ),
-    click.option(
-        "--task", type=click.Choice(["multi_class", "multi_label", "binary", "regression"]), help="What outputs mean."
-    ),
-    click.option(
         "--input-size", metavar="SIZE", help="Pixels, 224 or 224x336 (height x width): positions are resampled to it."
     ),
     click.option(
@@ -57,6 +53,15 @@ _OPTIONS: Final = (
         is_flag=True,
         default=None,
         help="Let the checkpoint's patch embedding and positions be resampled to the architecture's.",
+    ),
+)
+_OF_OUTPUTS: Final = (
+    click.option("--model-name", metavar="NAME", help="Name that requests use.  [the architecture]"),
+    click.option(
+        "--outputs", metavar="FILE", type=_PATH, help="Names of the outputs: text, one a line, or JSON; or imagenet-1k."
+    ),
+    click.option(
+        "--task", type=click.Choice(["multi_class", "multi_label", "binary", "regression"]), help="What outputs mean."
     ),
     click.option(
         "--num-outputs",
@@ -67,8 +72,33 @@ _OPTIONS: Final = (
 
 
 def model_options(command: Command) -> Command:
-    """Add the options to a command."""
-    return reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), command)
+    """Add all options to a command."""
+    return _with(command, (*_OF_BACKBONE, *_OF_OUTPUTS))
+
+
+def backbone_options(command: Command) -> Command:
+    """Add those that matter to a model whose classifier is left out."""
+    return _with(command, _OF_BACKBONE)
+
+
+def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    return reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+def chosen(specs: list[ModelSpec], only: str | None) -> list[ModelSpec]:
+    """The model of this name; None: all.
+
+    Raises:
+        click.UsageError: There is none of this name.
+    """
+    if only is None:
+        return specs
+    found = [spec for spec in specs if spec.name == only]
+    if not found:
+        raise click.UsageError(
+            f"--only: there is no model {only!r}; there are {', '.join(spec.name for spec in specs)}"
+        )
+    return found
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Report:
         shared_scale: One scale of colours for all maps of an image.
         blocks: Show patches as blocks.
         sheet: Also write a contact sheet.
+        box: Draw and tell the box of each map at this fraction of its maximum; None: none.
     """
 
     out: Path | None
@@ -35,24 +36,29 @@ class Report:
     shared_scale: bool
     blocks: bool
     sheet: bool
+    box: float | None = None
     _taken: set[str] = field(default_factory=set)
 
     def add(self, path: Path, explanation: cdam.Explanation) -> None:
         """Show and write one image's answer."""
         stem = self._free(path.stem, "")
         files = self._write_overlays(stem, explanation) if self.out else [None] * len(explanation)
-        answer = as_json(path, explanation, files)
+        answer = as_json(path, explanation, files, self.box)
         if self.out:
             self._write_text(f"{stem}.json", json.dumps(answer))
             if self.sheet:
                 picture = cdam.render.sheet(
-                    explanation, shared_scale=self.shared_scale, interpolation=self._interpolation, title=path.name
+                    explanation,
+                    shared_scale=self.shared_scale,
+                    interpolation=self._interpolation,
+                    title=path.name,
+                    box=self.box,
                 )
                 picture.save(self.out / f"{stem}.sheet.png")
         if self.as_json:
             click.echo(json.dumps(answer))
         else:
-            click.echo(table(path, explanation, files))
+            click.echo(table(path, explanation, files, self.box))
 
     @property
     def _interpolation(self) -> cdam.Interpolation:
@@ -67,7 +73,7 @@ class Report:
         for relevance in explanation:
             parts = [stem, relevance.label, relevance.method.kind]
             file = self.out / self._free(".".join(safe(part) for part in parts if part), ".png")
-            relevance.overlay(scale=scale, interpolation=self._interpolation, zoom=zoom).save(file)
+            relevance.overlay(scale=scale, interpolation=self._interpolation, zoom=zoom, box=self.box).save(file)
             files.append(file)
         return files
 
@@ -100,16 +106,17 @@ def printable(text: str) -> str:
     )
 
 
-def as_json(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None]) -> dict[str, Any]:
-    """Everything that an answer says, in JSON's types."""
-    region = explanation.region
+def as_json(
+    path: Path, explanation: cdam.Explanation, files: Sequence[Path | None], box: float | None = None
+) -> dict[str, Any]:
+    """Everything that an answer says, in JSON's types; boxes at a fraction of the maximum, if asked for."""
     return {
         "image": str(path),
         "request_id": explanation.request_id,
         "model": explanation.model,
         "fingerprint": explanation.fingerprint,
         "patch_grid": explanation.patch_grid,
-        "region": {"left": region.left, "top": region.top, "right": region.right, "bottom": region.bottom},
+        "region": dataclasses.asdict(explanation.region),
         "image_size": explanation.image_size,
         "input_size": explanation.input_size,
         "seconds": {name: getattr(explanation.timing, name) for name in ("decode", "queue", "trunk", "tail", "total")},
@@ -128,6 +135,7 @@ def as_json(path: Path, explanation: cdam.Explanation, files: Sequence[Path | No
                 "probability": relevance.target.probability if relevance.target else None,
                 "prefix_share": relevance.prefix_share,
                 "overlay": str(file) if file else None,
+                **({} if box is None else {"box": _asdict(relevance.box(box))}),
                 "scores": relevance.scores.tolist(),
                 "value_part": relevance.parts.value.tolist() if relevance.parts else None,
                 "key_part": relevance.parts.key.tolist() if relevance.parts else None,
@@ -140,8 +148,8 @@ def as_json(path: Path, explanation: cdam.Explanation, files: Sequence[Path | No
     }
 
 
-def table(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None]) -> str:
-    """A line for each map: the target, the model's answer to it, and how much speaks for and against it."""
+def table(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None], box: float | None = None) -> str:
+    """A line for each map: the target, the model's answer to it, how much speaks for and against it, and where."""
     logits = all(target.probability is not None for target in explanation.targets)
     concepts = any(_ids(relevance) for relevance in explanation)
     heads = (
@@ -152,7 +160,8 @@ def table(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None
         "for",
         "against",
     )
-    rows = [(*heads, *(["concept"] if concepts else []), "file")]
+    boxes = [] if box is None else ["box: left, top, right, bottom"]
+    rows = [(*heads, *(["concept"] if concepts else []), *boxes, "file")]
     for relevance, file in zip(explanation, files, strict=True):
         target, scores = relevance.target, relevance.scores
         probability = target.probability if target else None
@@ -165,6 +174,7 @@ def table(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None
                 f"{scores.clip(min=0).sum():+.4f}",
                 f"{scores.clip(max=0).sum():+.4f}",
                 *([_ids(relevance) or "-"] if concepts else []),
+                *([] if box is None else [_corners(relevance.box(box))]),
                 str(file or "-"),
             )
         )
@@ -172,6 +182,14 @@ def table(path: Path, explanation: cdam.Explanation, files: Sequence[Path | None
     milliseconds = 1000 * explanation.timing.total
     head = f"{path}  {explanation.model}, {height} x {width} patches, {milliseconds:.1f} ms"
     return "\n".join([head, *columns(rows, right={2, 3, 4, 5}), ""])
+
+
+def _asdict(box: cdam.Region | None) -> dict[str, float] | None:
+    return None if box is None else dataclasses.asdict(box)
+
+
+def _corners(box: cdam.Region | None) -> str:
+    return "-" if box is None else ", ".join(f"{edge:g}" for edge in dataclasses.astuple(box))
 
 
 def _target(target: cdam.Output | cdam.Concept | cdam.Contrast) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from cdam_engine.evaluation import (
     Evaluated,
     Fidelity,
     InsertionDeletion,
+    Localisation,
     MaskAgreement,
     Metric,
+    Normalisation,
     Protocol,
     Randomisation,
     Sparseness,
@@ -35,6 +37,7 @@ from cdam_server.rpc.images import ImageLimits, decode_image, decode_mask
 _MAX_METHODS = 32
 _MAX_METRICS = 32
 _MAX_POINTS = 1001
+_MAX_LEVELS = 1000
 _MAX_BOXES = 10_000
 _MAX_BOX_SIZES = 64
 _MAX_STEPS = 10_000
@@ -50,6 +53,10 @@ _ANCHOR: Mapping[int, Anchor] = {
 _UNIT: Mapping[int, Unit] = {
     evaluation_pb2.PERTURBATION_UNIT_PIXEL: "pixel",
     evaluation_pb2.PERTURBATION_UNIT_PATCH: "patch",
+}
+_NORMALISATION: Mapping[int, Normalisation] = {
+    evaluation_pb2.MAP_NORMALISATION_MAX: "max",
+    evaluation_pb2.MAP_NORMALISATION_MIN_MAX: "min_max",
 }
 _ENLARGEMENT: Mapping[int, Enlargement] = {
     evaluation_pb2.ENLARGEMENT_BILINEAR: "bilinear",
@@ -204,6 +211,20 @@ def _mask_agreement(metric: evaluation_pb2.MaskAgreementMetric, field: str) -> M
     return MaskAgreement(**_enlargement(metric, field))
 
 
+def _localisation(metric: evaluation_pb2.LocalisationMetric, field: str) -> Localisation:
+    said = {**_enlargement(metric, field), **_number(metric, "points", field, least=1, most=_MAX_LEVELS)}
+    if metric.normalisation:
+        if metric.normalisation not in _NORMALISATION:
+            raise InvalidArgumentError(f"{field}.normalisation", f"{metric.normalisation} is not a normalisation")
+        said["normalisation"] = _NORMALISATION[metric.normalisation]
+    for name in ("threshold", "iou"):
+        if metric.HasField(name):
+            said[name] = value = getattr(metric, name)
+            if not 0 < value <= 1:
+                raise InvalidArgumentError(f"{field}.{name}", f"must be greater than 0 and at most 1, not {value:g}")
+    return Localisation(all_components=metric.all_components, **said)
+
+
 def _insertion_deletion(metric: evaluation_pb2.InsertionDeletionMetric, field: str) -> InsertionDeletion:
     said = {**_unit(metric, field), **_enlargement(metric, field), **_blur_sigma(metric, field)}
     return InsertionDeletion(**said, **_number(metric, "steps", field, least=1, most=_MAX_STEPS))
@@ -228,6 +249,7 @@ _METRICS: Final[Mapping[str, Callable[[Any, str], Metric]]] = {
     "class_discrimination": _class_discrimination,
     "compactness": _compactness,
     "mask_agreement": _mask_agreement,
+    "localisation": _localisation,
     "insertion_deletion": _insertion_deletion,
     "sparseness": _sparseness,
     "randomisation": _randomisation,

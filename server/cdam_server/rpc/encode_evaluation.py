@@ -24,6 +24,7 @@ from cdam_engine.evaluation import (
     Evaluated,
     Fidelity,
     InsertionDeletion,
+    Localisation,
     MaskAgreement,
     Measured,
     Metric,
@@ -46,6 +47,10 @@ _UNIT = {
 _ENLARGEMENT = {
     "bilinear": evaluation_pb2.ENLARGEMENT_BILINEAR,
     "nearest": evaluation_pb2.ENLARGEMENT_NEAREST,
+}
+_NORMALISATION = {
+    "max": evaluation_pb2.MAP_NORMALISATION_MAX,
+    "min_max": evaluation_pb2.MAP_NORMALISATION_MIN_MAX,
 }
 _QUADRATURE = {
     "riemann_right": method_pb2.QUADRATURE_RIEMANN_RIGHT,
@@ -202,6 +207,17 @@ def _mask_agreement(metric: MaskAgreement) -> evaluation_pb2.MaskAgreementMetric
     return evaluation_pb2.MaskAgreementMetric(enlargement=_ENLARGEMENT[metric.enlargement])
 
 
+def _localisation(metric: Localisation) -> evaluation_pb2.LocalisationMetric:
+    return evaluation_pb2.LocalisationMetric(
+        normalisation=_NORMALISATION[metric.normalisation],
+        threshold=metric.threshold,
+        iou=metric.iou,
+        points=metric.points,
+        all_components=metric.all_components,
+        enlargement=_ENLARGEMENT[metric.enlargement],
+    )
+
+
 def _insertion_deletion(metric: InsertionDeletion) -> evaluation_pb2.InsertionDeletionMetric:
     return evaluation_pb2.InsertionDeletionMetric(
         unit=_UNIT[metric.unit],
@@ -217,6 +233,7 @@ _METRICS: Final[Mapping[type[Metric], Callable[[Any], Any]]] = {
     ClassDiscrimination: _class_discrimination,
     Compactness: _compactness,
     MaskAgreement: _mask_agreement,
+    Localisation: _localisation,
     InsertionDeletion: _insertion_deletion,
     Sparseness: lambda _: evaluation_pb2.SparsenessMetric(),
     Randomisation: lambda metric: evaluation_pb2.RandomisationMetric(absolute=metric.absolute),

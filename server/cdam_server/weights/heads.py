@@ -28,7 +28,9 @@ _PLAIN: Final[Mapping[str, type[nn.Module]]] = {
 }
 
 
-def attach_head(model: nn.Module, path: Path, setting: str, layers: Sequence[Layer] | None = None) -> None:
+def attach_head(
+    model: nn.Module, path: Path, setting: str, layers: Sequence[Layer] | None = None, *, tuned: bool = False
+) -> None:
     """Put a classifier of one's own on a backbone without one.
 
     Args:
@@ -37,11 +39,15 @@ def attach_head(model: nn.Module, path: Path, setting: str, layers: Sequence[Lay
             `fc`, `linear` or `classifier`, and wrapped as training code does it.
         setting: Name of the setting, for errors.
         layers: Of a classifier of several layers, whose tensors have the names of an `nn.Sequential`; None: linear.
+        tuned: Whether other tensors in the file are the model's own, and have their place already.
 
     Raises:
         LoadError: The file holds no such head, or one for another latent size.
     """
-    tensors = _unwrapped_head(read_checkpoint(path, setting).tensors)
+    tensors = read_checkpoint(path, setting).tensors
+    if tuned:
+        tensors = {name: tensor for name, tensor in tensors.items() if name in {"head.weight", "head.bias"}}
+    tensors = _unwrapped_head(tensors)
     refuse_unfit(tensors, str(path), setting)
     if layers is not None:
         plain = {
@@ -60,13 +66,7 @@ def attach_head(model: nn.Module, path: Path, setting: str, layers: Sequence[Lay
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shape = None if bias is None else tuple(bias.shape)
         raise LoadError(setting, f"weight must be (C, D) and bias (C), not {tuple(weight.shape)} and {shape}")
-    model.reset_classifier(weight.shape[0])  # type: ignore[operator]
-    classifier = model.get_classifier()  # type: ignore[operator]
-    if not isinstance(classifier, nn.Linear):
-        raise LoadError(setting, "this architecture does not take a single linear head")
-    latent = int(getattr(model, "head_hidden_size", 0) or classifier.in_features)
-    if latent != classifier.in_features:  # another library's readout, whose latent is not as wide as the tokens
-        model.head = classifier = nn.Linear(latent, weight.shape[0])
+    classifier = linear_head(model, weight.shape[0], setting)
     if classifier.in_features != weight.shape[1]:
         raise LoadError(
             setting, f"the weight is for latents of {weight.shape[1]}, the architecture's have {classifier.in_features}"
@@ -74,6 +74,22 @@ def attach_head(model: nn.Module, path: Path, setting: str, layers: Sequence[Lay
     with torch.no_grad():
         classifier.weight.copy_(weight)
         classifier.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
+
+
+def linear_head(model: nn.Module, outputs: int, setting: str) -> nn.Linear:
+    """Give a model a linear classifier, whose weights mean nothing yet, in the place of the one that it has.
+
+    Raises:
+        LoadError: The architecture takes none.
+    """
+    model.reset_classifier(outputs)  # type: ignore[operator]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    if not isinstance(classifier, nn.Linear):
+        raise LoadError(setting, "this architecture does not take a single linear head")
+    latent = int(getattr(model, "head_hidden_size", 0) or classifier.in_features)
+    if latent != classifier.in_features:  # another library's readout, whose latent is not as wide as the tokens
+        model.head = classifier = nn.Linear(latent, outputs)
+    return classifier
 
 
 def _unwrapped_head(tensors: Mapping[str, Tensor]) -> StateDict:

@@ -16,7 +16,8 @@ import click
 import numpy as np
 
 import cdam
-from cdam_server.cli.images import is_shown, some, walk
+from cdam_images.folders import is_shown, walk
+from cdam_server.cli.images import some
 from cdam_server.cli.spelling import parse_target, spelled
 
 OPTIONAL: Final = ("wrong_target", "mask", "counterfactual", "wrong_mask")

@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdam
+from cdam._hits import as_hits
+from cdam.statistics import PEAKED
 
 FILE: Final = "samples.jsonl"
 _FORMAT: Final = 1
@@ -235,6 +237,8 @@ class _Found:
         if keys and (len(keys) != len(self._keys) or set(keys) != self._keys):
             raise ValueError("not the values of these methods and metrics")
         for *key, _, curve in record.values:
+            if key[2] == PEAKED:
+                as_hits(curve)
             if curve is None:
                 continue
             if curve.dtype.kind not in "if" or len(curve) != 2:

@@ -93,6 +93,12 @@ METRICS: Final[Mapping[str, Described]] = {
         "Whether the map lies on the object. The mask itself, as an anchor, shows the best that can be had.",
         "Energy: Wang et al. (2020); pointing game: Zhang et al. (2016)",
     ),
+    "localisation": Described(
+        "Localisation",
+        "Whether the box around the map's largest connected part is the object's: its intersection over union with the box of "
+        "a connected part of the mask is large enough. And whether the scores find the object's pixels.",
+        "Choe et al. (2020); the fixed level: Zhou et al. (2016)",
+    ),
     "insertion_deletion": Described(
         "Insertion and deletion",
         "The target's probability as the most important parts are put into a blurred image, or taken out of the image.",
@@ -138,6 +144,15 @@ _KNOWN: Final[Mapping[str, Quantity]] = {
     "pointing_game": Quantity("how often the highest score lies on the object"),
     "auroc": Quantity("the scores as a classifier of the object's pixels"),
     "patch_iou": Quantity("the object's patches against as many of the highest scored"),
+    "box_acc": Quantity(
+        "share of the levels at which the box is right",
+        curve="right boxes by level",
+        axes=("level of the normalised map", "share of samples"),
+    ),
+    "corloc": Quantity("how often the box at the fixed level is right"),
+    "box_iou": Quantity("intersection over union of that box and the object's"),
+    "pixel_ap": Quantity("average precision of the scores as a classifier of the object's pixels, sample by sample"),
+    "max_box_acc": Quantity("how often the box is right at the one level that is best for all samples"),
     "insertion": Quantity("area under the curve", curve="insertion", axes=("share put in", _PROBABILITY)),
     "deletion": Quantity("area under the curve", curve="deletion", axes=("share taken out", _PROBABILITY)),
     "insertion_deletion": Quantity("insertion less deletion"),

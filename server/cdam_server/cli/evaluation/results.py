@@ -137,7 +137,7 @@ def gather(records: Iterable[Record], methods: int, *, seed: int, resamples: int
             if len(failed) < _MOST_FAILURES:
                 failed.append(record)
             continue
-        statistics.add(record.id, [value[:4] for value in record.values])
+        statistics.add(record.id, record.values)
         changes: dict[tuple[int, int], dict[str, float]] = {}
         for method, metric, name, value, curve in record.values:
             if curve is not None:

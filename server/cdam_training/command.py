@@ -1,0 +1,184 @@
+"""What `cdam train` does, from a dataset's path to a file of weights and its card."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cdam_engine.preprocess import normalise, prepare
+from cdam_images import upright_rgb
+from cdam_server.load_error import LoadError
+from cdam_server.loading import load_backbone, load_model
+from cdam_server.specs import ModelSpec, Task
+from cdam_server.weights.trained import Trained, write_trained
+from cdam_training.card import Card, ModelPart, data_part, now, write_card
+from cdam_training.datasets import Dataset, read_dataset
+from cdam_training.heads import Images, Options, Progress, TrainedHead, train_head
+from cdam_training.loop import Recipe
+from cdam_training.metrics import Scores, measure
+from cdam_training.splits import Splits, split_dataset
+
+_CHECKED = 4  # images
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to learn from; see `read_dataset` and `split_dataset`."""
+
+    path: Path
+    task: Task | None
+    targets: Sequence[str]
+    group_by: str | None
+    split_by: str | None
+    validation: float | None
+    test: float | None
+    seed: int
+    mask: str | None = None
+
+    def read(self, progress: Progress) -> tuple[Dataset, Splits]:
+        """The rows, and on which side each is.
+
+        Raises:
+            DatasetError: Something is wrong with them.
+        """
+
+        def told(files: Sequence[Path]) -> Iterator[Path]:
+            for done, file in enumerate(files):
+                progress.reading(done, len(files))
+                yield file
+            progress.reading(len(files), len(files))
+
+        dataset = read_dataset(
+            self.path,
+            task=None if self.task is None else Task(self.task),
+            targets=self.targets,
+            group_by=self.group_by,
+            split_by=self.split_by,
+            mask=self.mask,
+            progress=told,
+        )
+        return dataset, split_dataset(dataset, seed=self.seed, validation=self.validation, test=self.test)
+
+
+def run_head(
+    spec: ModelSpec, source: Source, options: Options, recipe: Recipe, output: Path, work: Path, progress: Progress
+) -> Card:
+    """Train a head, write it and its card, and look whether the server would load it.
+
+    Args:
+        spec: Of the model.
+        source: What to learn from.
+        options: What is trained.
+        recipe: How.
+        output: The file to write.
+        work: Folder for what is kept meanwhile.
+        progress: Is told how far it is.
+
+    Returns:
+        The card.
+
+    Raises:
+        DatasetError: Something is wrong with the dataset.
+        LoadError: Something is wrong with the model, or it can't be trained so.
+    """
+    started, clock = now(), time.monotonic()
+    dataset, splits = source.read(progress)
+    backbone = load_backbone(spec)
+    trained = train_head(backbone, images_of(dataset, splits), options, recipe, work, progress)
+    about = Trained(str(dataset.task), dataset.outputs, backbone.architecture, backbone.fingerprint)
+    write_trained(output, about, trained.weight, trained.bias, trained.tuned)
+    card = Card(
+        task=dataset.task,
+        outputs=dataset.outputs,
+        model=ModelPart(
+            name=spec.name,
+            architecture=backbone.architecture,
+            fingerprint=backbone.fingerprint,
+            trained_fingerprint=_served(spec, output, dataset, trained),
+            trained=f"the head and the last {options.blocks} blocks" if options.blocks else "the head",
+            blocks_trained=options.blocks,
+            parameters_trained=trained.tail.parameters_trained,
+        ),
+        data=data_part(dataset, splits),
+        recipe={**_of_recipe(options, recipe), "validation": source.validation, "test": source.test},
+        curve=[asdict(each) for each in trained.history],
+        metrics=measured(dataset, splits, trained),
+        started=started,
+        seconds=round(time.monotonic() - clock, 1),
+    )
+    write_card(card, output.with_suffix(".json"))
+    return card
+
+
+def measured(dataset: Dataset, splits: Splits, trained: TrainedHead) -> dict[str, Scores]:
+    """How good the answers are on the images that were not trained on, by side."""
+    return {
+        side: measure(
+            dataset.task,
+            dataset.outputs,
+            dataset.targets(rows),
+            trained.outputs(rows).numpy(),
+            clusters=dataset.clusters(rows),
+        )
+        for side, rows in splits.items()
+        if side != "train"
+    }
+
+
+def _of_recipe(options: Options, recipe: Recipe) -> dict[str, Any]:
+    """Every option that had a part in it."""
+    given = asdict(options)
+    for name in ("kept", "workers"):
+        del given[name]
+    if options.penalties is None:
+        return {**given, **asdict(recipe)}
+    return {**given, "seed": recipe.seed, "optimizer": "L-BFGS"}
+
+
+def images_of(dataset: Dataset, splits: Splits) -> Images:
+    """What training takes of a dataset."""
+    digest = hashlib.sha256()
+    for row in dataset.rows:
+        digest.update(row.content.encode())
+    return Images(
+        [row.image for row in dataset.rows],
+        torch.from_numpy(dataset.targets()),
+        dataset.task,
+        len(dataset.outputs),
+        splits.train,
+        splits.validation,
+        splits.test,
+        dataset.digest,
+        digest.hexdigest(),
+    )
+
+
+def _served(spec: ModelSpec, output: Path, dataset: Dataset, trained: TrainedHead) -> str:
+    """The fingerprint of the model that a server would load, after it was asked about some images.
+
+    Raises:
+        LoadError: It says something else than what was trained.
+    """
+    served = load_model(spec.model_copy(update={"head": output, "head_layers": None, "outputs": None}))
+    config = served.data_config
+    rows = np.arange(min(_CHECKED, len(dataset)))
+    with torch.no_grad():
+        for row in rows.tolist():
+            with Image.open(dataset.rows[row].image) as opened:
+                pixels = prepare(upright_rgb(opened), config).pixels
+            inputs = normalise(torch.from_numpy(pixels)[None], config)
+            expected = served.module(inputs)
+            found = trained.tail(trained.tail.entering(inputs.to(trained.device))).logits.cpu()
+            scale = max(1.0, float(expected.abs().max()))
+            if float((found - expected).abs().max()) > _TOLERANCE * scale:
+                raise LoadError("output", f"{output} gives other outputs when it is loaded than in training")
+    return served.fingerprint

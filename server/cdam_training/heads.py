@@ -1,0 +1,294 @@
+"""A linear head on a backbone, and maybe the backbone's last blocks with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdam_engine import SplitViT, UnsupportedArchitectureError
+from cdam_engine.fingerprint import fingerprint
+from cdam_server.load_error import LoadError, reason
+from cdam_server.loading import Backbone
+from cdam_server.specs import Task
+from cdam_server.weights.files import StateDict
+from cdam_server.weights.heads import linear_head
+from cdam_training import convex
+from cdam_training.loop import Epoch, Loop, Recipe, batches_of
+from cdam_training.losses import LOSSES, scaling_of
+from cdam_training.state import State
+from cdam_training.tail import Tail
+from cdam_training.trunk_outputs import FreshOutputs, KeptOutputs, Rows, Sources, TrainingRows
+from cdam_training.views import Augmentation
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is trained, and on what.
+
+    Attributes:
+        blocks: How many of the last blocks are trained with the head.
+        keep: Whether what the trunk makes of the images is kept; always where blocks are trained.
+        views: Views of each training image that are kept; the first is the image as it is served.
+        augmentation: How training images are varied.
+        dropout: In the blocks, see `Tail`.
+        token_dropout: See `Tail`.
+        penalties: Of a head that is fitted to its minimum; None: trained in epochs.
+        kept: Folder for it, which several trainings may share; None: in the training's own.
+        keep_limit: Bytes that may be kept on disk.
+        keep_dtype: float32 or float16.
+        workers: Processes that read images ahead.
+        device: Where to compute.
+    """
+
+    blocks: int = 0
+    keep: bool = False
+    views: int = 1
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    dropout: float = 0.0
+    token_dropout: float = 0.0
+    penalties: tuple[float, ...] | None = None
+    kept: Path | None = None
+    keep_limit: int = 20_000_000_000
+    keep_dtype: str = "float32"
+    workers: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """What is learnt from.
+
+    Attributes:
+        paths: The files.
+        targets: Class indices (n), or numbers (n, C).
+        task: What they mean.
+        outputs: C, how many outputs there are.
+        train, validation, test: Indices of the images.
+        digest: Of all of it.
+        content: Digest of the files alone, in their order.
+    """
+
+    paths: Sequence[Path]
+    targets: Tensor
+    task: Task
+    outputs: int
+    train: Rows
+    validation: Rows
+    test: Rows
+    digest: str
+    content: str
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedHead:
+    """What came out.
+
+    Attributes:
+        weight: (C, D).
+        bias: (C).
+        tuned: Everything else that was trained, now or before, by its names in the model's state dict.
+        history: The epochs, or what was found with each penalty.
+        kept: What the trunk makes of the images that are not trained on.
+        tail: The tail, with these numbers.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    tuned: StateDict
+    history: Sequence[Epoch] | Sequence[convex.Fit]
+    kept: KeptOutputs
+    tail: Tail
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tail is."""
+        return self.tail.head.weight.device
+
+    def outputs(self, images: Rows) -> Tensor:
+        """What the model says of images as they are served, (n, C), on the CPU."""
+        self.tail.eval()
+        with torch.no_grad():
+            return torch.cat([self.tail(x).logits.cpu() for _, x in self.kept.in_parts(images)])
+
+
+class Progress(Protocol):
+    """Who is told how far it is."""
+
+    def reading(self, done: int, total: int) -> None:
+        """So many files have been read."""
+
+    def trunk(self, done: int, total: int) -> None:
+        """So many images have gone through the trunk."""
+
+    def training(self, done: int, total: int, history: Sequence[Epoch]) -> None:
+        """So many steps are done."""
+
+    def fitting(self, fits: Sequence[convex.Fit], total: int) -> None:
+        """So many penalties of so many have been tried."""
+
+
+def train_head(
+    backbone: Backbone, images: Images, options: Options, recipe: Recipe, work: Path, progress: Progress
+) -> TrainedHead:
+    """Train a head, and the blocks that the options name.
+
+    The same arguments on the same machine give the same bits, whether the training was interrupted or not.
+
+    Args:
+        backbone: The model; it is changed.
+        images: What is learnt from.
+        options: What is trained.
+        recipe: How.
+        work: Folder for what is kept meanwhile; a training that was interrupted goes on from there.
+        progress: Is told how far it is.
+
+    Raises:
+        LoadError: The model can't be trained so, or `work` is of another training; the message names the option.
+    """
+    training = _HeadTraining(backbone, images, options, recipe, work)
+    training.kept.fill(progress.trunk)
+    history = training.loop(progress.training) if options.penalties is None else training.fit(progress.fitting)
+    return training.finished(history)
+
+
+class _HeadTraining:
+    """What the steps of `train_head` have in common."""
+
+    def __init__(self, backbone: Backbone, images: Images, options: Options, recipe: Recipe, work: Path) -> None:
+        self._backbone = backbone
+        self._images = images
+        self._options = options
+        self._recipe = recipe
+        self._work = work
+        device = _device(options.device)
+        model = fingerprint(backbone.module, backbone.architecture, {})
+        self._tail = _tail(backbone, images.outputs, options, device)
+        self._sources = Sources(
+            images.paths,
+            backbone.data_config,
+            options.augmentation,
+            options.views,
+            recipe.seed,
+            options.workers,
+            device,
+        )
+        self._keeps_train = bool(options.keep or options.blocks)
+        self.kept = KeptOutputs(
+            self._tail,
+            self._sources,
+            train=images.train if self._keeps_train else images.train[:0],
+            plain=np.concatenate((images.train,) * self._keeps_train + (images.validation, images.test)),
+            folder=options.kept or work / "kept",
+            key={"model": model, "images": images.content},
+            limit=options.keep_limit,
+            dtype=options.keep_dtype,
+        )
+        self._scaling = scaling_of(images.task, images.targets[torch.from_numpy(images.train)])
+        scaled = images.targets if self._scaling is None else self._scaling.apply(images.targets)
+        self._targets = scaled.to(device)
+        self._loss = LOSSES[images.task]
+        self._key = {"model": model, "dataset": images.digest, **_deciding(options)}
+
+    def _targets_of(self, images: Rows) -> Tensor:
+        return self._targets[torch.from_numpy(images)]
+
+    def fit(self, tell: Callable[[Sequence[convex.Fit], int], None]) -> Sequence[convex.Fit]:
+        """The head that makes the loss and a penalty least."""
+        images, penalties = self._images, self._options.penalties
+        assert penalties is not None
+        latents, which = self.kept.all_views()
+        validation = images.validation
+        head, fits = convex.fit(
+            (latents, self._targets_of(images.train[which])),
+            (self.kept.plain(validation), self._targets_of(validation)) if len(validation) else None,
+            images.outputs,
+            self._loss,
+            penalties,
+            State(self._work / "fit.pt", {**self._key, "penalties": penalties}),
+            tell,
+        )
+        self._put(head.weight, head.bias)
+        return fits
+
+    def loop(self, tell: Callable[[int, int, Sequence[Epoch]], None]) -> Sequence[Epoch]:
+        """Epochs of steps."""
+        rows: TrainingRows = self.kept
+        train = self._images.train
+        if not self._keeps_train:
+            rows = FreshOutputs(self._tail, self._sources, train, partial(batches_of, self._recipe, len(train)))
+
+        def loss(some: Rows, epoch: int) -> Tensor:
+            entering = rows(some, epoch)  # before the tail is in training mode: the trunk must not be
+            self._tail.train(bool(self._tail.blocks))
+            return self._loss(self._tail(entering).logits, self._targets_of(train[some]))
+
+        loop = Loop(
+            (self._tail.head_parameters, self._tail.tuned),
+            self._recipe,
+            len(train),
+            loss,
+            self._validate if len(self._images.validation) else None,
+            State(self._work / "training.pt", self._key),
+        )
+        loop.run(tell)
+        return loop.history
+
+    def _validate(self) -> float:
+        images = self._images.validation
+        self._tail.eval()
+        with torch.no_grad():
+            sums = [
+                float(self._loss(self._tail(x).logits, self._targets_of(images[part]))) * len(x)
+                for part, x in self.kept.in_parts(images)
+            ]
+        return sum(sums) / len(images)
+
+    def finished(self, history: Sequence[Any]) -> TrainedHead:
+        """What came out."""
+        self._tail.eval()
+        if self._scaling is not None:
+            self._put(*self._scaling.fold(self._tail.head.weight.detach().cpu(), self._tail.head.bias.detach().cpu()))
+        own = self._backbone.module.state_dict()
+        tuned = {name: own[name].detach().cpu() for name in sorted({*self._backbone.tuned, *self._tail.tuned})}
+        weight, bias = self._tail.head.weight.detach().cpu(), self._tail.head.bias.detach().cpu()
+        return TrainedHead(weight, bias, tuned, history, self.kept, self._tail)
+
+    def _put(self, weight: Tensor, bias: Tensor) -> None:
+        with torch.no_grad():
+            self._tail.head.weight.copy_(weight)
+            self._tail.head.bias.copy_(bias)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LoadError("device", f"{name} can't be used here ({reason(error)})") from error
+    return device
+
+
+def _tail(backbone: Backbone, outputs: int, options: Options, device: torch.device) -> Tail:
+    head = linear_head(backbone.module, outputs, "model")
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    backbone.module.eval().to(device)
+    try:
+        vit = SplitViT(backbone.module)
+    except UnsupportedArchitectureError as error:
+        raise LoadError("model", f"a head for it could not be explained: {error}") from error
+    return Tail(vit, head, blocks=options.blocks, dropout=options.dropout, token_dropout=options.token_dropout)
+
+
+def _deciding(options: Options) -> Mapping[str, Any]:
+    """What of the options decides the result."""
+    indifferent = {"kept", "keep_limit", "workers", "penalties"}
+    return {name: value for name, value in asdict(options).items() if name not in indifferent}

@@ -1,0 +1,254 @@
+"""`cdam train head`, as a user runs it: from images to a file that is served; killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+
+import cdam
+from cdam_engine.preprocess import DataConfig, normalise, prepare
+from cdam_server.cli import main
+from processes import serving
+from small_models import ARCHITECTURE, SHAPE, vit
+
+CLASSES = ("blue", "green", "red")
+
+
+def picture(kind: int, seed: int) -> Image.Image:
+    """Noise, on which one channel is somewhat brighter."""
+    rng = np.random.default_rng((kind, seed))
+    pixels = rng.integers(0, 170, (36, 48, 3))
+    pixels[:, :, 2 - kind] += rng.integers(20, 80)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images by class, a table of the same, and a backbone's checkpoint with a models file."""
+    path = tmp_path_factory.mktemp("training")
+    rows = ["image,brightness,is_red,who"]
+    for kind, name in enumerate(CLASSES):
+        (path / "photos" / name).mkdir(parents=True)
+        for number in range(40):
+            image = picture(kind, number)
+            file = path / "photos" / name / f"{number}.png"
+            image.save(file)
+            bright = float(np.asarray(image).mean())
+            rows.append(f"{file.relative_to(path)},{bright * 10:.2f},{int(name == 'red')},p{number % 15}")
+    (path / "samples.csv").write_text("\n".join(rows) + "\n")
+    torch.save(vit(0, seed=3, depth=3).state_dict(), path / "backbone.pth")
+    kwargs = {"img_size": 32, **SHAPE, "depth": 3}
+    entry = {"name": "small", "architecture": ARCHITECTURE, "checkpoint": "backbone.pth", "model_kwargs": kwargs}
+    (path / "models.yaml").write_text(json.dumps({"models": [entry]}))
+    return path
+
+
+def arguments(folder: Path, dataset: str, *more: str) -> list[str]:
+    return ["train", "head", str(folder / dataset), "--models-file", str(folder / "models.yaml"), *more]
+
+
+def run(folder: Path, dataset: str, *more: str) -> Result:
+    return CliRunner().invoke(main, arguments(folder, dataset, *more))
+
+
+def read_card(weights: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(weights.with_suffix(".json").read_text())
+    return content
+
+
+def models_file(folder: Path, path: Path, *heads: Path) -> Path:
+    """The same backbone, with heads."""
+    (entry,) = json.loads((folder / "models.yaml").read_text())["models"]
+    entry["checkpoint"] = str(folder / "backbone.pth")
+    models = [{**entry, "name": head.stem, "head": str(head)} for head in heads]
+    path.write_text(json.dumps({"models": models}))
+    return path
+
+
+def latents(folder: Path, images: Sequence[Path]) -> torch.Tensor:
+    """timm's own, of the images as they are served."""
+    model = timm.create_model(ARCHITECTURE, num_classes=0, img_size=32, **{**SHAPE, "depth": 3}).eval()
+    model.load_state_dict(torch.load(folder / "backbone.pth"))
+    config = DataConfig.from_timm(model)
+    with torch.no_grad():
+        parts = [
+            model(normalise(torch.from_numpy(prepare(Image.open(image), config).pixels)[None], config))
+            for image in images
+        ]
+    return torch.cat(parts)
+
+
+def test_a_head_on_kept_latents_is_as_good_as_scikit_learns(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "head.safetensors"
+    done = run(folder, "photos", "--cache-latents", "--l2", "0.01", "-o", str(out))
+    assert done.exit_code == 0, done.output
+    card = read_card(out)
+    test, train = card["data"]["sides"]["test"], card["data"]["sides"]["train"]
+    assert test["rows"] + train["rows"] + card["data"]["sides"]["validation"]["rows"] == 120
+    # The same split and latents, by scikit-learn.
+    from cdam_training.datasets import read_dataset
+    from cdam_training.splits import split_dataset
+
+    dataset = read_dataset(folder / "photos")
+    splits = split_dataset(dataset, seed=0)
+    x, y = latents(folder, [row.image for row in dataset.rows]).double().numpy(), dataset.targets()
+    mean, deviation = x[splits.train].mean(0), x[splits.train].std(0)
+    model = LogisticRegression(C=1 / (0.01 * len(splits.train)), tol=1e-10, max_iter=10_000)
+    model.fit((x[splits.train] - mean) / deviation, y[splits.train])
+    theirs = model.score((x[splits.test] - mean) / deviation, y[splits.test])
+    assert card["metrics"]["test"]["estimates"]["accuracy"]["value"] == pytest.approx(theirs, abs=1e-12)
+    weights = load_file(out)
+    ours = x @ weights["head.weight"].numpy().T.astype(np.float64) + weights["head.bias"].numpy()
+    expected = model.decision_function((x - mean) / deviation)
+    np.testing.assert_allclose(
+        ours - ours.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), atol=1e-3
+    )
+    assert not (tmp_path / "head.work").exists()
+
+
+def test_two_heads_on_one_tuned_backbone_are_served_with_one_trunk(folder: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "bright.safetensors", tmp_path / "red.safetensors"
+    done = run(
+        *(folder, "samples.csv", "--task", "regression", "--target", "brightness", "--group-by", "who"),
+        *("--train-blocks", "1", "--epochs", "60", "--lr", "0.01", "--block-lr", "0.003", "-o", str(first)),
+    )
+    assert done.exit_code == 0, done.output
+    assert read_card(first)["data"]["group_by"] == "who"
+    r = read_card(first)["metrics"]["test"]["by_output"]["pearson_r"]["brightness"]["value"]
+    assert r > 0.4
+    models = models_file(folder, tmp_path / "tuned.yaml", first)
+    command = ["train", "head", str(folder / "samples.csv"), "--models-file", str(models), "--task", "binary"]
+    done = CliRunner().invoke(main, [*command, "--target", "is_red", "--cache-latents", "-o", str(second)])
+    assert done.exit_code == 0, done.output
+    assert {*load_file(first)} == {*load_file(second)}, "the second head comes with what the first has tuned"
+    served = models_file(folder, tmp_path / "served.yaml", first, second)
+    image = picture(2, 1)
+    with serving(tmp_path / "log", "--models-file", str(served)) as server, cdam.Client(server.address) as client:
+        bright = client.explain(image, "brightness", model="bright")
+        red = client.explain(image, "is_red", model="red")
+        assert bright.targets[0].value == pytest.approx(float(np.asarray(image).mean()) * 10, rel=0.1)
+        assert np.isfinite(red.targets[0].value)
+        models_told = {model.name: model for model in client.models()}
+    assert models_told["red"].task == "binary"
+    assert models_told["bright"].outputs == ("brightness",)
+
+
+def test_what_was_tuned_is_part_of_the_file_and_bound_to_its_backbone(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned.safetensors"
+    assert run(folder, "photos", "--train-blocks", "2", "--epochs", "1", "-o", str(out)).exit_code == 0
+    names = {*load_file(out)}
+    assert {"head.weight", "head.bias", "norm.weight", "blocks.1.attn.qkv.weight", "blocks.2.mlp.fc2.bias"} <= names
+    assert not any(name.startswith(("blocks.0.", "patch_embed", "pos_embed")) for name in names)
+    torch.save(vit(0, seed=4, depth=3).state_dict(), tmp_path / "other.pth")
+    models = json.loads(models_file(folder, tmp_path / "m.yaml", out).read_text())
+    models["models"][0]["checkpoint"] = str(tmp_path / "other.pth")
+    (tmp_path / "m.yaml").write_text(json.dumps(models))
+    refused = CliRunner().invoke(main, ["check", "--models-file", str(tmp_path / "m.yaml")])
+    assert refused.exit_code == 1
+    assert "tuned.safetensors was trained on another backbone" in refused.output
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        ("--cache-latents", "--views", "3"),
+        ("--epochs", "12", "--batch-size", "8", "--lr", "0.01"),
+        ("--train-blocks", "2", "--epochs", "12", "--token-dropout", "0.3", "--dropout", "0.1"),
+    ],
+    ids=["fit", "epochs", "blocks"],
+)
+def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path, way: tuple[str, ...]) -> None:
+    whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
+    assert run(folder, "photos", *way, "-o", str(whole)).exit_code == 0
+    command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, "photos", *way, "-o", str(killed))]
+    kills, work = 0, tmp_path / "killed.work"
+    while not killed.exists():
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        before = progress(work)
+        while process.poll() is None and (progress(work) == before or kills >= 2):
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        assert process.returncode in {0, -signal.SIGKILL}
+    assert kills == 2
+    expected, found = load_file(whole), load_file(killed)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    one, other = read_card(whole), read_card(killed)
+    for card in (one, other):
+        del card["started"], card["seconds"]
+    assert one == other
+
+
+def progress(work: Path) -> tuple[object, ...]:
+    """Changes whenever something more is kept."""
+    found = []
+    for file in ("kept/done.npy", "training.pt", "fit.pt"):
+        path = work / file
+        found.append((path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None)
+    return tuple(found)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--cache-latents", "--train-blocks", "1"), "--cache-latents keeps what comes after all blocks"),
+        (("--cache-latents", "--epochs", "3"), "--epochs is of training in epochs: give --optimizer"),
+        (("--l2", "0.1"), "--l2 is of the head that --cache-latents finds"),
+        (("--dropout", "0.1"), "--dropout is of blocks"),
+        (("--views", "2"), "--views is of what is kept"),
+        (("--train-blocks", "3"), "train-blocks: the model has 3 blocks"),
+        (("--cache-latents", "--keep-limit", "1e-6"), "need 0.0 GB"),
+        (("--optimizer", "sdg"), "optimizer: timm can't make 'sdg'"),
+        (("--cache-latents", "--validation", "0"), "--validation: the L2 penalty is chosen on validation images"),
+        (("--device", "cuda:7"), "device: cuda:7 can't be used here"),
+        (("--task", "regression"), "a folder of classes is the task multi_class"),
+    ],
+)
+def test_what_can_not_be_is_refused_in_a_line(
+    folder: Path, tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    done = run(folder, "photos", *more, "-o", str(tmp_path / "x.safetensors"))
+    assert done.exit_code in {1, 2}
+    assert message in done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_nothing_is_overwritten(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    out.write_bytes(b"precious")
+    done = run(folder, "photos", "--cache-latents", "-o", str(out))
+    assert "is there already; --overwrite replaces it" in done.output
+    assert out.read_bytes() == b"precious"
+    other = tmp_path / "x.pth"
+    assert "must end in .safetensors" in run(folder, "photos", "--cache-latents", "-o", str(other)).output
+
+
+def test_another_training_does_not_go_on_in_the_folder(folder: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "x.safetensors", ("--work", str(tmp_path / "work"))
+    assert run(folder, "photos", "--optimizer", "adam", "--cache-latents", "-o", str(out), *work).exit_code == 0
+    again = ("--optimizer", "adam", "--lr", "0.1", "--cache-latents", "-o", str(tmp_path / "y.safetensors"), *work)
+    refused = run(folder, "photos", *again)
+    assert "holds a training with another lr" in refused.output
+    assert run(folder, "photos", *again, "--overwrite").exit_code == 0
