@@ -29,6 +29,7 @@ import torch
 from benchmarks.photographs import choice, concepts, measuring, reporting, sigmas
 from benchmarks.sheets import Journal
 from cdam_engine import Explainer
+from cdam_server.load_error import LoadError
 from real.voc import photographs
 
 RESULTS: Final = Path("results/photos")
@@ -46,7 +47,10 @@ def main() -> None:
         ("concepts", "maps of concepts, and the model's mean average precision"),
     ):
         command = commands.add_parser(name, help=what)
-        command.add_argument("--weights", type=Path, required=True, help="the model's whole state dict, safetensors")
+        command.add_argument(
+            "--weights", type=Path, required=True, help="the model's whole state dict, or a file of `cdam train`"
+        )
+        command.add_argument("--backbone", type=Path, help="the checkpoint that a file of `cdam train` was trained on")
         command.add_argument("--shard", default="0/1", help="every how manieth photograph, as 0/2 and 1/2")
         command.add_argument("--photographs", type=int, help="only the first ones; default: all")
         if name == "measure":
@@ -65,7 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         _COMMANDS[arguments.command](arguments)
-    except ValueError as error:
+    except (LoadError, LookupError, ValueError) as error:
         sys.exit(str(error))
 
 
@@ -130,7 +134,7 @@ _COMMANDS: Final = {"sigma": _sigma, "measure": _measure, "concepts": _concepts,
 def _explainer(arguments: argparse.Namespace) -> Explainer:
     if _of(arguments.shard)[1] > 1:
         torch.set_num_threads(1)
-    return measuring.load(arguments.weights)
+    return measuring.load(arguments.weights, arguments.backbone)
 
 
 def _journal(arguments: argparse.Namespace, part: str, header: dict[str, object]) -> Journal:

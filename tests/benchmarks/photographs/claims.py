@@ -15,8 +15,8 @@ from benchmarks.photographs.reading import Estimate, Floats, Part, Record, estim
 _FIDELITY: Final = (0, "a_lif_mif")
 _BOXES: Final = (1, "box_mean")
 _COMPACTNESS: Final = (2, "compactness")
-_DELTA_FIDELITY: Final = (6, "delta_a_lif_mif")
-_DELTA_BOXES: Final = (6, "delta_box_mean")
+_DELTA_FIDELITY: Final = (7, "delta_a_lif_mif")
+_DELTA_BOXES: Final = (7, "delta_box_mean")
 _OTHERS: Final = tuple(name for name in METHODS if name not in CDAM)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors.torch import load_file
 
 from benchmarks.photographs.choice import Chosen, sample
 from benchmarks.photographs.maps import UnnormalisedCdam, norms
@@ -42,6 +41,7 @@ from cdam_engine.evaluation import (
     Evaluated,
     Evaluator,
     Fidelity,
+    Localisation,
     MaskAgreement,
     Measured,
     Metric,
@@ -54,13 +54,22 @@ from cdam_engine.evaluation.forwards import Forwards
 from cdam_engine.evaluation.perturbation import CLEAN, MapOf, Perturbation, Ranked, map_of
 from cdam_engine.evaluation.subject import Subject
 from cdam_engine.fingerprint import fingerprint
-from cdam_engine.preprocess import DataConfig, normalise
+from cdam_engine.preprocess import normalise
+from cdam_server.loading import load_model
+from cdam_server.specs import ModelSpec, Task
 from real.backbone import ARCHITECTURE, INPUT
 
 FIDELITY: Final = Fidelity(points=6)
-BOXES: Final = BoxSensitivity(boxes=30)
+BOXES: Final = BoxSensitivity(boxes=25)
 DISCRIMINATION: Final = ClassDiscrimination(FIDELITY, BOXES)
-OF_MAPS: Final[tuple[Metric, ...]] = (Compactness(), Compactness(absolute=True), Sparseness(), MaskAgreement())
+AGREEMENT: Final = MaskAgreement()
+OF_MAPS: Final[tuple[Metric, ...]] = (
+    Compactness(),
+    Compactness(absolute=True),
+    Sparseness(),
+    AGREEMENT,
+    Localisation(),
+)
 ANCHORS: Final = (Anchor.RANDOM, Anchor.MASK)
 """The inverted mask would be the mask's mirror image: MIF and LIF exchanged, r with the other sign."""
 TIMES_NORMALISED: Final = "unnormalised_cdam, times normalised"
@@ -112,22 +121,27 @@ def names(its: Protocol) -> list[str]:
     return [evaluated.value if isinstance(evaluated, Anchor) else evaluated.kind for evaluated in its.methods]
 
 
-def load(weights: Path) -> Explainer:
-    """The model of a file with timm's whole state dict.
+def load(weights: Path, backbone: Path | None = None) -> Explainer:
+    """The model as the service loads it.
+
+    Args:
+        weights: Its whole state dict, or what `cdam train head` wrote.
+        backbone: The checkpoint that it was trained on; None where `weights` is the whole.
 
     Raises:
-        ValueError: The file is not one of the model.
+        LoadError: The files are not those of the model.
     """
-    state = load_file(weights)
-    if "head.weight" not in state:
-        raise ValueError(f"{weights}: has no head.weight: it is to be a whole state dict of {ARCHITECTURE}")
-    model = timm.create_model(ARCHITECTURE, img_size=INPUT, num_classes=len(state["head.weight"])).eval()
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{weights}: no state dict of {ARCHITECTURE} at {INPUT}: {reason}") from error
-    return Explainer(model, data_config=replace(DataConfig.from_timm(model), input_size=INPUT))
+    files = {"checkpoint": weights} if backbone is None else {"checkpoint": backbone, "head": weights}
+    spec = ModelSpec(
+        name="voc",
+        architecture=ARCHITECTURE,
+        input_size=INPUT,
+        task=Task.MULTI_LABEL,
+        dynamic_img_size=False,
+        **files,
+    )
+    loaded = load_model(spec)
+    return Explainer(loaded.module, data_config=loaded.data_config)
 
 
 def digest(explainer: Explainer) -> str:

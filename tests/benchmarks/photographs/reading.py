@@ -17,7 +17,7 @@ from scipy.stats import kendalltau
 from benchmarks.photographs.maps import Recorded
 from benchmarks.photographs.measuring import BOXES, decode, decode_mask
 from benchmarks.sheets import Curve, Results, header_of, lines, mean_curves
-from cdam.statistics import Statistics
+from cdam.statistics import PEAKED, Statistics
 from cdam_engine import Output
 from cdam_engine.evaluation import Anchor, BoxSensitivity, Metric, Sample
 from cdam_engine.evaluation import measures as engine
@@ -163,6 +163,12 @@ class Part:
         """Likewise of several methods, (photographs, methods)."""
         return np.stack([self.column(method, metric, quantity) for method in methods], axis=1)
 
+    def peak(self, method: str, metric: int) -> Estimate:
+        """MaxBoxAcc: of the mean curve over photographs, each the mean over its turns, the maximum."""
+        key = (method, metric, PEAKED)
+        rows = [np.mean([np.array(record.curves[k][key])[1] for k in self.turns(record)], 0) for record in self.kept]
+        return estimate(np.array(rows), lambda its: float(its.mean(0).max()))
+
     def results(self) -> Results:
         """Means and intervals for tables."""
         names = self.names
@@ -172,6 +178,7 @@ class Part:
             rows = [
                 (names.index(name), metric, quantity, float(np.mean([its[name, metric, quantity] for its in turns])))
                 for name, metric, quantity in turns[0]
+                if quantity != PEAKED  # its curve is of hits, and the mean over turns is none
             ]
             statistics.add(record.id, rows)
         anchors = [anchor.value for anchor in Anchor]

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.photographs import claims, drawing, high_norms, published, sigmas
 from benchmarks.photographs.concepts import KINDS
-from benchmarks.photographs.measuring import BOXES, OF_MAPS, decode, decode_mask
+from benchmarks.photographs.measuring import AGREEMENT, BOXES, decode, decode_mask
 from benchmarks.photographs.reading import (
     GEOMETRY,
     Floats,
@@ -33,6 +33,7 @@ DOCUMENT: Final = Path("docs/benchmarks/photos.md")
 IMAGES: Final = Path("docs/images")
 
 _AGREEMENT: Final = 5
+_LOCALISATION: Final = 6
 _CORRECT: Final = (
     Column("A_MIF", 0, "a_mif", -1, 0, published.A_MIF),
     Column("A_LIF", 0, "a_lif", 1, 0, published.A_LIF),
@@ -46,10 +47,10 @@ _SINGLE: Final = (
     Column("box: mean r", 1, "box_mean", 1, 2, published.VAL_A_BOX),
 )
 _DISCRIMINATING: Final = (
-    Column("delta A_LIF-MIF", 6, "delta_a_lif_mif", 1, 0, published.DELTA_A_LIF_MIF),
-    Column("delta box: mean r", 6, "delta_box_mean", 1, 2, published.DELTA_A_BOX),
-    Column("delta A_MIF", 6, "delta_a_mif", -1, 0),
-    Column("delta A_LIF", 6, "delta_a_lif", 1, 0),
+    Column("delta A_LIF-MIF", 7, "delta_a_lif_mif", 1, 0, published.DELTA_A_LIF_MIF),
+    Column("delta box: mean r", 7, "delta_box_mean", 1, 2, published.DELTA_A_BOX),
+    Column("delta A_MIF", 7, "delta_a_mif", -1, 0),
+    Column("delta A_LIF", 7, "delta_a_lif", 1, 0),
 )
 _COMPACT: Final = (
     Column("signed", 2, "compactness", 1, 2, published.COMPACTNESS),
@@ -62,12 +63,19 @@ _MASKS: Final = (
     Column("AUROC", _AGREEMENT, "auroc", 1),
     Column("patch IoU", _AGREEMENT, "patch_iou", 1),
 )
+_FOUND: Final = (
+    Column("CorLoc", _LOCALISATION, "corloc", 1),
+    Column("IoU of the box", _LOCALISATION, "box_iou", 1),
+    Column("pixel AP", _LOCALISATION, "pixel_ap", 1),
+)
 _SHEETS: Final[Mapping[str, tuple[str, tuple[Column, ...]]]] = {
     "correctness": ("multi", _CORRECT),
     "class_discrimination": ("multi", _DISCRIMINATING),
     "compactness": ("multi", _COMPACT),
     "masks": ("multi", _MASKS),
+    "localisation": ("multi", _FOUND),
     "single": ("single", _SINGLE),
+    "single_localisation": ("single", _FOUND),
     "single_masks": ("single", _MASKS),
 }
 _ORDERED: Final = (
@@ -101,6 +109,8 @@ def _blocks(results: Path, name: str, parts: Mapping[str, Part]) -> Iterator[tup
         if part in parts:
             its = parts[part]
             yield sheet, f"{len(its.kept)} photographs:\n\n{markdown(its.results(), columns)}"
+    if parts:
+        yield "peaks", _peaks(parts)
     yield "claims", claims.markdown(list(claims.every_claim(parts.get("multi"), parts.get("single"))))
     yield "orders", _orders(parts)
     if "multi" in parts:
@@ -148,6 +158,17 @@ def _model(results: Path, name: str, parts: Mapping[str, Part]) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def _peaks(parts: Mapping[str, Part]) -> str:
+    """MaxBoxAcc, which is no mean over photographs."""
+    names = next(iter(parts.values())).names
+    rows = [
+        [f"`{name}`", *(part.peak(name, _LOCALISATION).text() if name in part.names else "" for part in parts.values())]
+        for name in names
+    ]
+    titles = {"multi": "X_multi", "single": "X_single"}
+    return _table(["MaxBoxAcc", *(titles[part] for part in parts)], rows)
 
 
 def _orders(parts: Mapping[str, Part]) -> str:
@@ -243,7 +264,7 @@ def _high_norm_row(part: Part, method: str, high: Mapping[str, Any]) -> list[str
     fidelity = part.column(method, 0, "a_lif_mif")
     there = np.array([high[record.id].any() for record in part.kept])
     halves = [mean(fidelity[its]).text(0) if its.any() else "" for its in (there, ~there)]
-    changed = [mean(zeroed(BOXES, "box_mean") - box), mean(zeroed(OF_MAPS[-1], "energy") - energy)]
+    changed = [mean(zeroed(BOXES, "box_mean") - box), mean(zeroed(AGREEMENT, "energy") - energy)]
     return [
         f"`{method}`",
         f"{share.mean():.1%}",

@@ -10,28 +10,28 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.photographs.choice import Chosen, sample
-from benchmarks.photographs.measuring import FIDELITY, Measuring, Sigmas
+from benchmarks.photographs.measuring import Measuring, Sigmas
 from benchmarks.sheets import as_lists, lines
 from cdam_engine import Explainer, Method, Noise, SmoothCdam, SmoothGrad
-from cdam_engine.evaluation import Protocol
+from cdam_engine.evaluation import Fidelity, Protocol
 
 LEVELS: Final = {
-    "smooth_cdam": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
-    "smooth_grad": (0.01, 0.02, 0.05, 0.1, 0.2),
+    "smooth_cdam": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3),
+    "smooth_grad": (0.02, 0.05, 0.1, 0.2),
 }
 """Standard deviations tried, relative to the range of what noise is added to."""
-IMAGES: Final = {"smooth_cdam": 200, "smooth_grad": 60}
+IMAGES: Final = {"smooth_cdam": 100, "smooth_grad": 40}
 """Photographs for training that each method is tried on; the paper takes 200."""
 
 
 def protocol(kind: str) -> Protocol:
-    """The method with each standard deviation, and fidelity."""
+    """The method with each standard deviation, and fidelity of few points."""
     tried: tuple[Method, ...] = (
         tuple(SmoothCdam(samples=50, noise=Noise(level)) for level in LEVELS[kind])
         if kind == "smooth_cdam"
         else tuple(SmoothGrad(samples=10, noise=Noise(level)) for level in LEVELS[kind])
     )
-    return Protocol(tried, (FIDELITY,))
+    return Protocol(tried, (Fidelity(points=4),))
 
 
 def record(measuring: Measuring, explainer: Explainer, chosen: Chosen) -> dict[str, Any]:
