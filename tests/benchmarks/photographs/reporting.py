@@ -119,6 +119,7 @@ def _blocks(results: Path, name: str, parts: Mapping[str, Part]) -> Iterator[tup
         yield "classes", _classes(its)
         yield "high_norms", _high_norms(its)
         yield "attention", _attention(its)
+        yield "unnormalised", _unnormalised(its)
     paths = sorted(results.glob(f"{name}-concepts-*.jsonl"))
     if paths:
         yield "concepts", _concepts(paths)
@@ -294,6 +295,18 @@ def _attention(part: Part) -> str:
     found = mean(np.array(rank))
     table = _table(["decile of attention", *(str(k) for k in range(1, 11))], [["mean size of CDAM", *row]])
     return f"{table}\n\nSpearman's rho of attention and the size of CDAM within a photograph: {found.text()}."
+
+
+def _unnormalised(part: Part) -> str:
+    """How the map by gradients for unnormalised tokens, times themselves, lies to CDAM."""
+    r = mean(claims.correlations(part, "unnormalised_cdam", "cdam"))
+    size = claims.of_maps(
+        part,
+        lambda record, turn: float(
+            np.abs(record.maps["unnormalised_cdam"][turn]).max() / np.abs(record.maps["cdam"][turn]).max()
+        ),
+    )
+    return f"The largest score is {size.mean():.1e} of CDAM's; r of the two maps {r.text()}."
 
 
 def _rho(first: Any, second: Any) -> float:
