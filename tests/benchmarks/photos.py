@@ -15,6 +15,7 @@ files alone. Data: see `tests/real/voc.py`. The weights: docs/benchmarks/photos.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.photographs import choice, concepts, measuring, reporting, sigmas
-from benchmarks.sheets import Journal
+from benchmarks.sheets import Journal, together
 from cdam_engine import Explainer
 from cdam_server.load_error import LoadError
 from real.voc import photographs
@@ -67,6 +68,8 @@ def main() -> None:
     report = commands.add_parser("report", help="tables, claims and figures from what was measured")
     report.add_argument("--write", action="store_true", help="put them into the document")
     arguments = parser.parse_args()
+    if not re.fullmatch(r"\w+", arguments.name):
+        parser.error(f"--name: {arguments.name!r}, but it is of letters, digits and _")
     try:
         _COMMANDS[arguments.command](arguments)
     except (LoadError, LookupError, ValueError) as error:
@@ -139,7 +142,10 @@ def _explainer(arguments: argparse.Namespace) -> Explainer:
 
 def _journal(arguments: argparse.Namespace, part: str, header: dict[str, object]) -> Journal:
     first, step = _of(arguments.shard)
-    return Journal(arguments.results / f"{arguments.name}-{part}-{first}of{step}.jsonl", header)
+    journal = Journal(arguments.results / f"{arguments.name}-{part}-{first}of{step}.jsonl", header)
+    others = sorted(arguments.results.glob(f"{arguments.name}-{part}-*.jsonl"))
+    journal.known |= {line["id"] for line in together(others)}  # what was measured with another number of shards
+    return journal
 
 
 def _shard(arguments: argparse.Namespace, chosen: Sequence[choice.Chosen]) -> list[choice.Chosen]:

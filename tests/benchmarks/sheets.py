@@ -199,6 +199,36 @@ def header_of(path: Path) -> dict[str, Any]:
     return its
 
 
+def common_header(paths: Sequence[Path]) -> dict[str, Any]:
+    """What journals of one thing were begun with; empty if there are none.
+
+    Raises:
+        ValueError: They are of different models or protocols.
+    """
+    headers = [header_of(path) for path in paths]
+    for path, header in zip(paths, headers, strict=True):
+        for key in ("model", "protocol"):
+            if header.get(key) != headers[0].get(key):
+                raise ValueError(f"{path}: of another {key} than {paths[0]}: remove one of them")
+    return headers[0] if headers else {}
+
+
+def together(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """All whole lines of journals of one thing.
+
+    Raises:
+        ValueError: They are of different models or protocols, or two have a line of the same id.
+    """
+    common_header(paths)
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in paths:
+        for line in lines(path):
+            if line["id"] in found:
+                raise ValueError(f"{path}: {line['id']} is in {found[line['id']][0]}, too: remove one of them")
+            found[line["id"]] = path, line
+    return [line for _, line in found.values()]
+
+
 def lines(path: Path) -> Iterator[dict[str, Any]]:
     """All whole lines of a journal but its header."""
     return (line for line in _whole(path) if "header" not in line)

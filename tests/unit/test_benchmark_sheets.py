@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sheets import Column, Journal, Results, header_of, insert, lines, markdown
+from benchmarks.sheets import Column, Journal, Results, common_header, header_of, insert, lines, markdown, together
 from cdam.statistics import Statistics
 
 
@@ -41,6 +41,23 @@ def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
     Journal(plain).add({"id": "a"})
     with pytest.raises(ValueError, match="begun with model None, not 'two'"):
         Journal(plain, {"model": "two"})
+
+
+def test_journals_of_one_thing_are_read_together(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{k}of2.jsonl" for k in (0, 1)]
+    first, second = (Journal(path, {"model": "m", "protocol": "p"}) for path in paths)
+    first.add({"id": "a"})
+    second.add({"id": "b"})
+    assert [line["id"] for line in together(paths)] == ["a", "b"]
+    assert common_header(paths) == {"model": "m", "protocol": "p"}
+    assert (together([]), common_header([])) == ([], {})
+    second.add({"id": "a"})
+    with pytest.raises(ValueError, match=r"1of2.jsonl: a is in .*0of2.jsonl, too: remove one of them$"):
+        together(paths)
+    other = tmp_path / "other.jsonl"
+    Journal(other, {"model": "m", "protocol": "q"})
+    with pytest.raises(ValueError, match=r"other.jsonl: of another protocol than .*0of2.jsonl: remove one of them$"):
+        together([paths[0], other])
 
 
 def results() -> Results:

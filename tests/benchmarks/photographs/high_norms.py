@@ -44,7 +44,8 @@ def threshold(norms: NDArray[np.floating]) -> Threshold:
         norms: Of the patches of many photographs, (n,).
     """
     log = np.log(np.asarray(norms, np.float64).ravel())
-    at = np.linspace(log.min(), log.max(), _POINTS)
+    margin = 0.1 * np.ptp(log)  # so that a mode at an end is one
+    at = np.linspace(log.min() - margin, log.max() + margin, _POINTS)
     density = gaussian_kde(log)(at)
     top = int(density.argmax())
     peaks = [k for k in argrelextrema(density, np.greater)[0] if k > top and density[k] > _LEAST_HEIGHT * density[top]]

@@ -16,7 +16,7 @@ from scipy.stats import kendalltau
 
 from benchmarks.photographs.maps import Recorded
 from benchmarks.photographs.measuring import BOXES, decode, decode_mask
-from benchmarks.sheets import Curve, Results, header_of, lines, mean_curves
+from benchmarks.sheets import Curve, Results, common_header, mean_curves, together
 from cdam.statistics import PEAKED, Statistics
 from cdam_engine import Output
 from cdam_engine.evaluation import Anchor, BoxSensitivity, Metric, Sample
@@ -29,7 +29,7 @@ from cdam_engine.families import Grid
 from real.backbone import INPUT
 
 GEOMETRY: Final = Geometry(INPUT, (14, 14), Grid(16, 16))
-RESAMPLES: Final = 1000
+RESAMPLES = 1000
 _SEED: Final = 0  # of the protocols
 
 Floats = NDArray[np.float64]
@@ -198,17 +198,11 @@ def read(paths: Sequence[Path], turns: Turns = every) -> Part | None:
     """A part's journals; None if there is none.
 
     Raises:
-        ValueError: They are of different models or protocols.
+        ValueError: They do not belong together.
     """
-    headers = [header_of(path) for path in paths]
-    for path, header in zip(paths, headers, strict=True):
-        for key in ("model", "protocol"):
-            if header.get(key) != headers[0].get(key):
-                raise ValueError(f"{path}: of another {key} than {paths[0]}: remove one of them")
-    found = {line["id"]: line for path in paths for line in lines(path)}
-    if not found:
-        return None
-    return Part(headers[0], [Record.of(line, headers[0]["methods"]) for line in found.values()], turns)
+    found = together(paths)
+    header = common_header(paths)
+    return Part(header, [Record.of(line, header["methods"]) for line in found], turns) if found else None
 
 
 @dataclass(frozen=True)
@@ -224,11 +218,11 @@ class Estimate:
         return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
-def estimate(rows: Floats, statistic: Callable[[Floats], float], resamples: int = RESAMPLES) -> Estimate:
+def estimate(rows: Floats, statistic: Callable[[Floats], float]) -> Estimate:
     """A statistic of rows, one a photograph, (photographs, ...), and what it is on resamples of the photographs."""
     rng = np.random.default_rng(0)
     count = len(rows)
-    drawn = [statistic(rows[rng.integers(0, count, count)]) for _ in range(resamples)]
+    drawn = [statistic(rows[rng.integers(0, count, count)]) for _ in range(RESAMPLES)]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return Estimate(float(statistic(rows)), float(low), float(high))
 

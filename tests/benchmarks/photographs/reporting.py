@@ -26,7 +26,7 @@ from benchmarks.photographs.reading import (
     sure,
     tau,
 )
-from benchmarks.sheets import Column, header_of, insert, lines, markdown
+from benchmarks.sheets import Column, header_of, insert, markdown, together
 from real.backbone import INPUT
 
 DOCUMENT: Final = Path("docs/benchmarks/photos.md")
@@ -317,14 +317,13 @@ def _rho(first: Any, second: Any) -> float:
 def _concepts(paths: Sequence[Path]) -> str:
     """Of each kind: how often the mean score inside the own mask exceeds that inside the other's; energy."""
     told: list[list[list[float]]] = []
-    for path in paths:
-        for line in lines(path):
-            shares = [GEOMETRY.shares(decode_mask(its, INPUT)) for its in line["masks"]]
-            rows = [
-                [_told(decode(text).reshape(GEOMETRY.grid), shares[turn], shares[1 - turn]) for text in maps]
-                for turn, maps in enumerate(line["maps"])
-            ]
-            told.append(np.mean(rows, axis=0).tolist())
+    for line in together(paths):
+        shares = [GEOMETRY.shares(decode_mask(its, INPUT)) for its in line["masks"]]
+        rows = [
+            [_told(decode(text).reshape(GEOMETRY.grid), shares[turn], shares[1 - turn]) for text in maps]
+            for turn, maps in enumerate(line["maps"])
+        ]
+        told.append(np.mean(rows, axis=0).tolist())
     found = np.array(told)  # photographs, kinds, own > other and energy
     rows = []
     for k, kind in enumerate(KINDS):

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.photographs.choice import Chosen, sample
 from benchmarks.photographs.measuring import Measuring, Sigmas
-from benchmarks.sheets import as_lists, lines
+from benchmarks.sheets import as_lists, together
 from cdam_engine import Explainer, Method, Noise, SmoothCdam, SmoothGrad
 from cdam_engine.evaluation import Fidelity, Protocol
 
@@ -64,9 +64,7 @@ class Tried:
 def read(kind: str, paths: Sequence[Path]) -> list[Tried]:
     """What was found, in the order of `LEVELS`; of nothing, nothing."""
     rows = [
-        [value for _, _, quantity, value, *_ in line["values"] if quantity == "a_lif_mif"]
-        for path in paths
-        for line in lines(path)
+        [value for _, _, quantity, value, *_ in line["values"] if quantity == "a_lif_mif"] for line in together(paths)
     ]
     if not rows:
         return []
