@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -214,14 +215,21 @@ class Estimate:
     high: float
 
     def text(self, digits: int = 2) -> str:
-        """As in the document."""
+        """As in the document; of a single photograph without the interval."""
+        if math.isinf(self.high - self.low):
+            return f"{self.value:.{digits}f}"
         return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
 def estimate(rows: Floats, statistic: Callable[[Floats], float]) -> Estimate:
-    """A statistic of rows, one a photograph, (photographs, ...), and what it is on resamples of the photographs."""
+    """A statistic of rows, one a photograph, (photographs, ...), and what it is on resamples of the photographs.
+
+    Of a single photograph the interval is everything: nothing is known of others.
+    """
     rng = np.random.default_rng(0)
     count = len(rows)
+    if count == 1:
+        return Estimate(float(statistic(rows)), -math.inf, math.inf)
     drawn = [statistic(rows[rng.integers(0, count, count)]) for _ in range(RESAMPLES)]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return Estimate(float(statistic(rows)), float(low), float(high))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from benchmarks.photographs.concepts import KINDS
 from benchmarks.photographs.measuring import AGREEMENT, BOXES, decode, decode_mask
 from benchmarks.photographs.reading import (
     GEOMETRY,
+    Estimate,
     Floats,
     Part,
     Record,
@@ -192,7 +194,10 @@ def _choices(part: Part) -> str:
         ("only the class with the larger logit", stronger),
     ):
         its = Part(part.header, part.records, turns)
-        best = []
+        best: list[str] = []
+        if not its.kept:
+            rows.append([f"{title} (0)", *[""] * len(columns)])
+            continue
         for column in columns:
             means = its.columns(published.METHODS, column.metric, column.quantity).mean(0)
             first = np.argsort(-means)[:3]
@@ -277,7 +282,9 @@ def _high_norm_row(part: Part, method: str, high: Mapping[str, Any]) -> list[str
     ]
 
 
-def _signed(its: Any) -> str:
+def _signed(its: Estimate) -> str:
+    if math.isinf(its.high - its.low):
+        return f"{its.value:+.3f}"
     return f"{its.value:+.3f} ({its.low:+.3f} to {its.high:+.3f})"
 
 
