@@ -286,7 +286,10 @@ def test_verdicts_are_by_the_interval() -> None:
     assert claims._difference("it lags", its, "attention", "cdam", (0, "a_lif_mif"), 1).verdict == "does not"
     unsure = claims.Claim("who knows", "", Estimate(0.1, -1, 1))
     assert unsure.verdict == "can't tell"
-    assert claims.markdown([unsure]).splitlines()[-1] == "| who knows |  | can't tell |"
+    assert claims.markdown([unsure], {}).splitlines()[-1] == "| who knows |  | can't tell |"
+    table = claims.markdown([unsure, ahead], {"seed1": [replace(ahead, found=Estimate(-1, -2, -0.5))]}).splitlines()
+    assert table[2] == "| who knows |  | can't tell |  |"
+    assert table[3].endswith("| agrees | does not |")
 
 
 def test_cdam_by_attention() -> None:

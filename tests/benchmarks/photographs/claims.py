@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,10 +42,19 @@ class Claim:
         return "does not" if self.found.high < 0 else "can't tell"
 
 
-def markdown(claims: Sequence[Claim]) -> str:
-    """As a table."""
-    rows = [f"| {claim.text} | {claim.figure} | {claim.verdict} |" for claim in claims]
-    return "\n".join(["| the paper says | here, with 95 % interval | |", "|---|---|---|", *rows])
+def markdown(claims: Sequence[Claim], others: Mapping[str, Sequence[Claim]]) -> str:
+    """As a table.
+
+    Args:
+        claims: On the model of the document.
+        others: On other models, by their names: shown by the verdict alone.
+    """
+    head = ["the paper says", "here, with 95 % interval", "", *others]
+    rows = [head, ["---"] * len(head)]
+    for claim in claims:
+        verdicts = [next((its.verdict for its in theirs if its.text == claim.text), "") for theirs in others.values()]
+        rows.append([claim.text, claim.figure, claim.verdict, *verdicts])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def of_several(part: Part) -> list[Claim]:

@@ -91,11 +91,7 @@ _SHOWN: Final = ("cdam", "smooth_cdam", "integrated_cdam", "relevance_propagatio
 
 def report(results: Path, name: str, *, write: bool) -> Iterator[str]:
     """All tables, to be printed; put into the document, too, if asked for."""
-    parts = {
-        part: found
-        for part in ("multi", "single")
-        if (found := read(sorted(results.glob(f"{name}-{part}-*.jsonl")))) is not None
-    }
+    parts = _parts(results, name)
     blocks = dict(_blocks(results, name, parts))
     for title, block in blocks.items():
         yield f"\n{title}: {block}"
@@ -113,7 +109,11 @@ def _blocks(results: Path, name: str, parts: Mapping[str, Part]) -> Iterator[tup
             yield sheet, f"{len(its.kept)} photographs:\n\n{markdown(its.results(), columns)}"
     if parts:
         yield "peaks", _peaks(parts)
-    yield "claims", claims.markdown(list(claims.every_claim(parts.get("multi"), parts.get("single"))))
+    seeds = sorted({path.name.split("-")[0] for path in results.glob("*-multi-*.jsonl")} - {name})
+    others = {seed: _parts(results, seed) for seed in seeds}
+    held = {seed: list(claims.every_claim(its.get("multi"), its.get("single"))) for seed, its in others.items()}
+    own = list(claims.every_claim(parts.get("multi"), parts.get("single")))
+    yield "claims", claims.markdown(own, held)
     yield "orders", _orders(parts)
     if "multi" in parts:
         its = parts["multi"]
@@ -127,10 +127,15 @@ def _blocks(results: Path, name: str, parts: Mapping[str, Part]) -> Iterator[tup
         yield "concepts", _concepts(paths)
     if text := sigmas.markdown(results, name):
         yield "sigmas", text
-    seeds = {path.name.split("-")[0] for path in results.glob("*-multi-*.jsonl")}
-    others = {seed: read(sorted(results.glob(f"{seed}-multi-*.jsonl"))) for seed in sorted(seeds)}
-    if len(others) > 1:
-        yield "seeds", _seeds({seed: part for seed, part in others.items() if part is not None})
+    models = {seed: its["multi"] for seed, its in {name: parts, **others}.items() if "multi" in its}
+    if len(models) > 1:
+        yield "seeds", _seeds(models)
+
+
+def _parts(results: Path, name: str) -> dict[str, Part]:
+    """What was measured of a model."""
+    found = {part: read(sorted(results.glob(f"{name}-{part}-*.jsonl"))) for part in ("multi", "single")}
+    return {part: its for part, its in found.items() if its is not None}
 
 
 def _model(results: Path, name: str, parts: Mapping[str, Part]) -> str:
