@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def _draw_maps(part: Part, shown: Sequence[Record], path: Path) -> Path:
     return path
 
 
-def _draw_map(axis, record: Record, method: str, turn: int) -> None:  # noqa: ANN001 - matplotlib's
+def _draw_map(axis: Any, record: Record, method: str, turn: int) -> None:
     scores = record.maps[method][turn]
     size = np.abs(scores).max()
     down, across = GEOMETRY.input_size

@@ -235,14 +235,12 @@ def _high_norms(part: Part) -> str:
         else "median + 3 robust standard deviations of the log norms, which have one mode"
     )
     covered = [GEOMETRY.shares(np.any(record.masks, 0)) for record in some]
-    background = np.concatenate(
-        [shares[high[record.id]] < 0.5 for shares, record in zip(covered, some, strict=True)] or [[]]
-    )
+    background = [shares[high[record.id]] < 0.5 for shares, record in zip(covered, some, strict=True)]
     everywhere = np.mean([GEOMETRY.shares(np.any(record.masks, 0)) < 0.5 for record in part.records])
     count = np.mean([high[record.id].mean() for record in part.records])
     text = (
         f"Threshold {limit.value:.1f} ({kind}): {count:.2%} of the patches, in {len(some)} of {len(part.records)} photographs. "
-        f"{background.mean():.0%} of them lie outside both classes' masks, of all patches {everywhere:.0%}."
+        f"{np.concatenate(background).mean():.0%} of them lie outside both classes' masks, of all patches {everywhere:.0%}."
         if some
         else f"Threshold {limit.value:.1f} ({kind}): no patch."
     )
@@ -331,11 +329,11 @@ def _concepts(paths: Sequence[Path]) -> str:
     told: list[list[list[float]]] = []
     for line in together(paths):
         shares = [GEOMETRY.shares(decode_mask(its, INPUT)) for its in line["masks"]]
-        rows = [
+        turns = [
             [_told(decode(text).reshape(GEOMETRY.grid), shares[turn], shares[1 - turn]) for text in maps]
             for turn, maps in enumerate(line["maps"])
         ]
-        told.append(np.mean(rows, axis=0).tolist())
+        told.append(np.mean(turns, axis=0).tolist())
     found = np.array(told)  # photographs, kinds, own > other and energy
     rows = []
     for k, kind in enumerate(KINDS):
