@@ -9,22 +9,34 @@ in `results/scenes/`; it goes on where it stopped. A scene's right target is its
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from cdam.statistics import Comparison, Row, Statistics, Table
+from benchmarks.sheets import (
+    FAMILY,
+    Column,
+    Journal,
+    Results,
+    as_lists,
+    draw_curves,
+    insert,
+    lines,
+    markdown,
+    mean_curves,
+)
+from cdam.statistics import Statistics
 from cdam_engine import (
     METHODS,
     Explainer,
@@ -123,29 +135,6 @@ PARTS: Final = {
 
 
 @dataclass(frozen=True)
-class Column:
-    """A quantity in a table.
-
-    Attributes:
-        title: What stands above it.
-        metric: Index of the metric.
-        quantity: Its name.
-        better: 1 if higher is better, -1 if lower is, 0 if nearer to 0 is.
-        digits: After the point.
-    """
-
-    title: str
-    metric: int
-    quantity: str
-    better: int
-    digits: int = 2
-
-    def merit(self, value: float) -> float:
-        """More is better."""
-        return self.better * value if self.better else -abs(value)
-
-
-@dataclass(frozen=True)
 class Sheet:
     """A table of the document."""
 
@@ -232,78 +221,33 @@ def sample(number: int) -> Sample:
 
 def measure(part: Part, explainer: Explainer, numbers: Iterable[int], out: Path) -> None:
     """Append what is found of each scene that is not there yet."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    known = {line["id"] for line in _lines(out)} if out.exists() else set()
+    journal = Journal(out)
     evaluator = Evaluator(explainer, part.protocol)
-    with out.open("a") as file:
-        for number in numbers:
-            its = sample(number)
-            if its.id in known:
-                continue
-            (found,) = evaluator.evaluate([its])
-            if not isinstance(found, Measured):
-                raise found
-            values = [
-                [v.method_index, v.metric_index, v.quantity, v.value]
-                + ([] if v.curve is None else [np.round(v.curve, 5).tolist()])
-                for v in found.values
-            ]
-            file.write(json.dumps({"id": its.id, "values": values}) + "\n")
-            file.flush()
-            print(its.id, file=sys.stderr)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """All whole lines; a process that was killed leaves half a one."""
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+    for number in numbers:
+        its = sample(number)
+        if its.id in journal.known:
             continue
+        (found,) = evaluator.evaluate([its])
+        if not isinstance(found, Measured):
+            raise found
+        journal.add({"id": its.id, "values": as_lists(found)})
+        print(its.id, file=sys.stderr)
 
 
 # --- reporting
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Found(Results):
     """What was found of a part.
 
     Attributes:
-        part: The part.
-        table: Statistics over the scenes.
         curves: By method, metric and quantity: abscissae, mean ordinates and their standard errors, shape (3, points).
         changes: By method: the map's change and the true one of each scene, shape (scenes, 2).
     """
 
-    part: Part
-    table: Table
     curves: Mapping[tuple[int, int, str], NDArray[np.float64]]
     changes: Mapping[int, NDArray[np.float64]]
-
-    def row(self, method: int, column: Column) -> Row:
-        """The numbers of one method."""
-        key = (method, column.metric, column.quantity)
-        return next(row for row in self.table.rows if (row.method_index, row.metric_index, row.quantity) == key)
-
-    def fit(self, column: Column) -> bool:
-        """Whether the quantity tells the object's mask from a random map."""
-        names = self.part.names
-        pair = {names.index("mask"), names.index("random")}
-        its = next(
-            c
-            for c in self.table.comparisons
-            if {c.method_index, c.other_method_index} == pair
-            and (c.metric_index, c.quantity) == (column.metric, column.quantity)
-        )
-        return _for_mask(its, names.index("mask"), column.better)
-
-
-def _for_mask(its: Comparison, mask: int, better: int) -> bool:
-    assert its.interval_low is not None
-    assert its.interval_high is not None
-    sign = better if its.method_index == mask else -better
-    return min(sign * its.interval_low, sign * its.interval_high) > 0
 
 
 def read(part: Part, paths: Sequence[Path]) -> Found:
@@ -312,82 +256,19 @@ def read(part: Part, paths: Sequence[Path]) -> Found:
     curves: dict[tuple[int, int, str], list[Any]] = defaultdict(list)
     changes: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for path in paths:
-        for line in _lines(path):
+        for line in lines(path):
             statistics.add(line["id"], [tuple(value[:4]) for value in line["values"]])
             for method, metric, quantity, value, *curve in line["values"]:
                 if curve:
                     curves[method, metric, quantity].append(curve[0])
                 if quantity in {"map_change", "true_change"}:
                     changes[method][quantity].append(value)
-    summed = {}
-    for key, its in curves.items():
-        stack = np.array(its)
-        error = stack[:, 1].std(0, ddof=1) / np.sqrt(len(stack))
-        summed[key] = np.stack([stack[0, 0], stack[:, 1].mean(0), error])
     pairs = {method: np.array([its["map_change"], its["true_change"]]).T for method, its in changes.items()}
-    return Found(part, statistics.table(), summed, pairs)
-
-
-def markdown(found: Found, sheet: Sheet) -> str:
-    """The table: mean and half of the 95 % interval; the best method of each column in bold."""
-    names, columns = found.part.names, sheet.columns
-    methods = len(found.part.methods)
-    best = {column: max(range(methods), key=lambda m: column.merit(found.row(m, column).mean)) for column in columns}
-    lines = ["| | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for index, name in enumerate(names):
-        cells = []
-        for column in columns:
-            text = _cell(found.row(index, column), column.digits)
-            cells.append(f"**{text}**" if best[column] == index else text)
-        title = f"`{name}`" if index < methods else f"*{name.replace('_', ' ')}*"
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    words = {1: "higher", -1: "lower", 0: "nearer 0"}
-    fitness = [words[column.better] + _mark(found, column) for column in columns]
-    lines.append("| better; mask against random | " + " | ".join(fitness) + " |")
-    return "\n".join(lines)
-
-
-def _mark(found: Found, column: Column) -> str:
-    """Of what the anchors can't be asked, none: they know no model whose weights could be random."""
-    if not column.better:
-        return ""
-    return "; fit" if found.fit(column) else "; **unfit**"
-
-
-def _cell(row: Row, digits: int) -> str:
-    if row.interval_low is None or row.interval_high is None:
-        return f"{row.mean:.{digits}f}"
-    half = (row.interval_high - row.interval_low) / 2
-    return f"{row.mean:.{digits}f} ± {half:.{digits}f}"
-
-
-def insert(document: str, blocks: Mapping[str, str]) -> str:
-    """The document with what stands between the markers of each block replaced."""
-    for name, block in blocks.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        document, count = marked.subn(lambda match, text=block: f"{match[1]}{text}\n{match[2]}", document)
-        if not count:
-            raise ValueError(f"the document has no block {name!r}")
-    return document
+    methods = [method.kind for method in part.methods]
+    return Found(methods, [anchor.value for anchor in Anchor], statistics.table(), mean_curves(curves), pairs)
 
 
 # --- figures
-
-_FAMILY: Final = {
-    "cdam": "#d1495b",
-    "smooth_cdam": "#f08a4b",
-    "integrated_cdam": "#8f2d56",
-    "attention": "#2b59c3",
-    "attention_rollout": "#7ea0e8",
-    "relevance_propagation": "#1b998b",
-    "partial_lrp": "#7cc6b8",
-    "input_x_gradient": "#8d6b94",
-    "smooth_grad": "#b185a7",
-    "integrated_gradients": "#5c4d7d",
-    "token_ablation": "#5f6b3a",
-    "patch_mask_prediction": "#b0a160",
-}
-_ANCHOR_STYLE: Final = {"random": ":", "mask": "-", "inverted_mask": "--"}
 
 
 def draw(papers: Found, folder: Path) -> list[Path]:
@@ -396,46 +277,22 @@ def draw(papers: Found, folder: Path) -> list[Path]:
 
     mpl.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
-    return [_draw_curves(papers, folder / "scenes_curves.png"), _draw_changes(papers, folder / "scenes_removal.png")]
-
-
-def _draw_curves(found: Found, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    panels = (
-        ("most important first", 0, "a_mif", "pixels blurred, %", "logit of the right digit"),
-        ("least important first", 0, "a_lif", "pixels blurred, %", "logit of the right digit"),
-        ("box sensitivity", 1, "box_area", "side of the box, % of the image's", "Pearson's r"),
-    )
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5.4), layout="constrained")
-    for axis, (title, metric, quantity, across, up) in zip(axes, panels, strict=True):
-        for index, name in enumerate(found.part.names):
-            x, y, error = found.curves[index, metric, quantity]
-            anchor = name in _ANCHOR_STYLE
-            colour = "#222222" if anchor else _FAMILY[name]
-            width = 2.4 if "cdam" in name else 1.4
-            axis.plot(x, y, color=colour, ls=_ANCHOR_STYLE.get(name, "-"), lw=width, label=name.replace("_", " "))
-            axis.fill_between(x, y - error, y + error, color=colour, alpha=0.15, lw=0)
-        axis.set(title=title, xlabel=across, ylabel=up)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, lw=0.6)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return [
+        draw_curves(papers, papers.curves, "the right digit", folder / "scenes_curves.png"),
+        _draw_changes(papers, folder / "scenes_removal.png"),
+    ]
 
 
 def _draw_changes(found: Found, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     column = Column("", 7, "change_correlation", 1)
-    methods = len(found.part.methods)
+    methods = len(found.methods)
     figure, axes = plt.subplots(3, 4, figsize=(13, 9.4), layout="constrained", sharey=True)
     for index, axis in zip(range(methods), axes.flat, strict=True):
-        name = found.part.names[index]
+        name = found.names[index]
         told, true = found.changes[index].T
-        axis.scatter(told, true, s=5, alpha=0.4, color=_FAMILY[name], lw=0)
+        axis.scatter(told, true, s=5, alpha=0.4, color=FAMILY[name], lw=0)
         axis.axhline(0, color="#999999", lw=0.6)
         axis.axvline(0, color="#999999", lw=0.6)
         axis.set_title(f"{name.replace('_', ' ')}   r = {found.row(index, column).mean:.2f}", fontsize=11)
@@ -492,7 +349,7 @@ def _report(arguments: argparse.Namespace) -> None:
     blocks = {}
     for sheet in SHEETS:
         its = found[sheet.part]
-        blocks[sheet.name] = f"{its.table.samples} scenes:\n\n{markdown(its, sheet)}"
+        blocks[sheet.name] = f"{its.table.samples} scenes:\n\n{markdown(its, sheet.columns)}"
         print(f"\n{sheet.name}: {blocks[sheet.name]}")
     if arguments.write:
         DOCUMENT.write_text(insert(DOCUMENT.read_text(), blocks))
