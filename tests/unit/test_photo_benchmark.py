@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks.photographs import choice, claims, high_norms, sigmas
+from benchmarks.photographs import choice, claims, concepts, high_norms, sigmas
 from benchmarks.photographs.maps import UnnormalisedCdam, norms
 from benchmarks.photographs.measuring import Measuring, decode, decode_mask, encode, encode_mask
 from benchmarks.photographs.reading import Estimate, Part, Record, estimate, stronger, sure, tau
