@@ -245,6 +245,22 @@ def test_an_interval_is_that_of_the_mean() -> None:
     assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half), rel=0.15)
 
 
+def test_the_models_mean_average_precision() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.random((200, 3)) < 0.3
+    logits = (labels + rng.standard_normal(labels.shape)).astype(np.float32)
+    its = concepts.Outputs(tuple(map(str, range(200))), logits, logits, labels)
+    found = concepts.summary(its, ["a", "b", "c"])
+    assert found["mean"] == pytest.approx(average_precision_score(labels, logits, average="macro"))
+    assert found["interval"][0] < found["mean"] < found["interval"][1]
+
+
+def test_one_photograph_says_nothing_of_others() -> None:
+    found = estimate(np.array([3.0]), lambda its: float(its.mean()))
+    assert found.text(1) == "3.0"
+    assert claims.Claim("", "", found).verdict == "can't tell"
+
+
 def record(
     name: str, logits: tuple[float, float], values: Mapping[tuple[str, int, str], tuple[float, float]]
 ) -> Record:
