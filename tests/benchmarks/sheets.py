@@ -134,6 +134,11 @@ def cell(row: Row, digits: int) -> str:
     return f"{row.mean:.{digits}f} ± {half:.{digits}f}"
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
 def insert(document: str, blocks: Mapping[str, str]) -> str:
     """The document with what stands between the markers of each block replaced.
 

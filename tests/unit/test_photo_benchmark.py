@@ -337,6 +337,9 @@ def test_the_best_noise_is_that_of_the_highest_fidelity(tmp_path: Path) -> None:
     tried = sigmas.read("smooth_grad", [tmp_path / "seed0-sigma_smooth_grad-0of1.jsonl"])
     assert [one.mean for one in tried] == [1, 11, *[1] * (levels - 2)]
     assert [one.error for one in tried] == pytest.approx([1] * levels)  # the values are 2 apart
-    assert "| A_LIF-MIF | 1 ± 2 | **11 ± 2** |" in sigmas.markdown(tmp_path, "seed0")
+    lines = sigmas.markdown(tmp_path, "seed0").splitlines()
+    assert lines[0] == "`smooth_cdam`, 2 photographs:"
+    assert lines[-3:-1] == ["| sigma | 0.02 | 0.05 | 0.1 | 0.2 |", "| --- | --- | --- | --- | --- |"]
+    assert lines[-1] == "| A_LIF-MIF | 1 ± 2 | **11 ± 2** | 1 ± 2 | 1 ± 2 |"
     with pytest.raises(ValueError, match=r"run `sigma` first, or give --sigmas$"):
         sigmas.chosen_sigmas(tmp_path, "seed1")

@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.photographs.measuring import BOXES, TIMES_NORMALISED
 from benchmarks.photographs.published import CDAM, METHODS
 from benchmarks.photographs.reading import Estimate, Floats, Part, Record, estimate, mean
+from benchmarks.sheets import table
 
 _FIDELITY: Final = (0, "a_lif_mif")
 _BOXES: Final = (1, "box_mean")
@@ -50,11 +51,11 @@ def markdown(claims: Sequence[Claim], others: Mapping[str, Sequence[Claim]]) -> 
         others: On other models, by their names: shown by the verdict alone.
     """
     head = ["the paper says", "here, with 95 % interval", "", *others]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for claim in claims:
         verdicts = [next((its.verdict for its in theirs if its.text == claim.text), "") for theirs in others.values()]
         rows.append([claim.text, claim.figure, claim.verdict, *verdicts])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return table(head, rows)
 
 
 def of_several(part: Part) -> list[Claim]:
