@@ -24,6 +24,7 @@ from sklearn.linear_model import LogisticRegression
 import cdam
 from cdam_engine.preprocess import DataConfig, normalise, prepare
 from cdam_server.cli import main
+from cdam_server.loading import load_model, load_models_file
 from processes import serving
 from small_models import ARCHITECTURE, SHAPE, vit
 
@@ -144,9 +145,10 @@ def test_two_heads_on_one_tuned_backbone_are_served_with_one_trunk(folder: Path,
         red = client.explain(image, "is_red", model="red")
         assert bright.targets[0].value == pytest.approx(float(np.asarray(image).mean()) * 10, rel=0.1)
         assert np.isfinite(red.targets[0].value)
-        models_told = {model.name: model for model in client.models()}
-    assert models_told["red"].task == "binary"
-    assert models_told["bright"].outputs == ("brightness",)
+        told = {name: client.model(name) for name in ("bright", "red")}
+    assert (told["bright"].task, told["red"].task) == ("regression", "binary")
+    one, other = (load_model(spec).trunk_fingerprint for spec in load_models_file(served))
+    assert one == other, "what makes the server keep and run the trunk once"
 
 
 def test_what_was_tuned_is_part_of_the_file_and_bound_to_its_backbone(folder: Path, tmp_path: Path) -> None:
@@ -202,10 +204,14 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path, way: 
 
 def progress(work: Path) -> tuple[object, ...]:
     """Changes whenever something more is kept."""
-    found = []
+    found: list[object] = []
     for file in ("kept/done.npy", "training.pt", "fit.pt"):
-        path = work / file
-        found.append((path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None)
+        try:
+            its = (work / file).stat()
+        except FileNotFoundError:  # not yet there, or no longer
+            found.append(None)
+        else:
+            found.append((its.st_mtime_ns, its.st_ino))
     return tuple(found)
 
 
