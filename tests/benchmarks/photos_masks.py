@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -35,9 +36,8 @@ from cdam_training.datasets import read_dataset
 from cdam_training.mask_metrics import pixel_average_precision
 from cdam_training.masks import MaskKind, Masks
 from cdam_training.trunk_outputs import Sources
+from real.voc import photographs, write_dataset, write_models
 
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("CDAM_VOC", ROOT.parent / "shared" / "data" / "voc"))
 ROWS = (
     ("mAP of classification", "", "mean_average_precision"),
     ("AP of pixels", "_masks", "mean_mask_average_precision"),
@@ -52,22 +52,6 @@ METHODS = {
     "CDAM": engine.Cdam(),
     "attention": engine.Attention(),
 }
-
-
-def write_dataset(voc: Path, path: Path, most: int) -> None:
-    """The photographs with their labels, masks and official splits; of val the first ones."""
-    entries = json.loads((voc / "manifest.json").read_text())["images"]
-    val = [entry["name"] for entry in entries if entry["split"] == "val"][:most]
-    lines = []
-    for entry in entries:
-        if entry["split"] == "val" and entry["name"] not in val:
-            continue
-        image, mask = (
-            str((voc / place).resolve()) for place in (f"images/{entry['name']}.jpg", f"masks/{entry['name']}.png")
-        )
-        split = {"train": "train", "val": "test"}[entry["split"]]
-        lines.append(json.dumps({"image": image, "mask": mask, "labels": [*entry["classes"]], "split": split}))
-    path.write_text("\n".join(lines) + "\n")
 
 
 def cdam(*arguments: object) -> None:
@@ -118,23 +102,13 @@ def shown(estimate: Mapping[str, float]) -> str:
     return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
 
 
-def write_models(path: Path, checkpoint: Path, head: Path | None) -> Path:
-    entry = {
-        "name": "voc",
-        "architecture": "vit_small_patch14_dinov2",
-        "checkpoint": str(checkpoint.resolve()),
-        "model_kwargs": {"img_size": 224},
-        "preprocessing": {"crop_mode": "squash", "crop_pct": 1.0},
-        "task": "multi_label",
-        **({} if head is None else {"head": str(head.resolve())}),
-    }
-    path.write_text(json.dumps({"models": [entry]}))
+def models_file(path: Path, checkpoint: Path, head: Path | None) -> Path:
+    write_models(path, checkpoint, head)
     return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--voc", type=Path, default=DATA, help="the folder with manifest.json")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the backbone, or with --whole a whole model")
     parser.add_argument("--whole", action="store_true", help="the checkpoint has a classifier of VOC's 20 classes")
     parser.add_argument("--head", type=Path, help="what `cdam train head` made of the backbone  [made anew]")
@@ -147,17 +121,17 @@ def main() -> None:
     work: Path = given.work
     work.mkdir(parents=True, exist_ok=True)
     dataset = work / "voc.jsonl"
-    write_dataset(given.voc, dataset, given.val)
+    write_dataset(photographs(), dataset, given.val)
     shared = ["--task", "multi_label", "--target", "labels", "--split-by", "split", "--keep-dtype", "float16"]
     shared += ["--kept", work / "kept"]
     head = given.head
     if head is None and not given.whole:
         head = work / "head.safetensors"
         if not head.exists():
-            models = write_models(work / "backbone.yaml", given.checkpoint, None)
+            models = models_file(work / "backbone.yaml", given.checkpoint, None)
             recipe = ["--train-blocks", 2, "--epochs", 4, "--token-dropout", 0.2]
             cdam("train", "head", dataset, "--models-file", models, *shared, *recipe, "-o", head)
-    models = write_models(work / "before.yaml", given.checkpoint, head)
+    models = models_file(work / "before.yaml", given.checkpoint, head)
     cards = {}
     methods = {"before": compared(models, dataset, given.compare)}
     trainings = [("control", 0.01, ["--mask-weight", 1e-9])]
@@ -174,7 +148,7 @@ def main() -> None:
         cards[title] = card
         if name != "control":
             methods[title] = compared(
-                write_models(work / f"{name}.yaml", given.checkpoint, weights), dataset, given.compare
+                models_file(work / f"{name}.yaml", given.checkpoint, weights), dataset, given.compare
             )
     text = "\n".join(table(cards, methods, given.compare))
     (work / "masks.md").write_text(text + "\n")
