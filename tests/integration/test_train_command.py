@@ -258,3 +258,29 @@ def test_another_training_does_not_go_on_in_the_folder(folder: Path, tmp_path: P
     refused = run(folder, "photos", *again)
     assert "holds a training with another lr" in refused.output
     assert run(folder, "photos", *again, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("way", [("--cache-latents",), ("--train-blocks", "1", "--epochs", "1")], ids=["fit", "blocks"])
+def test_a_training_of_other_rows_does_not_go_on(folder: Path, tmp_path: Path, way: tuple[str, ...]) -> None:
+    work = ("--work", str(tmp_path / "work"))
+    assert run(folder, "photos", *way, *work, "-o", str(tmp_path / "x.safetensors")).exit_code == 0
+    for split in (("--seed", "1"), ("--test", "0.4"), ("--validation", "0.3")):
+        refused = run(folder, "photos", *way, *work, *split, "-o", str(tmp_path / "y.safetensors"))
+        assert "holds a training with another " in refused.output, "or what it was trained on would be measured on"
+        assert "split" in refused.output
+
+
+@pytest.mark.parametrize("way", [("--cache-latents",), ("--train-blocks", "1", "--epochs", "1")], ids=["fit", "blocks"])
+def test_what_is_kept_is_not_taken_for_that_of_a_model_of_the_same_weights(
+    folder: Path, tmp_path: Path, way: tuple[str, ...]
+) -> None:
+    kept = ("--kept", str(tmp_path / "kept"))
+    assert run(folder, "photos", *way, *kept, "-o", str(tmp_path / "x.safetensors")).exit_code == 0
+    models = json.loads((folder / "models.yaml").read_text())
+    models["models"][0]["checkpoint"] = str(folder / "backbone.pth")
+    models["models"][0]["model_kwargs"]["num_heads"] = 4  # no tensor tells it
+    other = tmp_path / "other.yaml"
+    other.write_text(json.dumps(models))
+    command = ["train", "head", str(folder / "photos"), "--models-file", str(other), *way, *kept]
+    refused = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "y.safetensors")])
+    assert "holds what another model made of other images" in refused.output
