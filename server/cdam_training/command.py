@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cdam_engine.preprocess import normalise, prepare
-from cdam_images import upright_rgb
 from cdam_server.load_error import LoadError
 from cdam_server.loading import Backbone, load_backbone, load_model
 from cdam_server.specs import ModelSpec, Task
@@ -27,6 +25,7 @@ from cdam_training.loop import Recipe
 from cdam_training.metrics import Scores, measure
 from cdam_training.splits import Splits, split_dataset
 from cdam_training.trunk_outputs import Rows
+from cdam_training.views import read_image
 
 _CHECKED = 4  # images
 _TOLERANCE = 1e-3
@@ -223,8 +222,7 @@ def _served(spec: ModelSpec, output: Path, dataset: Dataset, trained: TrainedHea
     rows = np.arange(min(_CHECKED, len(dataset)))
     with torch.no_grad():
         for row in rows.tolist():
-            with Image.open(dataset.rows[row].image) as opened:
-                pixels = prepare(upright_rgb(opened), config).pixels
+            pixels = prepare(read_image(dataset.rows[row].image), config).pixels
             inputs = normalise(torch.from_numpy(pixels)[None], config)
             expected = served.module(inputs)
             found = trained.tail(trained.tail.entering(inputs.to(trained.device))).logits.cpu()
