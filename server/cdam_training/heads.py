@@ -325,6 +325,10 @@ class HeadTraining:
         own = self._backbone.module.state_dict()
         tuned = {name: own[name].detach().cpu() for name in sorted({*self._backbone.tuned, *self.tail.tuned})}
         weight, bias = self.tail.head.weight.detach().cpu(), self.tail.head.bias.detach().cpu()
+        for name, tensor in {"head.weight": weight, "head.bias": bias, **tuned}.items():
+            if not torch.isfinite(tensor).all():
+                setting, remedy = ("l2", "penalty") if self._options.penalties else ("lr", "learning rate")
+                raise LoadError(setting, f"what came out is not finite ({name}): take a smaller {remedy}")
         return TrainedHead(weight, bias, tuned, history, self.kept, self.tail)
 
     def _put(self, weight: Tensor, bias: Tensor) -> None:
@@ -336,7 +340,7 @@ class HeadTraining:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # of `meta` there are no numbers
     except (RuntimeError, AssertionError) as error:
         raise LoadError("device", f"{name} can't be used here ({reason(error)})") from error
     return device
