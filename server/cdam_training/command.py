@@ -139,11 +139,13 @@ def write(result: Result, spec: ModelSpec, recipe: Mapping[str, Any], output: Pa
     """
     backbone, dataset, trained, blocks = result.backbone, result.dataset, result.trained, result.options.blocks
     about = Trained(str(dataset.task), dataset.outputs, backbone.architecture, backbone.fingerprint)
-    write_trained(output, about, trained.weight, trained.bias, trained.tuned)
+    # What is not yet looked at has another name: who is killed here goes on when the same command is given again.
+    partial = output.with_name(f".{output.stem}.partial.safetensors")
     try:
-        served = _served(spec, output, dataset, trained)
-    except LoadError:
-        output.unlink()
+        write_trained(partial, about, trained.weight, trained.bias, trained.tuned)
+        served = _served(spec, partial, dataset, trained)
+    except (LoadError, OSError):
+        partial.unlink(missing_ok=True)
         raise
     card = Card(
         task=dataset.task,
@@ -164,6 +166,7 @@ def write(result: Result, spec: ModelSpec, recipe: Mapping[str, Any], output: Pa
         started=clock.started,
         seconds=clock.seconds,
     )
+    partial.replace(output)
     write_card(card, output.with_suffix(".json"))
     return card
 
@@ -229,5 +232,5 @@ def _served(spec: ModelSpec, output: Path, dataset: Dataset, trained: TrainedHea
             least = 0.0 if dataset.task is Task.REGRESSION else 1.0
             scale = max(least, float(expected.abs().max()))
             if float((found - expected).abs().max()) > _TOLERANCE * scale:
-                raise LoadError("output", f"{output} gives other outputs when it is loaded than in training")
+                raise LoadError("output", "the file gives other outputs when it is loaded than in training")
     return served.fingerprint

@@ -67,9 +67,12 @@ def test_a_state_that_can_not_be_written_says_why(tmp_path: Path, monkeypatch: p
 
 
 def test_a_folder_is_used_by_one_process(tmp_path: Path) -> None:
-    with locked(tmp_path, "work"), pytest.raises(LoadError, match="work: another `cdam train` is using"):
-        with locked(tmp_path, "work"):
-            pass
+    with (
+        locked(tmp_path, "work"),
+        pytest.raises(LoadError, match="work: another `cdam train` is using"),
+        locked(tmp_path, "work"),
+    ):
+        pass
     with locked(tmp_path, "work"):
         pass
 
