@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cdam_engine.preprocess import normalise, prepare
-from cdam_images import upright_rgb
 from cdam_server.load_error import LoadError
 from cdam_server.loading import Backbone, load_backbone, load_model
 from cdam_server.specs import ModelSpec, Task
@@ -27,6 +25,7 @@ from cdam_training.loop import Recipe
 from cdam_training.metrics import Scores, measure
 from cdam_training.splits import Splits, split_dataset
 from cdam_training.trunk_outputs import Rows
+from cdam_training.views import read_image
 
 _CHECKED = 4  # images
 _TOLERANCE = 1e-3
@@ -140,11 +139,13 @@ def write(result: Result, spec: ModelSpec, recipe: Mapping[str, Any], output: Pa
     """
     backbone, dataset, trained, blocks = result.backbone, result.dataset, result.trained, result.options.blocks
     about = Trained(str(dataset.task), dataset.outputs, backbone.architecture, backbone.fingerprint)
-    write_trained(output, about, trained.weight, trained.bias, trained.tuned)
+    # What is not yet looked at has another name: who is killed here goes on when the same command is given again.
+    partial = output.with_name(f".{output.stem}.partial.safetensors")
     try:
-        served = _served(spec, output, dataset, trained)
-    except LoadError:
-        output.unlink()
+        write_trained(partial, about, trained.weight, trained.bias, trained.tuned)
+        served = _served(spec, partial, dataset, trained)
+    except (LoadError, OSError):
+        partial.unlink(missing_ok=True)
         raise
     card = Card(
         task=dataset.task,
@@ -165,6 +166,7 @@ def write(result: Result, spec: ModelSpec, recipe: Mapping[str, Any], output: Pa
         started=clock.started,
         seconds=clock.seconds,
     )
+    partial.replace(output)
     write_card(card, output.with_suffix(".json"))
     return card
 
@@ -223,13 +225,12 @@ def _served(spec: ModelSpec, output: Path, dataset: Dataset, trained: TrainedHea
     rows = np.arange(min(_CHECKED, len(dataset)))
     with torch.no_grad():
         for row in rows.tolist():
-            with Image.open(dataset.rows[row].image) as opened:
-                pixels = prepare(upright_rgb(opened), config).pixels
+            pixels = prepare(read_image(dataset.rows[row].image), config).pixels
             inputs = normalise(torch.from_numpy(pixels)[None], config)
             expected = served.module(inputs)
             found = trained.tail(trained.tail.entering(inputs.to(trained.device))).logits.cpu()
             least = 0.0 if dataset.task is Task.REGRESSION else 1.0
             scale = max(least, float(expected.abs().max()))
             if float((found - expected).abs().max()) > _TOLERANCE * scale:
-                raise LoadError("output", f"{output} gives other outputs when it is loaded than in training")
+                raise LoadError("output", "the file gives other outputs when it is loaded than in training")
     return served.fingerprint

@@ -262,7 +262,12 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> l
             return lr_scheduler.CosineAnnealingLR(optimizer, total)
         case "one_cycle":
             peaks = [group["lr"] for group in optimizer.param_groups]
-            return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total)
+            try:
+                return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total)
+            except ValueError as error:
+                raise LoadError(
+                    "schedule", f"one_cycle is for optimizers with momentum, not {recipe.optimizer!r}: take another"
+                ) from error
 
 
 def _devices(parameters: Mapping[str, nn.Parameter]) -> list[torch.device]:
