@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.optim import create_optimizer_v2
+from timm.optim import Adahessian, create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -247,6 +247,8 @@ def _optimizer(
         optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, recipe.optimizer, lr=recipe.lr)
     except (ValueError, AssertionError, TypeError) as error:
         raise LoadError("optimizer", f"timm can't make {recipe.optimizer!r}: {reason(error)}") from error
+    if isinstance(optimizer, Adahessian):
+        raise LoadError("optimizer", f"{recipe.optimizer!r} needs second derivatives, which are not made: take another")
     return optimizer
 
 

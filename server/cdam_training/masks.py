@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cdam_engine.evaluation.geometry import Geometry
-from cdam_images import upright_indices, upright_mask, upright_rgb
+from cdam_images import upright_indices, upright_mask
 from cdam_server.load_error import few
 from cdam_server.specs import Task
 from cdam_training.datasets import Dataset, Row
 from cdam_training.errors import DatasetError
 from cdam_training.trunk_outputs import Sources
-from cdam_training.views import PLAIN, view_of_indices
+from cdam_training.views import PLAIN, UNREADABLE, read_image, view_of_indices
 
 UNDECIDED: Final = 255
 """In a mask of classes: a pixel of which nothing is known."""
@@ -105,16 +105,15 @@ class Masks:
     def _indices(self, row: Row) -> NDArray[np.uint8]:
         """Of the outputs from 1, shape (height, width) of the image."""
         assert row.mask is not None
+        width, height = read_image(row.image).size
         try:
-            with Image.open(row.image) as opened:
-                width, height = upright_rgb(opened).size
             with Image.open(row.mask) as opened:
                 if self.kind is MaskKind.OBJECT:
                     indices = (np.asarray(upright_mask(opened)) > 0).astype(np.uint8)
                 else:
                     indices = upright_indices(opened)
-        except (OSError, ValueError) as error:
-            raise self._wrong(row, str(error)) from error
+        except UNREADABLE as error:
+            raise self._wrong(row, f"can't be read: {error}") from error
         if indices.shape != (height, width):
             found = " x ".join(map(str, indices.shape))
             raise self._wrong(row, f"is {found} (height x width), but the image is {height} x {width}")

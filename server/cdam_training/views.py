@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
 
+
+UNREADABLE: Final = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow has for bad bytes."""
 
 PLAIN = 0
 """The view that a model is served: no variation at all."""
@@ -90,7 +93,7 @@ def read_image(file: Path) -> Image.Image:
     try:
         with Image.open(file) as opened:
             return upright_rgb(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow has for bad bytes
+    except UNREADABLE as error:
         raise DatasetError(f"{file}: can't be read as an image ({reason(error)}): mend it, or leave it out") from error
 
 

@@ -236,6 +236,7 @@ def progress(work: Path) -> tuple[object, ...]:
         (("--crop-scale", "1", "0.1"), "the least share, 1, is more than the largest, 0.1"),
         (("--crop-scale", "-1", "1"), "-1.0 is not in the range"),
         (("--patience", "2", "--validation", "0"), "--patience waits for a better validation loss"),
+        (("--optimizer", "adahessian"), "optimizer: 'adahessian' needs second derivatives"),
         (("--optimizer", "adagrad", "--schedule", "one_cycle"), "schedule: one_cycle is for optimizers with momentum"),
     ],
 )
