@@ -52,6 +52,7 @@ def main() -> None:
             "--weights", type=Path, required=True, help="the model's whole state dict, or a file of `cdam train`"
         )
         command.add_argument("--backbone", type=Path, help="the checkpoint that a file of `cdam train` was trained on")
+        command.add_argument("--device", default="cpu", help="where to compute: cpu, cuda")
         command.add_argument("--shard", default="0/1", help="every how manieth photograph, as 0/2 and 1/2")
         command.add_argument("--photographs", type=int, help="only the first ones; default: all")
         if name == "measure":
@@ -137,7 +138,7 @@ _COMMANDS: Final = {"sigma": _sigma, "measure": _measure, "concepts": _concepts,
 def _explainer(arguments: argparse.Namespace) -> Explainer:
     if _of(arguments.shard)[1] > 1:
         torch.set_num_threads(1)
-    return measuring.load(arguments.weights, arguments.backbone)
+    return measuring.load(arguments.weights, arguments.backbone, arguments.device)
 
 
 def _journal(arguments: argparse.Namespace, part: str, header: dict[str, object]) -> Journal:

@@ -121,12 +121,13 @@ def names(its: Protocol) -> list[str]:
     return [evaluated.value if isinstance(evaluated, Anchor) else evaluated.kind for evaluated in its.methods]
 
 
-def load(weights: Path, backbone: Path | None = None) -> Explainer:
+def load(weights: Path, backbone: Path | None = None, device: str = "cpu") -> Explainer:
     """The model as the service loads it.
 
     Args:
         weights: Its whole state dict, or what `cdam train head` wrote.
         backbone: The checkpoint that it was trained on; None where `weights` is the whole.
+        device: Where to compute; on a GPU without TF32.
 
     Raises:
         LoadError: The files are not those of the model.
@@ -216,9 +217,10 @@ class Measuring:
         with torch.inference_mode(mode=False), torch.no_grad():
             turns = self.turns(its)
             values = [as_lists(self._finished(turn)) for turn in turns]
-            x = normalise(torch.from_numpy(its.image)[None], explainer.data_config)
+            device = next(explainer.vit.model.parameters()).device
+            x = normalise(torch.from_numpy(its.image)[None].to(device), explainer.data_config)
             outputs = explainer.outputs(x).logits[0]
-            length = norms(explainer, x)[0]
+            length = norms(explainer, x)[0].cpu()
         (boxed,) = (metric for metric in self.evaluator.protocol.metrics if isinstance(metric, BoxSensitivity))
         boxes = [CLEAN, *box_images(boxed, self.evaluator.protocol.seed, its.id, self.evaluator.input_size)]
         return {
