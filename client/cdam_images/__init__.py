@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops
 
-__all__ = ["UndefinedRangeError", "upright_mask", "upright_rgb"]
+__all__ = ["UndefinedRangeError", "upright_indices", "upright_mask", "upright_rgb"]
 
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -90,6 +90,29 @@ def upright_mask(image: Image.Image, orientation: int | None = None) -> Image.Im
             mask = ImageChops.multiply(mask, _not_black(opacity))
     turn = _turn(image, orientation)
     return mask if turn is None else mask.transpose(turn)
+
+
+def upright_indices(image: Image.Image, orientation: int | None = None) -> NDArray[np.uint8]:
+    """The numbers in an index image, such as a mask of several classes: of a palette's image the palette's places.
+
+    Args:
+        image: An image of one channel of at most 8 bits; it is not changed.
+        orientation: As for `upright_rgb`.
+
+    Returns:
+        Shape (height, width).
+
+    Raises:
+        ValueError: It has colours, or more bits; or as for `upright_rgb`.
+        OSError: As for `upright_rgb`.
+    """
+    if image.mode not in {"1", "L", "P"}:
+        raise ValueError(f"an index image has one channel of at most 8 bits (mode L, P or 1), not mode {image.mode}")
+    depth = _depth(image)
+    _load(image)
+    turn = _turn(image, orientation)
+    numbers = np.asarray(image if turn is None else image.transpose(turn)).astype(np.uint8)
+    return numbers // np.uint8(255 // ((1 << depth) - 1)) if image.mode == "L" and depth in {2, 4} else numbers
 
 
 class _Layers(NamedTuple):

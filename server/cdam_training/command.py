@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from cdam_engine.preprocess import normalise, prepare
 from cdam_images import upright_rgb
 from cdam_server.load_error import LoadError
-from cdam_server.loading import load_backbone, load_model
+from cdam_server.loading import Backbone, load_backbone, load_model
 from cdam_server.specs import ModelSpec, Task
 from cdam_server.weights.trained import Trained, write_trained
 from cdam_training.card import Card, ModelPart, data_part, now, write_card
@@ -25,6 +26,7 @@ from cdam_training.heads import Images, Options, Progress, TrainedHead, train_he
 from cdam_training.loop import Recipe
 from cdam_training.metrics import Scores, measure
 from cdam_training.splits import Splits, split_dataset
+from cdam_training.trunk_outputs import Rows
 
 _CHECKED = 4  # images
 _TOLERANCE = 1e-3
@@ -90,10 +92,56 @@ def run_head(
         DatasetError: Something is wrong with the dataset.
         LoadError: Something is wrong with the model, or it can't be trained so.
     """
-    started, clock = now(), time.monotonic()
+    clock = Clock()
     dataset, splits = source.read(progress)
     backbone = load_backbone(spec)
     trained = train_head(backbone, images_of(dataset, splits), options, recipe, work, progress)
+    result = Result(backbone, dataset, splits, options, trained, measured(dataset, splits, trained))
+    return write(result, spec, source, of_recipe(options, recipe), output, clock)
+
+
+class Clock:
+    """When a run began, and how long it takes."""
+
+    def __init__(self) -> None:
+        self.started = now()
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since then."""
+        return round(time.monotonic() - self._began, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a training leaves, and what it was of."""
+
+    backbone: Backbone
+    dataset: Dataset
+    splits: Splits
+    options: Options
+    trained: TrainedHead
+    metrics: Mapping[str, Scores]
+
+
+def write(
+    result: Result, spec: ModelSpec, source: Source, recipe: Mapping[str, Any], output: Path, clock: Clock
+) -> Card:
+    """Write the weights and their card, and look whether the server would load them.
+
+    Args:
+        result: What was trained.
+        spec: Of the model that it began with.
+        source: What was learnt from.
+        recipe: Every option that had a part in it.
+        output: The file to write.
+        clock: Of this run.
+
+    Raises:
+        LoadError: The server would not load them, or they would give other outputs.
+    """
+    backbone, dataset, trained, blocks = result.backbone, result.dataset, result.trained, result.options.blocks
     about = Trained(str(dataset.task), dataset.outputs, backbone.architecture, backbone.fingerprint)
     write_trained(output, about, trained.weight, trained.bias, trained.tuned)
     card = Card(
@@ -104,16 +152,16 @@ def run_head(
             architecture=backbone.architecture,
             fingerprint=backbone.fingerprint,
             trained_fingerprint=_served(spec, output, dataset, trained),
-            trained=f"the head and the last {options.blocks} blocks" if options.blocks else "the head",
-            blocks_trained=options.blocks,
+            trained=f"the head and the last {blocks} blocks" if blocks else "the head",
+            blocks_trained=blocks,
             parameters_trained=trained.tail.parameters_trained,
         ),
-        data=data_part(dataset, splits),
-        recipe={**_of_recipe(options, recipe), "validation": source.validation, "test": source.test},
+        data=data_part(dataset, result.splits),
+        recipe={**recipe, "validation": source.validation, "test": source.test},
         curve=[asdict(each) for each in trained.history],
-        metrics=measured(dataset, splits, trained),
-        started=started,
-        seconds=round(time.monotonic() - clock, 1),
+        metrics=result.metrics,
+        started=clock.started,
+        seconds=clock.seconds,
     )
     write_card(card, output.with_suffix(".json"))
     return card
@@ -122,19 +170,17 @@ def run_head(
 def measured(dataset: Dataset, splits: Splits, trained: TrainedHead) -> dict[str, Scores]:
     """How good the answers are on the images that were not trained on, by side."""
     return {
-        side: measure(
-            dataset.task,
-            dataset.outputs,
-            dataset.targets(rows),
-            trained.outputs(rows).numpy(),
-            clusters=dataset.clusters(rows),
-        )
-        for side, rows in splits.items()
-        if side != "train"
+        side: measured_rows(dataset, rows, trained.outputs(rows)) for side, rows in splits.items() if side != "train"
     }
 
 
-def _of_recipe(options: Options, recipe: Recipe) -> dict[str, Any]:
+def measured_rows(dataset: Dataset, rows: Rows, answers: Tensor) -> Scores:
+    """How good answers (n, C) are on some rows (n,)."""
+    clusters = dataset.clusters(rows)
+    return measure(dataset.task, dataset.outputs, dataset.targets(rows), answers.numpy(), clusters=clusters)
+
+
+def of_recipe(options: Options, recipe: Recipe) -> dict[str, Any]:
     """Every option that had a part in it."""
     given = asdict(options)
     for name in ("kept", "workers"):

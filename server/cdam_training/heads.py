@@ -152,16 +152,43 @@ def train_head(
     Raises:
         LoadError: The model can't be trained so, or `work` is of another training; the message names the option.
     """
-    training = _HeadTraining(backbone, images, options, recipe, work)
+    training = HeadTraining(backbone, images, options, recipe, work)
     training.kept.fill(progress.trunk)
     history = training.loop(progress.training) if options.penalties is None else training.fit(progress.fitting)
     return training.finished(history)
 
 
-class _HeadTraining:
-    """What the steps of `train_head` have in common."""
+class HeadTraining:
+    """What the steps of a training have in common.
 
-    def __init__(self, backbone: Backbone, images: Images, options: Options, recipe: Recipe, work: Path) -> None:
+    Args:
+        backbone: The model; it is changed.
+        images: What is learnt from.
+        options: What is trained.
+        recipe: How.
+        work: Folder for what is kept meanwhile.
+        start: Weight (C, D) and bias (C) that the head starts from; None: zeros.
+        key: What else decides the result, by name.
+
+    Attributes:
+        kept: What the trunk makes of the images.
+        tail: What is trained.
+
+    Raises:
+        LoadError: The model can't be trained so.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: Images,
+        options: Options,
+        recipe: Recipe,
+        work: Path,
+        *,
+        start: tuple[Tensor, Tensor] | None = None,
+        key: Mapping[str, Any] | None = None,
+    ) -> None:
         self._backbone = backbone
         self._images = images
         self._options = options
@@ -169,7 +196,8 @@ class _HeadTraining:
         self._work = work
         device = _device(options.device)
         model = fingerprint(backbone.module, backbone.architecture, {})
-        self._tail = _tail(backbone, images.outputs, options, device)
+        self.tail = _tail(backbone, images.outputs, options, device)
+        self._put(*(start or self._first_guess()))
         self._sources = Sources(
             images.paths,
             backbone.data_config,
@@ -181,12 +209,12 @@ class _HeadTraining:
         )
         self._keeps_train = bool(options.keep or options.blocks)
         self.kept = KeptOutputs(
-            self._tail,
+            self.tail,
             self._sources,
             train=images.train if self._keeps_train else images.train[:0],
             plain=np.concatenate((images.train,) * self._keeps_train + (images.validation, images.test)),
             folder=options.kept or work / "kept",
-            key={"model": model, "images": images.content},
+            key={"model": self._entering(), "images": images.content},
             limit=options.keep_limit,
             dtype=options.keep_dtype,
         )
@@ -194,7 +222,35 @@ class _HeadTraining:
         scaled = images.targets if self._scaling is None else self._scaling.apply(images.targets)
         self._targets = scaled.to(device)
         self._loss = LOSSES[images.task]
-        self._key = {"model": model, "dataset": images.digest, **_deciding(options)}
+        self._key = {"model": model, "dataset": images.digest, **_deciding(options), **(key or {})}
+        self._rows: TrainingRows = self.kept
+        if not self._keeps_train:
+            batches = partial(batches_of, recipe, len(images.train))
+            self._rows = FreshOutputs(self.tail, self._sources, images.train, batches)
+
+    def _first_guess(self) -> tuple[Tensor, Tensor]:
+        """A head that says how frequent each output is, and knows nothing more."""
+        images, weight = self._images, torch.zeros_like(self.tail.head.weight)
+        targets = images.targets[torch.from_numpy(images.train)]
+        match images.task:
+            case Task.MULTI_CLASS:
+                bias = torch.log(torch.bincount(targets, minlength=images.outputs) / len(targets))
+            case Task.MULTI_LABEL | Task.BINARY:
+                bias = torch.logit(targets.reshape(len(targets), -1).float().mean(0))
+            case Task.REGRESSION:  # of scaled targets
+                bias = torch.zeros(images.outputs)
+        return weight, bias.to(weight)
+
+    def _entering(self) -> str:
+        """Fingerprint of what makes the kept numbers: whatever is tuned after it, they stay the same."""
+        tail, backbone = self.tail, self._backbone
+        own = {id(tensor) for tensor in tail.head.state_dict(keep_vars=True).values()}
+        named = backbone.module.state_dict(keep_vars=True)
+
+        def counts(name: str) -> bool:
+            return id(named[name]) not in own and (not tail.blocks or tail.vit.place_of(name) < tail.first)
+
+        return fingerprint(backbone.module, backbone.architecture, {}, counts=counts)
 
     def _targets_of(self, images: Rows) -> Tensor:
         return self._targets[torch.from_numpy(images)]
@@ -219,51 +275,54 @@ class _HeadTraining:
 
     def loop(self, tell: Callable[[int, int, Sequence[Epoch]], None]) -> Sequence[Epoch]:
         """Epochs of steps."""
-        rows: TrainingRows = self.kept
-        train = self._images.train
-        if not self._keeps_train:
-            rows = FreshOutputs(self._tail, self._sources, train, partial(batches_of, self._recipe, len(train)))
-
-        def loss(some: Rows, epoch: int) -> Tensor:
-            entering = rows(some, epoch)  # before the tail is in training mode: the trunk must not be
-            self._tail.train(bool(self._tail.blocks))
-            return self._loss(self._tail(entering).logits, self._targets_of(train[some]))
-
         loop = Loop(
-            (self._tail.head_parameters, self._tail.tuned),
+            (self.tail.head_parameters, self.tail.tuned),
             self._recipe,
-            len(train),
-            loss,
-            self._validate if len(self._images.validation) else None,
+            len(self._images.train),
+            self.loss,
+            self.validation_loss if len(self._images.validation) else None,
             State(self._work / "training.pt", self._key),
         )
         loop.run(tell)
         return loop.history
 
-    def _validate(self) -> float:
+    def loss(self, some: Rows, epoch: int) -> Tensor:
+        """Of some training images, by their places among these; leaves the tail in training mode."""
+        entering = self._rows(some, epoch)  # before the tail is in training mode: the trunk must not be
+        self.tail.train(bool(self.tail.blocks))
+        targets = self._targets_of(self._images.train[some])
+        if not self._recipe.mixup:
+            return self._loss(self.tail(entering).logits, targets)
+        share = float(np.random.default_rng((self._recipe.seed, epoch, *some)).beta(*(self._recipe.mixup,) * 2))
+        other = torch.randperm(len(some)).to(entering.device)
+        logits = self.tail(torch.lerp(entering[other], entering, share)).logits
+        return share * self._loss(logits, targets) + (1 - share) * self._loss(logits, targets[other])
+
+    def validation_loss(self) -> float:
+        """Of the validation images; leaves the tail in eval mode."""
         images = self._images.validation
-        self._tail.eval()
+        self.tail.eval()
         with torch.no_grad():
             sums = [
-                float(self._loss(self._tail(x).logits, self._targets_of(images[part]))) * len(x)
+                float(self._loss(self.tail(x).logits, self._targets_of(images[part]))) * len(x)
                 for part, x in self.kept.in_parts(images)
             ]
         return sum(sums) / len(images)
 
     def finished(self, history: Sequence[Any]) -> TrainedHead:
         """What came out."""
-        self._tail.eval()
+        self.tail.eval()
         if self._scaling is not None:
-            self._put(*self._scaling.fold(self._tail.head.weight.detach().cpu(), self._tail.head.bias.detach().cpu()))
+            self._put(*self._scaling.fold(self.tail.head.weight.detach().cpu(), self.tail.head.bias.detach().cpu()))
         own = self._backbone.module.state_dict()
-        tuned = {name: own[name].detach().cpu() for name in sorted({*self._backbone.tuned, *self._tail.tuned})}
-        weight, bias = self._tail.head.weight.detach().cpu(), self._tail.head.bias.detach().cpu()
-        return TrainedHead(weight, bias, tuned, history, self.kept, self._tail)
+        tuned = {name: own[name].detach().cpu() for name in sorted({*self._backbone.tuned, *self.tail.tuned})}
+        weight, bias = self.tail.head.weight.detach().cpu(), self.tail.head.bias.detach().cpu()
+        return TrainedHead(weight, bias, tuned, history, self.kept, self.tail)
 
     def _put(self, weight: Tensor, bias: Tensor) -> None:
         with torch.no_grad():
-            self._tail.head.weight.copy_(weight)
-            self._tail.head.bias.copy_(bias)
+            self.tail.head.weight.copy_(weight)
+            self.tail.head.bias.copy_(bias)
 
 
 def _device(name: str) -> torch.device:

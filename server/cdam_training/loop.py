@@ -37,6 +37,8 @@ class Recipe:
         schedule: How learning rates change; "exponential" multiplies them by `lr_decay` after each epoch.
         lr_decay: See `schedule`.
         ema: Decay, a step, of the running average of the parameters that is validated and kept in their place; 0: none.
+        clip: Largest norm of the gradient; 0: any.
+        mixup: Alpha of mixup (Zhang et al. 2018, Algorithm 1), of what enters the part that is trained; 0: none.
         patience: Epochs without a better validation loss after which training ends; 0: none.
         seed: Of everything that is drawn.
     """
@@ -50,12 +52,14 @@ class Recipe:
     schedule: Schedule = "constant"
     lr_decay: float = 0.95
     ema: float = 0.0
+    clip: float = 0.0
+    mixup: float = 0.0
     patience: int = 0
     seed: int = 0
 
 
-OF_BLOCKS: Final = Recipe(batch_size=16, optimizer="adamw", lr=2e-3, block_lr=1e-4, schedule="one_cycle")
-"""What does well with few images."""
+OF_BLOCKS: Final = Recipe(epochs=50, batch_size=16, schedule="exponential", clip=1.0, patience=5)
+"""For blocks: the CDAM paper's epochs and rates (its batch size is not stated), and an end that its text does not have."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,8 @@ class Loop:
             raise LoadError("lr", f"the loss is no longer finite in epoch {epoch + 1}: take a lower learning rate")
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if self._recipe.clip:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self._recipe.clip)
         self._optimizer.step()
         self._schedule.step()
         self._follow()

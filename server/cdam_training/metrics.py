@@ -125,6 +125,56 @@ def measure(
     members = np.arange(len(answers)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     count = int(members.max()) + 1
     parts = [_MEASURES[task](targets, answers, weights) for weights in _weights(members, count, seed, resamples)]
+    return _scores(parts, outputs, len(answers), count)
+
+
+def measure_ratios(
+    outputs: Sequence[str],
+    its_output: NDArray[np.int64],
+    ratios: Mapping[str, tuple[Floats, Floats]],
+    undefined: Mapping[str, str],
+    *,
+    clusters: NDArray[np.int64],
+    rows: int,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Scores:
+    """Quotients of sums by output, such as a mean over some of its rows, and as `mean_...` their mean over outputs.
+
+    Args:
+        outputs: Their names.
+        its_output: (n,), which output each row is of.
+        ratios: By name what is added up above and below, (n,) each.
+        undefined: By name why there would be no value: nothing is added up below.
+        clusters: (n,), the cluster of each row.
+        rows: How many rows there are to be told of; of several outputs they may be less than n.
+        seed: Of the bootstrap.
+        resamples: See `measure`.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    if not len(its_output):
+        raise ValueError("there are no rows to measure on")
+    members = np.unique(clusters, return_inverse=True)[1]
+    count = int(members.max()) + 1
+    order = np.argsort(its_output, kind="stable")
+    there, starts = np.unique(its_output[order], return_index=True)
+    parts: list[dict[str, _Values]] = []
+    for weights in _weights(members, count, seed, resamples):
+        values: dict[str, _Values] = {}
+        for name, (above, below) in ratios.items():
+            ordered = weights[:, order]
+            over, under = (np.add.reduceat(ordered * part[order], starts, axis=1) for part in (above, below))
+            draws = np.full((len(weights), len(outputs)), np.nan)
+            draws[:, there] = np.divide(over, under, out=np.full_like(over, np.nan), where=under > 0)
+            values[name] = _Values(draws, undefined[name], mean=f"mean_{name}")
+        parts.append(values)
+    return _scores(parts, outputs, rows, count)
+
+
+def _scores(parts: Sequence[Mapping[str, _Values]], outputs: Sequence[str], rows: int, count: int) -> Scores:
+    """From the draws, some at a time."""
     estimates: dict[str, Estimate] = {}
     by_output: dict[str, dict[str, Estimate]] = {}
     for name, first in parts[0].items():
@@ -135,7 +185,7 @@ def measure(
         by_output[name] = {output: _estimate(draws[:, index], first, count) for index, output in enumerate(outputs)}
         if first.mean:
             estimates[first.mean] = _mean(draws, first, count)
-    return Scores(len(answers), count, estimates, by_output)
+    return Scores(rows, count, estimates, by_output)
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ class Sources:
         config: How the model wants its images.
         augmentation: How training images are varied.
         views: Of each training image, how many are kept; the first is the image as it is served.
-        seed: Of the variations.
+        seed: Of what is drawn anew in every epoch.
         workers: Processes that read ahead.
         device: Where the model is.
     """
@@ -44,9 +45,9 @@ class Sources:
     workers: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def view(self, image: int, number: int, *more: int) -> View:
-        """A view of an image, by its index."""
-        return View(self.images[image], number, (self.seed, image, *more))
+    def view(self, image: int, number: int, *seed: int) -> View:
+        """A view of an image, by its index; kept views have no seed, so that trainings can share them."""
+        return View(self.images[image], number, (*seed, image))
 
     def entering(self, tail: Tail, batches: Sequence[Sequence[View]]) -> Iterator[Tensor]:
         """What the trunk makes of each batch of views, on the device."""
@@ -94,12 +95,14 @@ class KeptOutputs:
         self._tail = tail
         self._sources = sources
         self._train = train
+        plain = np.sort(plain)  # whatever the split: trainings with another one find the same rows
         self._place = {int(image): row for row, image in enumerate(plain)}
         more = [(int(image), number) for image in train for number in range(1, sources.views)]
         self._views = [sources.view(int(image), PLAIN) for image in plain] + [sources.view(*each) for each in more]
         self._first_more = len(plain)
-        varied = {"augmentation": asdict(sources.augmentation), "seed": sources.seed} if more else {}
-        whole = {**key, **varied, "blocks": tail.blocks, "views": sources.views, "config": asdict(sources.config)}
+        of_views = {"augmentation": asdict(sources.augmentation), "train": _digest(train)}
+        which = {"plain": _digest(plain), **(of_views if more else {})}
+        whole = {**key, **which, "blocks": tail.blocks, "views": sources.views, "config": asdict(sources.config)}
         self._kept = Kept(folder, whole, tail.entering_shape, len(self._views), limit=limit, dtype=dtype)
 
     def fill(self, tell: Tell) -> None:
@@ -130,13 +133,21 @@ class KeptOutputs:
         kept = torch.cat((self.plain(self._train), more.to(self._sources.device)))
         return kept, np.concatenate((numbers, np.repeat(numbers, self._sources.views - 1)))
 
+    def drawn(self, rows: Rows, epoch: int) -> Rows:
+        """Which view of each training image is taken in an epoch."""
+        rng = np.random.default_rng((self._sources.seed, epoch))
+        return rng.integers(self._sources.views, size=len(self._train))[rows]
+
     def __call__(self, rows: Rows, epoch: int) -> Tensor:
         """See `TrainingRows`: a view of each, drawn anew in every epoch."""
-        views = self._sources.views
-        drawn = np.random.default_rng((self._sources.seed, epoch)).integers(views, size=len(self._train))[rows]
-        further = self._first_more + rows * (views - 1) + drawn - 1
+        drawn = self.drawn(rows, epoch)
+        further = self._first_more + rows * (self._sources.views - 1) + drawn - 1
         plain = np.array([self._place[int(image)] for image in self._train[rows]], dtype=np.int64)
         return self._kept.take(np.where(drawn == PLAIN, plain, further)).to(self._sources.device)
+
+
+def _digest(rows: Rows) -> str:
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
 
 class FreshOutputs:
@@ -163,7 +174,8 @@ class FreshOutputs:
             batches = self._batches(epoch)
             place = next(index for index, batch in enumerate(batches) if np.array_equal(batch, rows))
             views = [
-                [self._sources.view(int(image), 1, epoch) for image in self._train[batch]] for batch in batches[place:]
+                [self._sources.view(int(image), 1, self._sources.seed, epoch) for image in self._train[batch]]
+                for batch in batches[place:]
             ]
             self._coming, self._epoch = self._sources.entering(self._tail, views), epoch
         return next(self._coming)

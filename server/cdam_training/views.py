@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
@@ -56,17 +59,7 @@ class _Views(Dataset[Tensor]):
     def __init__(self, views: Sequence[View], config: DataConfig, augmentation: Augmentation) -> None:
         self._views = views
         self._config = config
-        self._vary = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(
-                    config.input_size,
-                    augmentation.scale,
-                    augmentation.ratio,
-                    InterpolationMode(config.interpolation),
-                ),
-                transforms.RandomHorizontalFlip(augmentation.flip),
-            ]
-        )
+        self._variation = _variation(config, augmentation)
 
     def __len__(self) -> int:
         return len(self._views)
@@ -77,12 +70,47 @@ class _Views(Dataset[Tensor]):
             image = upright_rgb(opened)
         if view.number == PLAIN:
             return torch.from_numpy(prepare(image, self._config).pixels)
-        words = np.random.SeedSequence((*view.seed, view.number)).generate_state(2, np.uint32)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(words[0]) << 32 | int(words[1]))
-            varied = self._vary(image)
+        varied = _vary(image, view, self._variation)
         grey = varied if self._config.channels == 3 else varied.convert("L")
         return torch.from_numpy(np.array(grey).reshape(*self._config.input_size, self._config.channels))
+
+
+def _variation(config: DataConfig, augmentation: Augmentation) -> transforms.Compose:
+    crop = transforms.RandomResizedCrop(
+        config.input_size, augmentation.scale, augmentation.ratio, InterpolationMode(config.interpolation)
+    )
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(augmentation.flip)])
+
+
+def _vary(picture: Any, view: View, variation: transforms.Compose) -> Any:
+    """The same crop and the same side for every picture of one size."""
+    words = np.random.SeedSequence((*view.seed, view.number)).generate_state(2, np.uint32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+        return variation(picture)
+
+
+def view_of_indices(
+    numbers: NDArray[np.uint8], view: View, config: DataConfig, augmentation: Augmentation
+) -> NDArray[np.uint8]:
+    """An index image as a view shows the image that it belongs to: the nearest pixels, and 0 where the input is padded.
+
+    Args:
+        numbers: Of the image's own size, upright, shape (height, width).
+        view: Of the image; its file is not read.
+        config: The model's.
+        augmentation: How views other than `PLAIN` are varied.
+
+    Returns:
+        Of the model's input size.
+    """
+    if view.number != PLAIN:
+        varied: NDArray[np.uint8] = _vary(
+            tv_tensors.Mask(torch.from_numpy(numbers)), view, _variation(config, augmentation)
+        ).numpy()
+        return varied
+    nearest = replace(config, interpolation="nearest", mean=(0.0,) * 3, std=(1.0,) * 3)
+    return prepare(Image.fromarray(numbers).convert("RGB"), nearest).pixels[..., 0]
 
 
 def load_batches(

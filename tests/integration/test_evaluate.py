@@ -267,6 +267,8 @@ def test_an_unknown_output_fails_alone(stub: Stub) -> None:
         (protocol(metric("box_sensitivity", box_sizes=list(range(8, 20)), boxes=10_000)), "protocol.metrics"),
         (protocol(*[metric("box_sensitivity", boxes=10_000)] * 32), "protocol.metrics"),
         (protocol(*[metric("fidelity")] * 32, bootstrap_resamples=10_000), "protocol.bootstrap_resamples"),
+        (protocol(metric("localisation", points=1000), bootstrap_resamples=2000), "protocol.bootstrap_resamples"),
+        (protocol(*[metric("localisation", points=1000)] * 11, bootstrap_resamples=0), "protocol.metrics"),
         (
             protocol(
                 metric("sparseness"),

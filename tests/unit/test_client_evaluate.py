@@ -24,6 +24,7 @@ from google.rpc import error_details_pb2 as details
 from PIL import Image
 
 import cdam
+from cdam._evaluate import decode_values
 from cdam.v1 import common_pb2, evaluation_pb2, method_pb2, target_pb2
 from scripted_server import Failure, Script, fail, serving, tensor
 from tables import assert_same
@@ -491,6 +492,28 @@ def test_a_sample_fails_alone(script: Evaluating, collect: Collect, tmp_path: Pa
     assert len(found.results["newer"].values) == 10
     assert_same(found.table, expected_table(good, failures=len(found.errors)))
     assert len(script.streams) == 1
+
+
+@pytest.mark.parametrize(
+    "curve", [None, [[0.0, 0.5], [1.0, 0.25]], [[0.0, 0.5], [1.0, float("nan")]], [[], []]], ids=str
+)
+def test_a_curve_of_hits_is_needed_and_checked(curve: list[list[float]] | None) -> None:
+    """The client makes its table of them, too: what would break it is the sample's error."""
+    metric = cdam.Localisation()
+
+    def message(curve: list[list[float]] | None) -> evaluation_pb2.MetricValues:
+        values = evaluation_pb2.MetricValues()
+        for quantity in metric.quantities:
+            value = values.values.add(quantity=quantity, value=0.5)
+            if quantity == "box_acc" and curve is not None:
+                value.curve.CopyFrom(tensor(np.array(curve)))
+        return values
+
+    (first, *_) = decode_values(message([[0.0, 0.5], [1.0, 0.0]]), 1, (metric,))
+    assert first.curve is not None
+    assert first.curve.tolist() == [[0.0, 0.5], [1.0, 0.0]]
+    with pytest.raises(cdam.MalformedResponse, match="box_acc"):
+        decode_values(message(curve), 1, (metric,))
 
 
 def test_what_is_no_sample_fails_alone(script: Evaluating, collect: Collect) -> None:

@@ -13,6 +13,7 @@ from cdam._encode import encode_explain
 from cdam._images import _upright, encode_image
 from cdam._methods import as_methods
 from cdam._overlay import Region
+from cdam_images.components import components
 from scripted_server import answer
 
 TARGET = cdam.ExplainedTarget(cdam.Output(0), "cat", 1.0, 0.5, 0, 0)
@@ -138,6 +139,22 @@ def test_a_box_is_around_the_largest_part_of_the_image() -> None:
     assert _map(np.ones((4, 4)), Region(20, 0, 60, 40), (40, 80)).box() == Region(20, 0, 60, 40)
     padded = _map(np.ones((4, 4)), Region(-10, -10, 90, 50), (40, 80))
     assert padded.box() == Region(0, 0, 80, 40)  # what lies beyond the image is no part of it
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+def test_a_box_is_the_one_that_the_metric_measures(interpolation: Any) -> None:
+    """Where the model sees the image as it is: 0 for one pixel more or less in any of a hundred random maps."""
+    from cdam_engine.evaluation.geometry import Geometry
+    from cdam_engine.families import Grid
+
+    geometry = Geometry((40, 60), (8, 6), Grid(5, 10))
+    for seed in range(100):
+        scores = np.random.default_rng(seed).standard_normal((5, 10)).astype(np.float32)
+        pixels = geometry.enlarge(scores, interpolation)
+        found = components((pixels / pixels.max() >= 0.2)[None]).largest()
+        box = _map(scores, Region(0, 0, 60, 40), (40, 60)).box(0.2, interpolation=interpolation)
+        assert box is not None
+        assert [[box.top, box.left, box.bottom, box.right]] == found.box.tolist()
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.01, float("nan")])

@@ -461,6 +461,39 @@ def test_a_record_that_is_not_whole_is_damaged(tmp_path: Path, where: tuple[Any,
     assert (tmp_path / FILE).read_text() == broken
 
 
+def boxes(its: About, curve: object = ((0.0, 0.5), (1.0, 0.0))) -> list[Record]:
+    """Made-up records of `Localisation` alone, all of the same curve."""
+    points = None if curve is None else np.array(curve, np.float32)
+    values = [
+        (m, 0, name, 0.5, points if name == "box_acc" else None) for m in (0, 1) for name in its.metrics[0].quantities
+    ]
+    return [Record(sample.id, "aa", values) for sample in its.dataset]
+
+
+def test_boxes_from_the_journal_to_the_page(tmp_path: Path) -> None:
+    its = about(3, methods=(cdam.Cdam(), cdam.Anchor.RANDOM), metrics=(cdam.Localisation(points=2),))
+    written(tmp_path, its, boxes(its))
+    come = results(its, read(tmp_path, its))
+    names = ["box_acc", "corloc", "box_iou", "pixel_ap", "max_box_acc"]
+    assert come.quantities(0) == names
+    row = come.row((0, 0, "max_box_acc"))
+    assert row is not None
+    assert (row.mean, row.standard_error, row.interval_low, row.interval_high) == (1.0, None, 1.0, 1.0)
+    assert come.curves[1, 0, "box_acc"].mean.tolist() == [1.0, 0.0]
+    write_page(tmp_path / "report.html", its, come, [], 1.0)
+    page = (tmp_path / "report.html").read_text()
+    assert all(name in page for name in names)
+    assert "right boxes by level" in page
+
+
+@pytest.mark.parametrize("curve", [None, [[0, 1], [0.5, 1]]])
+def test_boxes_without_their_curve_are_damaged(tmp_path: Path, curve: object) -> None:
+    its = about(3, methods=(cdam.Cdam(), cdam.Anchor.RANDOM), metrics=(cdam.Localisation(points=2),))
+    written(tmp_path, its, boxes(its, curve))
+    with pytest.raises(click.ClickException, match=r"samples.jsonl, line 3: damaged; .*--overwrite"):
+        written(tmp_path, its, [])
+
+
 @pytest.mark.parametrize("text", ["somebody's notes\nof two lines\n", '{"my":"data"}\n', '{"my":"data"}', "notes"])
 def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)

@@ -48,10 +48,11 @@ class Geometry:
 
     def shares(self, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
         """The share of each patch's pixels that lies in a mask (H, W), shape (h, w); pixels beyond the input don't count."""
-        shares: NDArray[np.float64] = self._count(mask) / self._count(np.ones(self.input_size, np.bool_))
+        shares: NDArray[np.float64] = self.count(mask) / self.count(np.ones(self.input_size, np.bool_))
         return shares
 
-    def _count(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    def count(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """How many of each patch's pixels lie in a mask (H, W), shape (h, w)."""
         (down, across), (height, width) = self.patch_size, self.input_size
         missing = (0, self.grid.h * down - height), (0, self.grid.w * across - width)
         tiles = np.pad(mask, missing).reshape(self.grid.h, down, self.grid.w, across)
