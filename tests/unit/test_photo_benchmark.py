@@ -16,9 +16,10 @@ from torch import Tensor
 
 from benchmarks.photographs import choice, claims, high_norms, sigmas
 from benchmarks.photographs.maps import UnnormalisedCdam, norms
-from benchmarks.photographs.measuring import Measuring, decode, decode_mask, encode, encode_mask
-from benchmarks.photographs.reading import Estimate, Part, Record, estimate, stronger, sure, tau
-from benchmarks.sheets import Journal
+from benchmarks.photographs.measuring import Measuring, decode_mask, encode_mask
+from benchmarks.photographs.reading import Part, Record, stronger, sure, tau
+from benchmarks.sheets import Journal, decode, encode
+from benchmarks.verdicts import Claim, Estimate, claims_table, estimate
 from cdam_engine import Attention, Cdam, Explainer, Output, RelevancePropagation
 from cdam_engine.evaluation import (
     Anchor,
@@ -284,9 +285,9 @@ def test_verdicts_are_by_the_interval() -> None:
     assert ahead.verdict == "agrees"
     assert ahead.figure.startswith("`cdam` - `attention`: 5.0 (")
     assert claims._difference("it lags", its, "attention", "cdam", (0, "a_lif_mif"), 1).verdict == "does not"
-    unsure = claims.Claim("who knows", "", Estimate(0.1, -1, 1))
+    unsure = Claim("who knows", "", Estimate(0.1, -1, 1))
     assert unsure.verdict == "can't tell"
-    assert claims.markdown([unsure]).splitlines()[-1] == "| who knows |  | can't tell |"
+    assert claims_table([unsure]).splitlines()[-1] == "| who knows |  | can't tell |"
 
 
 def test_cdam_by_attention() -> None:

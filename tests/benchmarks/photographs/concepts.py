@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
 from benchmarks.photographs.choice import Chosen, examples, mask, pixels
-from benchmarks.photographs.measuring import digest, encode, encode_mask
+from benchmarks.photographs.measuring import digest, encode_mask
+from benchmarks.sheets import encode
 from cdam_engine import Concept, Explainer, Output, Target, mean_concept
 from cdam_engine.preprocess import normalise
 from real.voc import Photograph, Photographs

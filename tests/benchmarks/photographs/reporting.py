@@ -11,22 +11,20 @@ from scipy.stats import spearmanr
 
 from benchmarks.photographs import claims, drawing, high_norms, published, sigmas
 from benchmarks.photographs.concepts import KINDS
-from benchmarks.photographs.measuring import AGREEMENT, BOXES, decode, decode_mask
+from benchmarks.photographs.measuring import AGREEMENT, BOXES, decode_mask
 from benchmarks.photographs.reading import (
     GEOMETRY,
-    Floats,
     Part,
     Record,
-    estimate,
     every,
-    mean,
     order,
     read,
     stronger,
     sure,
     tau,
 )
-from benchmarks.sheets import Column, header_of, insert, markdown, together
+from benchmarks.sheets import Column, decode, header_of, insert, markdown, table, together
+from benchmarks.verdicts import Floats, claims_table, estimate, mean
 from real.backbone import INPUT
 
 DOCUMENT: Final = Path("docs/benchmarks/photos.md")
@@ -111,7 +109,7 @@ def _blocks(results: Path, name: str, parts: Mapping[str, Part]) -> Iterator[tup
             yield sheet, f"{len(its.kept)} photographs:\n\n{markdown(its.results(), columns)}"
     if parts:
         yield "peaks", _peaks(parts)
-    yield "claims", claims.markdown(list(claims.every_claim(parts.get("multi"), parts.get("single"))))
+    yield "claims", claims_table(list(claims.every_claim(parts.get("multi"), parts.get("single"))))
     yield "orders", _orders(parts)
     if "multi" in parts:
         its = parts["multi"]
@@ -156,11 +154,6 @@ def _model(results: Path, name: str, parts: Mapping[str, Part]) -> str:
     return " ".join(found)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-
-
 def _peaks(parts: Mapping[str, Part]) -> str:
     """MaxBoxAcc, which is no mean over photographs."""
     names = next(iter(parts.values())).names
@@ -169,7 +162,7 @@ def _peaks(parts: Mapping[str, Part]) -> str:
         for name in names
     ]
     titles = {"multi": "X_multi", "single": "X_single"}
-    return _table(["MaxBoxAcc", *(titles[part] for part in parts)], rows)
+    return table(["MaxBoxAcc", *(titles[part] for part in parts)], rows)
 
 
 def _orders(parts: Mapping[str, Part]) -> str:
@@ -179,7 +172,7 @@ def _orders(parts: Mapping[str, Part]) -> str:
             theirs = [column.published[method] for method in published.METHODS]
             ours = parts[part].columns(published.METHODS, column.metric, column.quantity)
             rows.append([title, order(ours, theirs).text()])
-    return _table(["", "Kendall's tau"], rows)
+    return table(["", "Kendall's tau"], rows)
 
 
 def _choices(part: Part) -> str:
@@ -198,7 +191,7 @@ def _choices(part: Part) -> str:
             first = np.argsort(-means)[:3]
             best.append(", ".join(f"`{published.METHODS[k]}` {means[k]:.{column.digits}f}" for k in first))
         rows.append([f"{title} ({len(its.kept)})", *best])
-    return _table(["right class (photographs)", *(f"{column.title}: the first three" for column in columns)], rows)
+    return table(["right class (photographs)", *(f"{column.title}: the first three" for column in columns)], rows)
 
 
 def _classes(part: Part) -> str:
@@ -212,7 +205,7 @@ def _classes(part: Part) -> str:
                 for method in (*_SHOWN, "random")
             ]
             found.append([name, str(len(turns)), *(f"{value:.2f}" for value in ious)])
-    return _table(["class", "maps", *(f"`{method}`" for method in _SHOWN), "*random*"], found)
+    return table(["class", "maps", *(f"`{method}`" for method in _SHOWN), "*random*"], found)
 
 
 def _high_norms(part: Part) -> str:
@@ -247,7 +240,7 @@ def _high_norms(part: Part) -> str:
         "A_LIF-MIF, photographs with them",
         "without them",
     ]
-    return f"{text}\n\n{_table(head, rows)}"
+    return f"{text}\n\n{table(head, rows)}"
 
 
 def _high_norm_row(part: Part, method: str, high: Mapping[str, Any]) -> list[str]:
@@ -293,8 +286,8 @@ def _attention(part: Part) -> str:
         for record in part.kept
     ]
     found = mean(np.array(rank))
-    table = _table(["decile of attention", *(str(k) for k in range(1, 11))], [["mean size of CDAM", *row]])
-    return f"{table}\n\nSpearman's rho of attention and the size of CDAM within a photograph: {found.text()}."
+    deciles = table(["decile of attention", *(str(k) for k in range(1, 11))], [["mean size of CDAM", *row]])
+    return f"{deciles}\n\nSpearman's rho of attention and the size of CDAM within a photograph: {found.text()}."
 
 
 def _unnormalised(part: Part) -> str:
@@ -335,7 +328,7 @@ def _concepts(paths: Sequence[Path]) -> str:
     counts = header_of(paths[0])["examples"]
     head = ["CDAM of", "own > other", "energy", "own > other, less the class's", "energy, less the class's"]
     text = f"{len(found)} photographs, both classes of each; concepts of {min(counts)} to {max(counts)} photographs for training"
-    return f"{text}:\n\n{_table(head, rows)}"
+    return f"{text}:\n\n{table(head, rows)}"
 
 
 def _told(scores: Any, own: Any, other: Any) -> tuple[float, float]:
@@ -373,4 +366,4 @@ def _seeds(parts: Mapping[str, Part]) -> str:
         ]
     )
     head = ["", *(f"{column.title}, {seed}" for column in columns for seed in its)]
-    return f"{len(shared)} photographs:\n\n{_table(head, rows)}"
+    return f"{len(shared)} photographs:\n\n{table(head, rows)}"
