@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from real.lidc import BIOMARKERS, Nodules
+from benchmarks.lung.regions import disc
+from real.lidc import BIOMARKERS, SIDE, Nodules
 
 SHARES: Final = (0.7225, 0.1275, 0.15)
 """Of the scans for train, val and test, as in the paper (of its nodules)."""
@@ -42,13 +43,15 @@ def sides(scan: NDArray[np.int64], malignant: NDArray[np.int64], seed: int) -> N
     return np.array([side[one] for one in scan.tolist()])
 
 
-def name_of(row: int) -> str:
-    """The picture's file, relative to the CSV file."""
-    return f"crops/{row:04}.png"
+def name_of(row: int, kind: str = "crops") -> str:
+    """The picture's file, relative to the CSV file; of "discs" its disc's."""
+    return f"{kind}/{row:04}.png"
 
 
 def write(its: Nodules, folder: Path, splits: int) -> Path:
     """The pictures, `crops/*.png`, and `nodules.csv`; with a column `split_0`, `split_1`, ... for each seed.
+
+    For `cdam evaluate` discs in the place of masks, `discs/*.png`, and the test nodules, `test_0.csv`, ...
 
     Args:
         its: The nodules.
@@ -58,9 +61,14 @@ def write(its: Nodules, folder: Path, splits: int) -> Path:
     Returns:
         The CSV file.
     """
-    (folder / "crops").mkdir(parents=True, exist_ok=True)
+    for kind in ("crops", "discs"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    middles = np.arange(SIDE) + 0.5
+    y, x = np.meshgrid(middles, middles, indexing="ij")
     for row, picture in enumerate(grey(its.crops)):
         Image.fromarray(picture).save(folder / name_of(row))
+        inside = disc(its.radius[row])(y, x) <= 0
+        Image.fromarray(inside.astype(np.uint8) * 255).save(folder / name_of(row, "discs"))
     path = folder / "nodules.csv"
     with path.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text, lineterminator="\n")
@@ -68,6 +76,12 @@ def write(its: Nodules, folder: Path, splits: int) -> Path:
         columns = ["image", "scan", *(f"split_{seed}" for seed in range(splits))]
         writer.writerow([*columns, "malignant", "mean_malignancy", *BIOMARKERS])
         writer.writerows(_rows(its, divided))
+    for seed, side in enumerate(divided):
+        with (folder / f"test_{seed}.csv").open("w", newline="", encoding="utf-8") as text:
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(["id", "image", "target", "mask"])
+            for row in np.flatnonzero(side == "test").tolist():
+                writer.writerow([f"{row:04}", name_of(row), "malignant", name_of(row, "discs")])
     return path
 
 

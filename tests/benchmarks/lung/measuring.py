@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.lung.dataset import grey
 from benchmarks.lung.regions import GRID, bright, disc, regions
 from benchmarks.lung.training import TUNED, UNTUNED
-from benchmarks.sheets import Journal, encode
+from benchmarks.sheets import Journal, decode, encode
 from cdam_engine import (
     Attention,
     Cdam,
@@ -125,16 +125,19 @@ class Measuring:
 
     Args:
         explainer: Of nine outputs.
-        untuned: Likewise, of which only outputs are asked.
         its: The nodules.
+        untuned: Likewise, of the heads on the untuned backbone; None: `removed` is all that is wanted.
         device: Where to compute.
     """
 
-    def __init__(self, explainer: Explainer, untuned: Explainer, its: Nodules, device: str = "cpu") -> None:
+    def __init__(
+        self, explainer: Explainer, its: Nodules, untuned: Explainer | None = None, device: str = "cpu"
+    ) -> None:
         self._explainer, self._untuned, self._nodules = explainer, untuned, its
         self._device = torch.device(device)
         for one in (explainer, untuned):
-            one.vit.model.to(self._device)
+            if one is not None:
+                one.vit.model.to(self._device)
 
     def measure(self, rows: Sequence[int], journal: Journal) -> Iterator[int]:
         """Append what is found of each nodule that is not there yet; gives the rows done."""
@@ -146,6 +149,7 @@ class Measuring:
             yield from some
 
     def _lines(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+        assert self._untuned is not None
         pixels = torch.stack([self._pixels(row) for row in rows]).to(self._device)
         images = normalise(pixels, self._explainer.data_config)
         outputs, untuned = (
@@ -162,6 +166,32 @@ class Measuring:
                 "maps": {name: encode(scores) for name, scores in its.items()},
                 "blurred": self._blurred(row, images[place], its),
             }
+
+    def removed(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a nodule of a journal, by its maps there: the logit of malignancy without what each calls evidence, and counter-evidence.
+
+        What is removed inside the disc gets the mean of the surroundings, by blurring it would only be spread.
+        """
+        row = int(line["id"])
+        its = regions(disc(self._nodules.radius[row]))
+        image = normalise(self._pixels(row)[None].to(self._device), self._explainer.data_config)[0]
+        around = GEOMETRY.spread(torch.from_numpy(its.outside)).to(image)
+        fill = ((image * around).sum((1, 2)) / around.sum())[:, None, None].expand_as(image)
+        maps = {name: decode(text).reshape(-1, GRID, GRID) for name, text in line["maps"].items() if name != BEFORE}
+        scores = {name: found[MALIGNANCY] for name, found in maps.items()}
+        scores |= {"random": _noise(row), "disc": its.inside}
+        return {"id": line["id"], "logits": self._without(its.inside >= 0.5, image, fill, scores)}
+
+    def _without(
+        self, inside: NDArray[np.bool_], image: Tensor, fill: Tensor, scores: Mapping[str, NDArray[Any]]
+    ) -> dict[str, list[float]]:
+        """The logit of malignancy with the positive patches inside filled, and with the negative ones, by name."""
+        signs = [inside & (its > 0 if positive else its < 0) for its in scores.values() for positive in (True, False)]
+        varied = [
+            torch.where(GEOMETRY.spread(torch.from_numpy(where)).to(image.device), fill, image) for where in signs
+        ]
+        logits = self._explainer.outputs(torch.stack(varied)).logits[:, MALIGNANCY].double().cpu().tolist()
+        return {name: logits[2 * place : 2 * place + 2] for place, name in enumerate(scores)}
 
     def _pixels(self, row: int) -> Tensor:
         """As the service prepares the picture's file, (H, W, 3)."""
@@ -190,6 +220,7 @@ class Measuring:
         }
         alone = [self._explainer.explain(images, [[target]] * count, [METHODS[-1:]] * count) for target in targets]
         maps[METHODS[-1].kind] = np.stack([[its.maps[0].scores for its in each] for each in alone], axis=1)
+        assert self._untuned is not None
         (plain,) = METHODS[:1]
         before = self._untuned.explain(images, [targets] * count, [[plain]] * count)
         return {**maps, BEFORE: np.stack([[m.scores for m in its.maps] for its in before])}
@@ -197,12 +228,9 @@ class Measuring:
     def _blurred(self, row: int, image: Tensor, maps: Mapping[str, NDArray[np.float32]]) -> dict[str, list[float]]:
         """The logit of malignancy without what a map calls evidence inside the disc, and without the counter-evidence."""
         inside = regions(disc(self._nodules.radius[row])).inside >= 0.5
-        noise = np.random.default_rng(row).standard_normal((GRID, GRID))
-        scores = {name: its[MALIGNANCY] for name, its in maps.items() if name != BEFORE} | {"random": noise}
-        signs = [inside & (its > 0 if positive else its < 0) for its in scores.values() for positive in (True, False)]
-        soft = blurred(image, BLUR_SIGMA)
-        varied = [
-            torch.where(GEOMETRY.spread(torch.from_numpy(where)).to(image.device), soft, image) for where in signs
-        ]
-        logits = self._explainer.outputs(torch.stack(varied)).logits[:, MALIGNANCY].double().cpu().tolist()
-        return {name: logits[2 * place : 2 * place + 2] for place, name in enumerate(scores)}
+        scores = {name: its[MALIGNANCY] for name, its in maps.items() if name != BEFORE} | {"random": _noise(row)}
+        return self._without(inside, image, blurred(image, BLUR_SIGMA), scores)
+
+
+def _noise(row: int) -> NDArray[np.float64]:
+    return np.random.default_rng(row).standard_normal((GRID, GRID))
