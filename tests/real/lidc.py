@@ -42,8 +42,8 @@ class Nodules:
     Attributes:
         crops: (n, 32, 32), uint16.
         scan: What scan each is in, (n,).
-        malignant: Whether the mean rating of malignancy, 1 to 5, is above 3, (n,).
-        mean_malignancy: That mean, (n,).
+        malignant: As the data say, (n,): of 886 whether the mean rating of malignancy is above 3.
+        mean_malignancy: Mean rating, 1 to 5, (n,).
         biomarkers: In the order of `BIOMARKERS`, diameter in mm, the others mean ratings, (n, 8).
         radius: Half the diameter, in pixels of the crop, (n,).
     """
