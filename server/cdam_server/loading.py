@@ -152,6 +152,7 @@ class Backbone:
         architecture: See `LoadedModel`.
         data_config: How it wants its images.
         fingerprint: Of the backbone before anything of it was tuned; files of trained heads name it.
+        settings: What else decides its output, besides architecture and weights.
         tuned: Names of the tensors that come from a file which `cdam train` wrote.
     """
 
@@ -159,6 +160,7 @@ class Backbone:
     architecture: str
     data_config: DataConfig
     fingerprint: str
+    settings: Mapping[str, object]
     tuned: tuple[str, ...] = ()
 
 
@@ -184,7 +186,7 @@ def _backbone(spec: ModelSpec) -> tuple[Backbone, _Built]:
         check_backbone(trained, digest, architecture, spec.head, "head")
         tuned = apply_tuned(built.module, tensors, spec.head, "head")
         built = replace(built, trained=trained)
-    return Backbone(built.module, architecture, data_config, digest, tuned), built
+    return Backbone(built.module, architecture, data_config, digest, settings, tuned), built
 
 
 def share_weights(module: nn.Module, others: Sequence[nn.Module]) -> None:

@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cdam_engine.preprocess import normalise, prepare
-from cdam_images import upright_rgb
 from cdam_server.load_error import LoadError
 from cdam_server.loading import Backbone, load_backbone, load_model
 from cdam_server.specs import ModelSpec, Task
@@ -27,6 +25,7 @@ from cdam_training.loop import Recipe
 from cdam_training.metrics import Scores, measure
 from cdam_training.splits import Splits, split_dataset
 from cdam_training.trunk_outputs import Rows
+from cdam_training.views import read_image
 
 _CHECKED = 4  # images
 _TOLERANCE = 1e-3
@@ -97,7 +96,7 @@ def run_head(
     backbone = load_backbone(spec)
     trained = train_head(backbone, images_of(dataset, splits), options, recipe, work, progress)
     result = Result(backbone, dataset, splits, options, trained, measured(dataset, splits, trained))
-    return write(result, spec, source, of_recipe(options, recipe), output, clock)
+    return write(result, spec, of_recipe(options, recipe), output, clock)
 
 
 class Clock:
@@ -125,15 +124,12 @@ class Result:
     metrics: Mapping[str, Scores]
 
 
-def write(
-    result: Result, spec: ModelSpec, source: Source, recipe: Mapping[str, Any], output: Path, clock: Clock
-) -> Card:
+def write(result: Result, spec: ModelSpec, recipe: Mapping[str, Any], output: Path, clock: Clock) -> Card:
     """Write the weights and their card, and look whether the server would load them.
 
     Args:
         result: What was trained.
         spec: Of the model that it began with.
-        source: What was learnt from.
         recipe: Every option that had a part in it.
         output: The file to write.
         clock: Of this run.
@@ -143,7 +139,14 @@ def write(
     """
     backbone, dataset, trained, blocks = result.backbone, result.dataset, result.trained, result.options.blocks
     about = Trained(str(dataset.task), dataset.outputs, backbone.architecture, backbone.fingerprint)
-    write_trained(output, about, trained.weight, trained.bias, trained.tuned)
+    # What is not yet looked at has another name: who is killed here goes on when the same command is given again.
+    partial = output.with_name(f".{output.stem}.partial.safetensors")
+    try:
+        write_trained(partial, about, trained.weight, trained.bias, trained.tuned)
+        served = _served(spec, partial, dataset, trained)
+    except (LoadError, OSError):
+        partial.unlink(missing_ok=True)
+        raise
     card = Card(
         task=dataset.task,
         outputs=dataset.outputs,
@@ -151,18 +154,19 @@ def write(
             name=spec.name,
             architecture=backbone.architecture,
             fingerprint=backbone.fingerprint,
-            trained_fingerprint=_served(spec, output, dataset, trained),
+            trained_fingerprint=served,
             trained=f"the head and the last {blocks} blocks" if blocks else "the head",
             blocks_trained=blocks,
             parameters_trained=trained.tail.parameters_trained,
         ),
         data=data_part(dataset, result.splits),
-        recipe={**recipe, "validation": source.validation, "test": source.test},
+        recipe=recipe,
         curve=[asdict(each) for each in trained.history],
         metrics=result.metrics,
         started=clock.started,
         seconds=clock.seconds,
     )
+    partial.replace(output)
     write_card(card, output.with_suffix(".json"))
     return card
 
@@ -214,17 +218,19 @@ def _served(spec: ModelSpec, output: Path, dataset: Dataset, trained: TrainedHea
     Raises:
         LoadError: It says something else than what was trained.
     """
-    served = load_model(spec.model_copy(update={"head": output, "head_layers": None, "outputs": None}))
+    # What the settings say of another classifier's outputs is left out: the file says it of its own.
+    settings = spec.model_dump(exclude_unset=True, exclude={"head_layers", "num_outputs", "outputs", "task"})
+    served = load_model(ModelSpec.model_validate({**settings, "head": output}))
     config = served.data_config
     rows = np.arange(min(_CHECKED, len(dataset)))
     with torch.no_grad():
         for row in rows.tolist():
-            with Image.open(dataset.rows[row].image) as opened:
-                pixels = prepare(upright_rgb(opened), config).pixels
+            pixels = prepare(read_image(dataset.rows[row].image), config).pixels
             inputs = normalise(torch.from_numpy(pixels)[None], config)
             expected = served.module(inputs)
             found = trained.tail(trained.tail.entering(inputs.to(trained.device))).logits.cpu()
-            scale = max(1.0, float(expected.abs().max()))
+            least = 0.0 if dataset.task is Task.REGRESSION else 1.0
+            scale = max(least, float(expected.abs().max()))
             if float((found - expected).abs().max()) > _TOLERANCE * scale:
-                raise LoadError("output", f"{output} gives other outputs when it is loaded than in training")
+                raise LoadError("output", "the file gives other outputs when it is loaded than in training")
     return served.fingerprint

@@ -24,7 +24,7 @@ from cdam_training.loop import Epoch, Loop, Recipe, batches_of
 from cdam_training.losses import LOSSES, scaling_of
 from cdam_training.state import State
 from cdam_training.tail import Tail
-from cdam_training.trunk_outputs import FreshOutputs, KeptOutputs, Rows, Sources, TrainingRows
+from cdam_training.trunk_outputs import FreshOutputs, KeptOutputs, Rows, Sources, TrainingRows, digest_of
 from cdam_training.views import Augmentation
 
 
@@ -195,7 +195,7 @@ class HeadTraining:
         self._recipe = recipe
         self._work = work
         device = _device(options.device)
-        model = fingerprint(backbone.module, backbone.architecture, {})
+        model = fingerprint(backbone.module, backbone.architecture, backbone.settings)
         self.tail = _tail(backbone, images.outputs, options, device)
         self._put(*(start or self._first_guess()))
         self._sources = Sources(
@@ -222,7 +222,13 @@ class HeadTraining:
         scaled = images.targets if self._scaling is None else self._scaling.apply(images.targets)
         self._targets = scaled.to(device)
         self._loss = LOSSES[images.task]
-        self._key = {"model": model, "dataset": images.digest, **_deciding(options), **(key or {})}
+        self._key = {
+            "model": model,
+            "dataset": images.digest,
+            "split": digest_of(images.train, images.validation),
+            **_deciding(options),
+            **(key or {}),
+        }
         self._rows: TrainingRows = self.kept
         if not self._keeps_train:
             batches = partial(batches_of, recipe, len(images.train))
@@ -250,7 +256,7 @@ class HeadTraining:
         def counts(name: str) -> bool:
             return id(named[name]) not in own and (not tail.blocks or tail.vit.place_of(name) < tail.first)
 
-        return fingerprint(backbone.module, backbone.architecture, {}, counts=counts)
+        return fingerprint(backbone.module, backbone.architecture, backbone.settings, counts=counts)
 
     def _targets_of(self, images: Rows) -> Tensor:
         return self._targets[torch.from_numpy(images)]
@@ -259,6 +265,8 @@ class HeadTraining:
         """The head that makes the loss and a penalty least."""
         images, penalties = self._images, self._options.penalties
         assert penalties is not None
+        if len(penalties) > 1 and not len(images.validation):
+            raise LoadError("l2", "there are no validation images to choose among penalties by: give one")
         latents, which = self.kept.all_views()
         validation = images.validation
         head, fits = convex.fit(
@@ -317,6 +325,10 @@ class HeadTraining:
         own = self._backbone.module.state_dict()
         tuned = {name: own[name].detach().cpu() for name in sorted({*self._backbone.tuned, *self.tail.tuned})}
         weight, bias = self.tail.head.weight.detach().cpu(), self.tail.head.bias.detach().cpu()
+        for name, tensor in {"head.weight": weight, "head.bias": bias, **tuned}.items():
+            if not torch.isfinite(tensor).all():
+                setting, remedy = ("l2", "penalty") if self._options.penalties else ("lr", "learning rate")
+                raise LoadError(setting, f"what came out is not finite ({name}): take a smaller {remedy}")
         return TrainedHead(weight, bias, tuned, history, self.kept, self.tail)
 
     def _put(self, weight: Tensor, bias: Tensor) -> None:
@@ -328,7 +340,7 @@ class HeadTraining:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # of `meta` there are no numbers
     except (RuntimeError, AssertionError) as error:
         raise LoadError("device", f"{name} can't be used here ({reason(error)})") from error
     return device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdam_server.load_error import LoadError
+from cdam_training.files import locked, replace_file
 
 CHUNK = 16
 """Images that are computed together, and are there together or not at all: rounding depends on the size of a batch."""
@@ -54,15 +56,16 @@ class Kept:
             )
         folder.mkdir(parents=True, exist_ok=True)
         about = {**key, "shape": list(shape), "rows": rows, "dtype": dtype}
-        self._check(folder / "kept.json", about)
-        self._rows = _open(folder / "rows.npy", (rows, *shape), dtype)
-        self._done = _open(folder / "done.npy", (-(-rows // CHUNK),), "bool")
+        with locked(folder, "kept", wait=True):  # until the files are there: then two processes write the same numbers
+            self._check(folder / "kept.json", about)
+            self._rows = _open(folder / "rows.npy", (rows, *shape), dtype)
+            self._done = _open(folder / "done.npy", (-(-rows // CHUNK),), "bool")
 
     @staticmethod
     def _check(file: Path, about: Mapping[str, Any]) -> None:
         text = json.dumps(about, sort_keys=True)
         if not file.exists():
-            file.write_text(text, encoding="utf-8")
+            replace_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
         elif file.read_text(encoding="utf-8") != text:
             raise LoadError("work", f"{file.parent} holds what another model made of other images: name another folder")
 
@@ -100,10 +103,35 @@ class Kept:
 
 
 def _open(file: Path, shape: tuple[int, ...], dtype: str) -> np.memmap[Any, Any]:
-    """A file of an array, made of zeros if it is not there."""
-    if file.exists():
-        return np.lib.format.open_memmap(file, mode="r+")
-    partial = file.with_suffix(".partial")
-    np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape).flush()
-    partial.replace(file)
-    return np.lib.format.open_memmap(file, mode="r+")
+    """A file of an array, made of zeros if it is not there.
+
+    Raises:
+        LoadError: It is of another size, or there is no room for it.
+    """
+    if not file.exists():
+        replace_file(file, lambda partial: _make(partial, shape, dtype))
+    try:
+        np.lib.format.open_memmap(file, mode="r")  # for writing, numpy would make a file that was cut short longer
+        found = np.lib.format.open_memmap(file, mode="r+")
+    except ValueError as error:
+        raise LoadError("kept", f"{file} is damaged: remove {file.parent}, and the trunk runs again") from error
+    if (found.shape, found.dtype) != (shape, np.dtype(dtype)):
+        raise LoadError("kept", f"{file} is of other rows than kept.json says: remove {file.parent}")
+    return found
+
+
+def _make(file: Path, shape: tuple[int, ...], dtype: str) -> None:
+    np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with file.open("r+b") as opened:  # without room on the disk a write to memory would end the process
+        try:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        except OSError as error:
+            needed = file.stat().st_size
+            file.unlink()
+            raise LoadError(
+                "kept",
+                f"there is no room for {needed / 1e9:.3g} GB in {file.parent} ({error.strerror}): name "
+                "another folder, keep float16, or take fewer views",
+            ) from error

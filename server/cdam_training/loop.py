@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.optim import create_optimizer_v2
+from timm.optim import Adahessian, create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -247,6 +247,8 @@ def _optimizer(
         optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, recipe.optimizer, lr=recipe.lr)
     except (ValueError, AssertionError, TypeError) as error:
         raise LoadError("optimizer", f"timm can't make {recipe.optimizer!r}: {reason(error)}") from error
+    if isinstance(optimizer, Adahessian):
+        raise LoadError("optimizer", f"{recipe.optimizer!r} needs second derivatives, which are not made: take another")
     return optimizer
 
 
@@ -262,7 +264,12 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> l
             return lr_scheduler.CosineAnnealingLR(optimizer, total)
         case "one_cycle":
             peaks = [group["lr"] for group in optimizer.param_groups]
-            return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total)
+            try:
+                return lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total)
+            except ValueError as error:
+                raise LoadError(
+                    "schedule", f"one_cycle is for optimizers with momentum, not {recipe.optimizer!r}: take another"
+                ) from error
 
 
 def _devices(parameters: Mapping[str, nn.Parameter]) -> list[torch.device]:

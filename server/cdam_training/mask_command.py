@@ -78,7 +78,7 @@ def run_masks(
         "masks": {**asdict(with_masks), "train": len(training.train), "validation": len(training.validation)},
     }
     dataset = replace(dataset, notes=(*dataset.notes, _learnt_from(training, splits)))
-    return write(Result(backbone, dataset, splits, options, trained, metrics), spec, source, told, output, clock)
+    return write(Result(backbone, dataset, splits, options, trained, metrics), spec, told, output, clock)
 
 
 def own_classifier(spec: ModelSpec, dataset: Dataset) -> tuple[Tensor, Tensor]:

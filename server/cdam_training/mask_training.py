@@ -52,7 +52,7 @@ class MaskOptions:
     share: float = 0.01
     weight: float = 1.0
     images: int = 8
-    balanced: bool = False
+    balanced: bool = True
 
 
 def log_odds(logits: Tensor, images: Tensor, outputs: Tensor, task: Task) -> Tensor:
@@ -143,14 +143,8 @@ class MaskTraining(HeadTraining):
         key = {"masks": asdict(with_masks), "start": _sum_of(start)}
         super().__init__(backbone, images, options, recipe, work, start=start, key=key)
         vit = self.tail.vit
-        self.masks = Masks(
-            dataset,
-            with_masks.kind,
-            backbone.data_config,
-            Geometry(vit.input_size, vit.patch_size, vit.grid(vit.input_size)),
-            options.augmentation,
-            recipe.seed,
-        )
+        geometry = Geometry(vit.input_size, vit.patch_size, vit.grid(vit.input_size))
+        self.masks = Masks(dataset, with_masks.kind, self._sources, geometry)
         self._with = with_masks
         self.train = self._chosen(images.train)
         self.validation = self._chosen(images.validation)

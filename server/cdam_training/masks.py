@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cdam_engine.evaluation.geometry import Geometry
-from cdam_engine.preprocess import DataConfig
-from cdam_images import upright_indices, upright_mask, upright_rgb
+from cdam_images import upright_indices, upright_mask
 from cdam_server.load_error import few
 from cdam_server.specs import Task
 from cdam_training.datasets import Dataset, Row
 from cdam_training.errors import DatasetError
-from cdam_training.views import PLAIN, Augmentation, View, view_of_indices
+from cdam_training.trunk_outputs import Sources
+from cdam_training.views import PLAIN, UNREADABLE, read_image, view_of_indices
 
 UNDECIDED: Final = 255
 """In a mask of classes: a pixel of which nothing is known."""
@@ -68,10 +68,8 @@ class Masks:
     Attributes:
         dataset: Whose rows have them.
         kind: What they mean.
-        config: The model's.
-        geometry: Its patches.
-        augmentation: How views other than the plain one are varied.
-        seed: Of the variations.
+        sources: How its images are made into inputs; their masks go the same way.
+        geometry: The model's patches.
 
     Raises:
         DatasetError: The task has no such masks, or no image has one.
@@ -79,10 +77,8 @@ class Masks:
 
     dataset: Dataset
     kind: MaskKind
-    config: DataConfig
+    sources: Sources
     geometry: Geometry
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    seed: int = 0
     _known: dict[tuple[int, int], PatchMask] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,25 +97,23 @@ class Masks:
         """
         if (row, view) not in self._known:
             its = self.dataset.rows[row]
-            shown = view_of_indices(
-                self._indices(its), View(its.image, view, (self.seed, row)), self.config, self.augmentation
-            )
+            sources = self.sources
+            shown = view_of_indices(self._indices(its), sources.view(row, view), sources.config, sources.augmentation)
             self._known[row, view] = self._counted(its, shown)
         return self._known[row, view]
 
     def _indices(self, row: Row) -> NDArray[np.uint8]:
         """Of the outputs from 1, shape (height, width) of the image."""
         assert row.mask is not None
+        width, height = read_image(row.image).size
         try:
-            with Image.open(row.image) as opened:
-                width, height = upright_rgb(opened).size
             with Image.open(row.mask) as opened:
                 if self.kind is MaskKind.OBJECT:
                     indices = (np.asarray(upright_mask(opened)) > 0).astype(np.uint8)
                 else:
                     indices = upright_indices(opened)
-        except (OSError, ValueError) as error:
-            raise self._wrong(row, str(error)) from error
+        except UNREADABLE as error:
+            raise self._wrong(row, f"can't be read: {error}") from error
         if indices.shape != (height, width):
             found = " x ".join(map(str, indices.shape))
             raise self._wrong(row, f"is {found} (height x width), but the image is {height} x {width}")

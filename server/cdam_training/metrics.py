@@ -6,7 +6,8 @@ one patient count as what they are. A draw gives each row a weight, and every qu
 
 An interval runs between percentiles of the draws less twice their bias, which is the draws' mean less the value. Few rows
 flatter average precision, as each positive row counts itself among those found, and draws, in which rows repeat, flatter it
-once more. Plain percentiles would lie above the truth for rare labels; of unbiased quantities they are what remains.
+once more. Plain percentiles would lie above the truth for rare labels; of unbiased quantities they are what remains. Where
+few rows leave the value itself outside, the interval reaches to it.
 
 What is undefined has no value and a note that says why; nothing here is ever NaN.
 """
@@ -41,7 +42,7 @@ class Estimate:
 
     Attributes:
         value: Of all rows; None: undefined.
-        low: Lower end of the 95 % interval; None: there is none. Of a biased quantity the value may lie outside.
+        low: Lower end of the 95 % interval; None: there is none.
         high: Upper end.
         note: Why there is no value or no interval, or which outputs a mean is over; empty otherwise.
     """
@@ -238,7 +239,7 @@ def _estimate(draws: Floats, about: _Values, clusters: int) -> Estimate:
         )
     bias = defined.mean() - value
     low, high = np.clip(np.percentile(defined, [2.5, 97.5]) - 2 * bias, *about.bounds).tolist()
-    return Estimate(float(value), low, high)
+    return Estimate(float(value), min(low, float(value)), max(high, float(value)))
 
 
 def _mean(draws: Floats, about: _Values, clusters: int) -> Estimate:

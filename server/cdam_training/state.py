@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,10 +31,19 @@ class State:
         return State(self._file, {**self._key, **more})
 
     def save(self, content: Mapping[str, Any]) -> None:
-        """Keep it, in the place of what was kept."""
+        """Keep it, in the place of what was kept.
+
+        Raises:
+            LoadError: The disk is full, or nothing may be written there.
+        """
         whole = {"key": json.dumps(self._key), **content}
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self._file, lambda partial: torch.save(whole, partial))
+        buffer = io.BytesIO()  # torch says nothing of a full disk
+        torch.save(whole, buffer)
+        try:
+            replace_file(self._file, lambda partial: partial.write_bytes(buffer.getbuffer()))
+        except OSError as error:
+            raise LoadError("work", f"{self._file} can't be written: {error.strerror}") from error
 
     def load(self) -> Mapping[str, Any] | None:
         """What was kept; None if nothing was.

@@ -55,8 +55,10 @@ class Tail(nn.Module):
                 "no block is trained" if not blocks else "this architecture's blocks need every token at its place",
             )
         self._drop = PatchDropout(token_dropout, vit.num_prefix_tokens) if token_dropout else nn.Identity()
-        for module in self.parts.modules() if dropout else ():
-            if isinstance(module, nn.Dropout):
+        for name, module in self.parts.named_modules() if dropout else ():
+            if isinstance(module, nn.Dropout) and not name.endswith(
+                "attn_drop"
+            ):  # of attention's weights: see `attend`
                 module.p = dropout
         self._rows = self._rows_read()
         own = {id(parameter) for parameter in head.parameters()}

@@ -100,8 +100,8 @@ class KeptOutputs:
         more = [(int(image), number) for image in train for number in range(1, sources.views)]
         self._views = [sources.view(int(image), PLAIN) for image in plain] + [sources.view(*each) for each in more]
         self._first_more = len(plain)
-        of_views = {"augmentation": asdict(sources.augmentation), "train": _digest(train)}
-        which = {"plain": _digest(plain), **(of_views if more else {})}
+        of_views = {"augmentation": asdict(sources.augmentation), "train": digest_of(train)}
+        which = {"plain": digest_of(plain), **(of_views if more else {})}
         whole = {**key, **which, "blocks": tail.blocks, "views": sources.views, "config": asdict(sources.config)}
         self._kept = Kept(folder, whole, tail.entering_shape, len(self._views), limit=limit, dtype=dtype)
 
@@ -146,8 +146,12 @@ class KeptOutputs:
         return self._kept.take(np.where(drawn == PLAIN, plain, further)).to(self._sources.device)
 
 
-def _digest(rows: Rows) -> str:
-    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+def digest_of(*sides: Rows) -> str:
+    """SHA-256 of which rows are on some sides."""
+    digest = hashlib.sha256()
+    for rows in sides:
+        digest.update(len(rows).to_bytes(8, "little") + rows.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 class FreshOutputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torchvision.transforms import v2 as transforms
 
 from cdam_engine.preprocess import DataConfig, prepare
 from cdam_images import upright_rgb
+from cdam_server.load_error import reason
+from cdam_training.errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
 
+
+UNREADABLE: Final = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow has for bad bytes."""
 
 PLAIN = 0
 """The view that a model is served: no variation at all."""
@@ -55,7 +60,7 @@ class View:
     seed: tuple[int, ...]
 
 
-class _Views(Dataset[Tensor]):
+class _Views(Dataset[Tensor | DatasetError]):
     def __init__(self, views: Sequence[View], config: DataConfig, augmentation: Augmentation) -> None:
         self._views = views
         self._config = config
@@ -64,15 +69,38 @@ class _Views(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self._views)
 
-    def __getitem__(self, index: int) -> Tensor:
-        view = self._views[index]
-        with Image.open(view.image) as opened:
-            image = upright_rgb(opened)
+    def __getitem__(self, index: int) -> Tensor | DatasetError:
+        try:
+            return self._pixels(self._views[index])
+        except DatasetError as error:
+            return error  # raised in another process, it would come with that one's traceback
+
+    def _pixels(self, view: View) -> Tensor:
+        image = read_image(view.image)
         if view.number == PLAIN:
             return torch.from_numpy(prepare(image, self._config).pixels)
         varied = _vary(image, view, self._variation)
         grey = varied if self._config.channels == 3 else varied.convert("L")
         return torch.from_numpy(np.array(grey).reshape(*self._config.input_size, self._config.channels))
+
+
+def read_image(file: Path) -> Image.Image:
+    """An image as it is served: upright, opaque, RGB.
+
+    Raises:
+        DatasetError: It can't be read.
+    """
+    try:
+        with Image.open(file) as opened:
+            return upright_rgb(opened)
+    except UNREADABLE as error:
+        raise DatasetError(f"{file}: can't be read as an image ({reason(error)}): mend it, or leave it out") from error
+
+
+def _together(items: list[Tensor | DatasetError]) -> Tensor | DatasetError:
+    """A batch; or what is wrong with the first image of it with which something is wrong."""
+    wrong = next((item for item in items if isinstance(item, DatasetError)), None)
+    return wrong or torch.stack([item for item in items if isinstance(item, Tensor)])
 
 
 def _variation(config: DataConfig, augmentation: Augmentation) -> transforms.Compose:
@@ -106,7 +134,7 @@ def view_of_indices(
     """
     if view.number != PLAIN:
         varied: NDArray[np.uint8] = _vary(
-            tv_tensors.Mask(torch.from_numpy(numbers)), view, _variation(config, augmentation)
+            tv_tensors.Mask(torch.from_numpy(numbers.copy())), view, _variation(config, augmentation)
         ).numpy()
         return varied
     nearest = replace(config, interpolation="nearest", mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -123,9 +151,18 @@ def load_batches(
         config: The model's.
         augmentation: How views other than `PLAIN` are varied.
         workers: Processes that read ahead; 0: none.
+
+    Raises:
+        DatasetError: An image can't be read.
     """
     listed = list(batches)
     views = [view for batch in listed for view in batch]
     ends = np.cumsum([len(batch) for batch in listed]).tolist()
     rows = [list(range(end - len(batch), end)) for batch, end in zip(listed, ends, strict=True)]
-    yield from DataLoader(_Views(views, config, augmentation), batch_sampler=rows, num_workers=workers)
+    loader = DataLoader(
+        _Views(views, config, augmentation), batch_sampler=rows, num_workers=workers, collate_fn=_together
+    )
+    for batch in loader:
+        if isinstance(batch, DatasetError):
+            raise batch
+        yield batch

@@ -118,7 +118,7 @@ def _concepts(arguments: argparse.Namespace) -> None:
         for split in ("train", "val")
     }
     head = measuring.header(explainer, None, classes=voc.classes)
-    head |= {"average_precision": concepts.summary(kept["val"]), "examples": concepts.counts(voc)}
+    head |= {"average_precision": concepts.summary(kept["val"], voc.classes), "examples": concepts.counts(voc)}
     journal = _journal(arguments, "concepts", head)
     plain, centred = concepts.vectors(voc, kept["train"])
     for one in _shard(arguments, choice.several(voc)[: arguments.photographs]):

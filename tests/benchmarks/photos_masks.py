@@ -3,22 +3,24 @@
     python tests/benchmarks/photos_masks.py --checkpoint backbone.safetensors --work masks/
 
 trains the last two blocks of a DINOv2 ViT-S/14 and a linear head on VOC's train split (or takes a --head that
-`cdam train head` wrote), and from there once with each share of the masks; what is measured is VOC's val split, no image
-of which is looked at before. Beside it stand CDAM and attention of the model before, on the first of these images. What
-is done is kept in the folder: called again, it goes on. The table is written to its end.
+`cdam train head` wrote, or with --whole a checkpoint that has its classifier), and from there once with each share of the
+masks, and once as if there were none: the control. What is measured is VOC's val split, which nothing is chosen by. CDAM
+and attention, before and after, stand beside it on the first of these images. What is done is kept in the folder: called
+again, it goes on. Options of `cdam train masks` follow after --. The table is written into the folder, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -33,9 +35,9 @@ from cdam_server.specs import Task
 from cdam_training.datasets import read_dataset
 from cdam_training.mask_metrics import pixel_average_precision
 from cdam_training.masks import MaskKind, Masks
+from cdam_training.trunk_outputs import Sources
+from real.voc import photographs, write_dataset, write_models
 
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("CDAM_VOC", ROOT.parent / "shared" / "data" / "voc"))
 ROWS = (
     ("mAP of classification", "", "mean_average_precision"),
     ("AP of pixels", "_masks", "mean_mask_average_precision"),
@@ -48,25 +50,8 @@ ROWS = (
 METHODS = {
     "patch mask prediction": engine.PatchMaskPrediction("sigmoid"),
     "CDAM": engine.Cdam(),
-    "Smooth CDAM": engine.SmoothCdam(),
     "attention": engine.Attention(),
 }
-
-
-def write_dataset(voc: Path, path: Path, most: int) -> None:
-    """The photographs with their labels, masks and official splits; of val the first ones."""
-    entries = json.loads((voc / "manifest.json").read_text())["images"]
-    val = [entry["name"] for entry in entries if entry["split"] == "val"][:most]
-    lines = []
-    for entry in entries:
-        if entry["split"] == "val" and entry["name"] not in val:
-            continue
-        image, mask = (
-            str((voc / place).resolve()) for place in (f"images/{entry['name']}.jpg", f"masks/{entry['name']}.png")
-        )
-        split = {"train": "train", "val": "test"}[entry["split"]]
-        lines.append(json.dumps({"image": image, "mask": mask, "labels": [*entry["classes"]], "split": split}))
-    path.write_text("\n".join(lines) + "\n")
 
 
 def cdam(*arguments: object) -> None:
@@ -79,7 +64,7 @@ def compared(models: Path, dataset: Path, count: int) -> dict[str, float]:
     explainer, vit = engine.Explainer(model.module), engine.SplitViT(model.module)
     data = read_dataset(dataset, task=Task.MULTI_LABEL, targets=["labels"], split_by="split", mask="mask")
     geometry = Geometry(vit.input_size, vit.patch_size, vit.grid(vit.input_size))
-    masks = Masks(data, MaskKind.CLASSES, model.data_config, geometry)
+    masks = Masks(data, MaskKind.CLASSES, Sources([row.image for row in data.rows], model.data_config), geometry)
     found: dict[str, defaultdict[int, list[float]]] = {name: defaultdict(list) for name in METHODS}
     for row in [row for row, its in enumerate(data.rows) if its.split == "test"][:count]:
         with Image.open(data.rows[row].image) as opened:
@@ -117,23 +102,13 @@ def shown(estimate: Mapping[str, float]) -> str:
     return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
 
 
-def write_models(path: Path, checkpoint: Path, head: Path | None) -> Path:
-    entry = {
-        "name": "voc",
-        "architecture": "vit_small_patch14_dinov2",
-        "checkpoint": str(checkpoint.resolve()),
-        "model_kwargs": {"img_size": 224},
-        "preprocessing": {"crop_mode": "squash", "crop_pct": 1.0},
-        "task": "multi_label",
-        **({} if head is None else {"head": str(head.resolve())}),
-    }
-    path.write_text(json.dumps({"models": [entry]}))
+def models_file(path: Path, checkpoint: Path, head: Path | None) -> Path:
+    write_models(path, checkpoint, head)
     return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--voc", type=Path, default=DATA, help="the folder with manifest.json")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the backbone, or with --whole a whole model")
     parser.add_argument("--whole", action="store_true", help="the checkpoint has a classifier of VOC's 20 classes")
     parser.add_argument("--head", type=Path, help="what `cdam train head` made of the backbone  [made anew]")
@@ -146,29 +121,35 @@ def main() -> None:
     work: Path = given.work
     work.mkdir(parents=True, exist_ok=True)
     dataset = work / "voc.jsonl"
-    write_dataset(given.voc, dataset, given.val)
+    write_dataset(photographs(), dataset, given.val)
     shared = ["--task", "multi_label", "--target", "labels", "--split-by", "split", "--keep-dtype", "float16"]
     shared += ["--kept", work / "kept"]
     head = given.head
     if head is None and not given.whole:
         head = work / "head.safetensors"
         if not head.exists():
-            models = write_models(work / "backbone.yaml", given.checkpoint, None)
+            models = models_file(work / "backbone.yaml", given.checkpoint, None)
             recipe = ["--train-blocks", 2, "--epochs", 4, "--token-dropout", 0.2]
             cdam("train", "head", dataset, "--models-file", models, *shared, *recipe, "-o", head)
-    models = write_models(work / "before.yaml", given.checkpoint, head)
+    models = models_file(work / "before.yaml", given.checkpoint, head)
     cards = {}
     methods = {"before": compared(models, dataset, given.compare)}
-    for share in given.shares:
-        weights = work / f"masks_{share:g}.safetensors"
+    trainings = [("control", 0.01, ["--mask-weight", 1e-9])]
+    trainings += [(f"masks_{share:g}", share, []) for share in given.shares]
+    trainings += [("unbalanced", given.shares[-1], ["--no-balance-masks"])]
+    for name, share, own in trainings:
+        weights = work / f"{name}.safetensors"
         if not weights.exists():
-            more = ["--mask", "mask", "--masked-share", share, *given.rest]
+            more = ["--mask", "mask", "--masked-share", share, *own, *given.rest]
             cdam("train", "masks", dataset, "--models-file", models, *shared, *more, "-o", weights)
         card = json.loads(weights.with_suffix(".json").read_text())
-        title = f"{share:.0%} ({card['recipe']['masks']['train']} images)"
+        images = f"{share:.0%} ({card['recipe']['masks']['train']} images)"
+        title = {"control": "no masks", "unbalanced": f"{images}, not balanced"}.get(name, images)
         cards[title] = card
-        after = write_models(work / f"masks_{share:g}.yaml", given.checkpoint, weights)
-        methods[title] = compared(after, dataset, given.compare)
+        if name != "control":
+            methods[title] = compared(
+                models_file(work / f"{name}.yaml", given.checkpoint, weights), dataset, given.compare
+            )
     text = "\n".join(table(cards, methods, given.compare))
     (work / "masks.md").write_text(text + "\n")
     print(text)

@@ -155,10 +155,10 @@ def main() -> None:
             theirs(dataset),
             ours("Adam, 3e-4, 10 epochs", dataset, Options(keep=True, kept=kept), Recipe(), Path(scratch) / "ten"),
             ours(
-                "Adam, 3e-4, 1000 epochs",
+                "Adam, 3e-4, 200 epochs",
                 dataset,
                 Options(keep=True, kept=kept),
-                Recipe(epochs=1000),
+                Recipe(epochs=200),
                 Path(scratch) / "many",
             ),
         ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.sheets import table
 
 Floats = NDArray[np.float64]
 RESAMPLES = 1000
@@ -22,12 +26,16 @@ class Estimate:
     high: float
 
     def text(self, digits: int = 2) -> str:
-        """As in a document."""
+        """As in a document; of a single sample without the interval."""
+        if math.isinf(self.high - self.low):
+            return f"{self.value:.{digits}f}"
         return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
 def estimate(rows: Floats, statistic: Callable[[Floats], float], groups: NDArray[Any] | None = None) -> Estimate:
     """A statistic of samples, and what it is on resamples of them.
+
+    Of a single sample or group the interval is everything: nothing is known of others.
 
     Args:
         rows: One a sample, (samples, ...).
@@ -38,6 +46,8 @@ def estimate(rows: Floats, statistic: Callable[[Floats], float], groups: NDArray
     rng = np.random.default_rng(0)
     members = [np.array([row]) for row in range(len(rows))] if groups is None else _members(groups)
     count = len(members)
+    if count == 1:
+        return Estimate(float(statistic(rows)), -math.inf, math.inf)
     drawn = [
         statistic(rows[np.concatenate([members[group] for group in rng.integers(0, count, count)])])
         for _ in range(RESAMPLES)
@@ -79,7 +89,16 @@ class Claim:
         return "does not" if self.found.high < 0 else "can't tell"
 
 
-def claims_table(claims: Sequence[Claim]) -> str:
-    """As markdown."""
-    rows = [f"| {claim.text} | {claim.figure} | {claim.verdict} |" for claim in claims]
-    return "\n".join(["| the paper says | here, with 95 % interval | |", "|---|---|---|", *rows])
+def claims_table(claims: Sequence[Claim], others: Mapping[str, Sequence[Claim]] = MappingProxyType({})) -> str:
+    """As markdown.
+
+    Args:
+        claims: On the model of the document.
+        others: On other models, by their names: shown by the verdict alone.
+    """
+    head = ["the paper says", "here, with 95 % interval", "", *others]
+    rows = []
+    for claim in claims:
+        verdicts = [next((its.verdict for its in theirs if its.text == claim.text), "") for theirs in others.values()]
+        rows.append([claim.text, claim.figure, claim.verdict, *verdicts])
+    return table(head, rows)

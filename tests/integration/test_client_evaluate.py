@@ -123,7 +123,7 @@ def test_the_table_is_the_servers(
     assert_same(table, decoded(heard[-1].table), 1e-9)
     assert_same(table, expected, 1e-6)
     assert len(table.rows) == 3 * (5 + 2 + 1 + 4 + 5 + 1 + 4)
-    assert len(table.comparisons) == 3 * (5 + 2 + 1 + 4 + 1 + 4)
+    assert len(table.comparisons) == 3 * (5 + 2 + 1 + 4 + 5 + 1 + 4)
 
 
 def decoded(table: evaluation_pb2.EvaluationTable) -> cdam.Table:

@@ -24,6 +24,7 @@ from sklearn.linear_model import LogisticRegression
 import cdam
 from cdam_engine.preprocess import DataConfig, normalise, prepare
 from cdam_server.cli import main
+from cdam_server.loading import load_model, load_models_file
 from processes import serving
 from small_models import ARCHITECTURE, SHAPE, vit
 
@@ -144,9 +145,10 @@ def test_two_heads_on_one_tuned_backbone_are_served_with_one_trunk(folder: Path,
         red = client.explain(image, "is_red", model="red")
         assert bright.targets[0].value == pytest.approx(float(np.asarray(image).mean()) * 10, rel=0.1)
         assert np.isfinite(red.targets[0].value)
-        models_told = {model.name: model for model in client.models()}
-    assert models_told["red"].task == "binary"
-    assert models_told["bright"].outputs == ("brightness",)
+        told = {name: client.model(name) for name in ("bright", "red")}
+    assert (told["bright"].task, told["red"].task) == ("regression", "binary")
+    one, other = (load_model(spec).trunk_fingerprint for spec in load_models_file(served))
+    assert one == other, "what makes the server keep and run the trunk once"
 
 
 def test_what_was_tuned_is_part_of_the_file_and_bound_to_its_backbone(folder: Path, tmp_path: Path) -> None:
@@ -202,10 +204,14 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path, way: 
 
 def progress(work: Path) -> tuple[object, ...]:
     """Changes whenever something more is kept."""
-    found = []
+    found: list[object] = []
     for file in ("kept/done.npy", "training.pt", "fit.pt"):
-        path = work / file
-        found.append((path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None)
+        try:
+            its = (work / file).stat()
+        except FileNotFoundError:  # not yet there, or no longer
+            found.append(None)
+        else:
+            found.append((its.st_mtime_ns, its.st_ino))
     return tuple(found)
 
 
@@ -222,7 +228,16 @@ def progress(work: Path) -> tuple[object, ...]:
         (("--optimizer", "sdg"), "optimizer: timm can't make 'sdg'"),
         (("--cache-latents", "--validation", "0"), "--validation: the L2 penalty is chosen on validation images"),
         (("--device", "cuda:7"), "device: cuda:7 can't be used here"),
+        (("--device", "meta"), "device: meta can't be used here"),
         (("--task", "regression"), "a folder of classes is the task multi_class"),
+        (("--keep-limit", "inf"), "inf is not finite"),
+        (("--cache-latents", "--l2", "nan"), "nan is not finite"),
+        (("--cache-latents", "--l2", "1e300"), "l2: what came out is not finite (head.weight)"),
+        (("--crop-scale", "1", "0.1"), "the least share, 1, is more than the largest, 0.1"),
+        (("--crop-scale", "-1", "1"), "-1.0 is not in the range"),
+        (("--patience", "2", "--validation", "0"), "--patience waits for a better validation loss"),
+        (("--optimizer", "adahessian"), "optimizer: 'adahessian' needs second derivatives"),
+        (("--optimizer", "adagrad", "--schedule", "one_cycle"), "schedule: one_cycle is for optimizers with momentum"),
     ],
 )
 def test_what_can_not_be_is_refused_in_a_line(
@@ -241,6 +256,16 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path) -> None:
     done = run(folder, "photos", "--cache-latents", "-o", str(out))
     assert "is there already; --overwrite replaces it" in done.output
     assert out.read_bytes() == b"precious"
+    for name in ("models.yaml", "backbone.pth"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    mine = (tmp_path / "models.yaml").rename(tmp_path / "y.json")
+    command = ["train", "head", str(folder / "photos"), "--models-file", str(mine), "--cache-latents"]
+    before = mine.read_bytes()
+    for more in ((), ("--overwrite",)):
+        refused = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "y.safetensors"), *more])
+        assert "y.json" in refused.output
+        assert refused.exit_code == 2
+        assert mine.read_bytes() == before, "the card would have its name"
     other = tmp_path / "x.pth"
     assert "must end in .safetensors" in run(folder, "photos", "--cache-latents", "-o", str(other)).output
 
@@ -252,3 +277,43 @@ def test_another_training_does_not_go_on_in_the_folder(folder: Path, tmp_path: P
     refused = run(folder, "photos", *again)
     assert "holds a training with another lr" in refused.output
     assert run(folder, "photos", *again, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("way", [("--cache-latents",), ("--train-blocks", "1", "--epochs", "1")], ids=["fit", "blocks"])
+def test_a_training_of_other_rows_does_not_go_on(folder: Path, tmp_path: Path, way: tuple[str, ...]) -> None:
+    work = ("--work", str(tmp_path / "work"))
+    assert run(folder, "photos", *way, *work, "-o", str(tmp_path / "x.safetensors")).exit_code == 0
+    for split in (("--seed", "1"), ("--test", "0.4"), ("--validation", "0.3")):
+        refused = run(folder, "photos", *way, *work, *split, "-o", str(tmp_path / "y.safetensors"))
+        assert "holds a training with another " in refused.output, "or what it was trained on would be measured on"
+        assert "split" in refused.output
+
+
+@pytest.mark.parametrize("way", [("--cache-latents",), ("--train-blocks", "1", "--epochs", "1")], ids=["fit", "blocks"])
+def test_what_is_kept_is_not_taken_for_that_of_a_model_of_the_same_weights(
+    folder: Path, tmp_path: Path, way: tuple[str, ...]
+) -> None:
+    kept = ("--kept", str(tmp_path / "kept"))
+    assert run(folder, "photos", *way, *kept, "-o", str(tmp_path / "x.safetensors")).exit_code == 0
+    models = json.loads((folder / "models.yaml").read_text())
+    models["models"][0]["checkpoint"] = str(folder / "backbone.pth")
+    models["models"][0]["model_kwargs"]["num_heads"] = 4  # no tensor tells it
+    other = tmp_path / "other.yaml"
+    other.write_text(json.dumps(models))
+    command = ["train", "head", str(folder / "photos"), "--models-file", str(other), *way, *kept]
+    refused = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "y.safetensors")])
+    assert "holds what another model made of other images" in refused.output
+
+
+def test_nothing_is_removed_but_what_training_has_made(folder: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "x.safetensors", tmp_path / "x.work"
+    work.mkdir()
+    (work / "notes.txt").write_text("precious")
+    kept = work / "kept"
+    assert run(folder, "photos", "--cache-latents", "--kept", str(kept), "-o", str(out)).exit_code == 0
+    assert {file.name for file in work.iterdir()} == {"kept", "notes.txt"}
+    assert (kept / "rows.npy").exists(), "it was asked for"
+    (tmp_path / "y.work").write_text("")
+    refused = run(folder, "photos", "--cache-latents", "-o", str(tmp_path / "y.safetensors"))
+    assert "--work: " in refused.output
+    assert "y.work is no folder" in refused.output

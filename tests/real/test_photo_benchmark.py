@@ -27,6 +27,8 @@ from cdam_engine.evaluation import (
     MaskAgreement,
     Protocol,
 )
+from cdam_server.loading import load_backbone
+from cdam_server.weights.trained import Trained, write_trained
 from real.backbone import ARCHITECTURE, INPUT
 from real.voc import Photographs, photographs
 
@@ -58,6 +60,20 @@ def explainer(voc: Photographs, tmp_path_factory: pytest.TempPathFactory) -> Exp
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     save_file(model.state_dict(), path)
     return measuring.load(path)
+
+
+def test_a_file_of_cdam_train_is_the_same_model(voc: Photographs, explainer: Explainer, tmp_path: Path) -> None:
+    weights = {name: tensor.clone() for name, tensor in explainer.vit.model.state_dict().items()}
+    save_file(weights, tmp_path / "whole.safetensors")
+    backbone, head = tmp_path / "backbone.safetensors", tmp_path / "head.safetensors"
+    tuned = {name: tensor for name, tensor in weights.items() if name.startswith(("blocks.11.", "norm."))}
+    save_file({name: tensor * 2 if name in tuned else tensor for name, tensor in weights.items()}, backbone)
+    spec = measuring.spec(backbone, None)
+    trained = Trained("multi_label", voc.classes, ARCHITECTURE, load_backbone(spec).fingerprint)
+    write_trained(head, trained, weights["head.weight"], weights["head.bias"], tuned)
+    x = torch.randn(1, 3, *INPUT)
+    expected = measuring.load(tmp_path / "whole.safetensors").outputs(x).logits
+    assert torch.equal(measuring.load(head, backbone).outputs(x).logits, expected)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,16 @@
 They are for research only and not part of this repository. `CDAM_VOC` names their folder: `manifest.json` (the classes
 in the order of the masks' values from 1; of each image its name, split, and share of every class that it shows),
 `images/NAME.jpg`, `masks/NAME.png`. Without it, `../shared/data/voc` beside the repository.
+
+`python tests/real/voc.py voc.jsonl` writes what `cdam train` takes: images, labels, masks, and the official split with val
+as the test side. Beside it, voc.yaml has the backbone (`backbone.py`) as the models file of docs/training.md.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,3 +86,45 @@ def photographs() -> Photographs:
         one = Photograph(folder / "images" / f"{name}.jpg", folder / "masks" / f"{name}.png", entry["classes"])
         found[entry["split"]].append(one)
     return Photographs(tuple(content["classes"]), tuple(found["train"]), tuple(found["val"]))
+
+
+def write_dataset(voc: Photographs, path: Path, most: int | None = None) -> None:
+    """What `cdam train` takes: image, mask, labels and split of each photograph.
+
+    Args:
+        voc: The photographs.
+        path: The file, .jsonl.
+        most: Of val only the first ones; None: all.
+    """
+    sides = (("train", voc.train), ("test", voc.val[:most]))
+    rows = (
+        {"image": str(one.path.resolve()), "mask": str(one.mask.resolve()), "labels": [*one.shares], "split": split}
+        for split, side in sides
+        for one in side
+    )
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def write_models(path: Path, checkpoint: Path, head: Path | None = None) -> None:
+    """The backbone as it sees photographs, with a head if there is one, as a models file.
+
+    Args:
+        path: The file, .yaml.
+        checkpoint: The backbone's weights, or a whole model's.
+        head: What `cdam train` wrote.
+    """
+    entry = {
+        "name": "voc",
+        "architecture": "vit_small_patch14_dinov2",
+        "checkpoint": str(checkpoint.resolve()),
+        "input_size": [224, 224],
+        "preprocessing": {"crop_mode": "squash", "crop_pct": 1.0},
+        **({} if head is None else {"head": str(head.resolve())}),
+    }
+    path.write_text(json.dumps({"models": [entry]}), encoding="utf-8")  # JSON is YAML
+
+
+if __name__ == "__main__":
+    (target,) = map(Path, sys.argv[1:])
+    write_dataset(photographs(), target)
+    write_models(target.with_suffix(".yaml"), target.with_name("backbone.safetensors"))

@@ -378,7 +378,7 @@ def localisation(
 ) -> Numbers:
     """Boxes around connected components of the map against those of the mask; the scores as a classifier of pixels.
 
-    Sources: Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020, section 3.1 and, for
+    Sources: Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020, and, for
     several components, their "Evaluation for Weakly Supervised Object Localization", TPAMI 2022; the fixed level: Zhou et
     al., "Learning Deep Features for Discriminative Localization", CVPR 2016. Components are scikit-image's, average
     precision is scikit-learn's.

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks.photographs import choice, claims, high_norms, sigmas
+from benchmarks.photographs import choice, claims, concepts, high_norms, sigmas
 from benchmarks.photographs.maps import UnnormalisedCdam, norms
 from benchmarks.photographs.measuring import Measuring, decode_mask, encode_mask
 from benchmarks.photographs.reading import Part, Record, stronger, sure, tau
@@ -245,6 +246,22 @@ def test_an_interval_is_that_of_the_mean() -> None:
     assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half), rel=0.15)
 
 
+def test_the_models_mean_average_precision() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.random((200, 3)) < 0.3
+    logits = (labels + rng.standard_normal(labels.shape)).astype(np.float32)
+    its = concepts.Outputs(tuple(map(str, range(200))), logits, logits, labels)
+    found = concepts.summary(its, ["a", "b", "c"])
+    assert found["mean"] == pytest.approx(average_precision_score(labels, logits, average="macro"))
+    assert found["interval"][0] < found["mean"] < found["interval"][1]
+
+
+def test_one_photograph_says_nothing_of_others() -> None:
+    found = estimate(np.array([3.0]), lambda its: float(its.mean()))
+    assert found.text(1) == "3.0"
+    assert Claim("", "", found).verdict == "can't tell"
+
+
 def record(
     name: str, logits: tuple[float, float], values: Mapping[tuple[str, int, str], tuple[float, float]]
 ) -> Record:
@@ -288,6 +305,9 @@ def test_verdicts_are_by_the_interval() -> None:
     unsure = Claim("who knows", "", Estimate(0.1, -1, 1))
     assert unsure.verdict == "can't tell"
     assert claims_table([unsure]).splitlines()[-1] == "| who knows |  | can't tell |"
+    table = claims_table([unsure, ahead], {"seed1": [replace(ahead, found=Estimate(-1, -2, -0.5))]}).splitlines()
+    assert table[2] == "| who knows |  | can't tell |  |"
+    assert table[3].endswith("| agrees | does not |")
 
 
 def test_cdam_by_attention() -> None:
@@ -318,6 +338,9 @@ def test_the_best_noise_is_that_of_the_highest_fidelity(tmp_path: Path) -> None:
     tried = sigmas.read("smooth_grad", [tmp_path / "seed0-sigma_smooth_grad-0of1.jsonl"])
     assert [one.mean for one in tried] == [1, 11, *[1] * (levels - 2)]
     assert [one.error for one in tried] == pytest.approx([1] * levels)  # the values are 2 apart
-    assert "| A_LIF-MIF | 1 ± 2 | **11 ± 2** |" in sigmas.markdown(tmp_path, "seed0")
+    lines = sigmas.markdown(tmp_path, "seed0").splitlines()
+    assert lines[0] == "`smooth_cdam`, 2 photographs:"
+    assert lines[-3:-1] == ["| sigma | 0.02 | 0.05 | 0.1 | 0.2 |", "| --- | --- | --- | --- | --- |"]
+    assert lines[-1] == "| A_LIF-MIF | 1 ± 2 | **11 ± 2** | 1 ± 2 | 1 ± 2 |"
     with pytest.raises(ValueError, match=r"run `sigma` first, or give --sigmas$"):
         sigmas.chosen_sigmas(tmp_path, "seed1")

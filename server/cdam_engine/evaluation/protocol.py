@@ -194,7 +194,7 @@ class Localisation(Metric):
     around each of its components is the truth, and the one that fits best counts, so that one of several objects is enough.
 
     - ``box_acc``: the share of levels from 0 to 1 at which the box is right, its IoU at least `iou`; with whether it is by
-      level, the curve. Over samples the curve's mean is BoxAcc of Choe et al. (CVPR 2020, section 4.1), and its maximum, of
+      level, the curve. Over samples the curve's mean is BoxAcc of Choe et al. (CVPR 2020), and its maximum, of
       the table alone, their MaxBoxAcc.
     - ``corloc``: 1 if the box at the level `threshold` is right, else 0 (correct localisation, Deselaers et al. 2012);
       ``box_iou``: its IoU. The default is the level of Zhou et al. (CAM, 2016).

@@ -23,8 +23,8 @@ Activation = Literal["softmax", "sigmoid", "identity"]
 class PatchMaskPrediction(Method):
     """What the model's head says of each patch's token after the final norm, as if it were the readout.
 
-    After Kang, Heo and Choe (2024), of which only the abstract is public: a reconstruction, without their fine-tuning
-    with binary patch masks.
+    After Kang, Heo and Choe (2024), of which only the abstract is public: a reconstruction. Of a model that was not
+    trained on with binary patch masks, as the abstract has it, the values are no probabilities of anything.
 
     Attributes:
         activation: What is made of an output's logit: its probability among all outputs ("softmax") or alone

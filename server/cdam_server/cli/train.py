@@ -12,6 +12,7 @@ from cdam_server.cli.training import (
     DATASET,
     OF_EPOCHS,
     Bars,
+    Finite,
     block_options,
     dataset_options,
     given_recipe,
@@ -59,7 +60,7 @@ def train() -> None:
 @click.option("--cache-latents", is_flag=True, help="Run the trunk once, and keep the latents.")
 @click.option("--train-blocks", type=click.IntRange(1), help="How many of the last blocks are trained with the head.")
 @training_options
-@click.option("--l2", type=click.FloatRange(0), multiple=True, help="L2 penalty to try, repeatable.  [10 to 1e-5]")
+@click.option("--l2", type=Finite(0), multiple=True, help="L2 penalty to try, repeatable.  [10 to 1e-5]")
 @block_options
 def head(**options: Any) -> None:
     """Train a head."""
@@ -90,6 +91,8 @@ def _check_head(options: dict[str, Any]) -> None:
         for name in ("block_lr", "dropout", "token_dropout"):
             if options[name]:
                 raise click.UsageError(f"{_flag(name)} is of blocks: give --train-blocks, too, or leave it out")
+    if options["patience"] and options["validation"] == 0:
+        raise click.UsageError("--patience waits for a better validation loss: without validation images leave it out")
     if options["views"] > 1 and not cached and not blocks:
         raise click.UsageError("--views is of what is kept: without --cache-latents every epoch has views of its own")
     if options["cache_latents"] and not options["l2"] and options["optimizer"] is None and options["validation"] == 0:
@@ -146,14 +149,14 @@ Example
 )
 @click.option(
     "--masked-share",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Finite(0, 1, min_open=True),
     default=0.01,
     show_default=True,
     help="Share of the training images whose masks are learnt from; of the validation images likewise.",
 )
 @click.option(
     "--mask-weight",
-    type=click.FloatRange(0, min_open=True),
+    type=Finite(0, min_open=True),
     default=1.0,
     show_default=True,
     help="Of the patches' loss beside the images'.",
@@ -161,7 +164,12 @@ Example
 @click.option(
     "--masks-per-step", type=click.IntRange(1), default=8, show_default=True, help="Images with masks in each step."
 )
-@click.option("--balance-masks", is_flag=True, help="Let patches inside an object count as much as those outside.")
+@click.option(
+    "--balance-masks/--no-balance-masks",
+    default=True,
+    show_default=True,
+    help="Let patches inside an object count together as much as those outside.",
+)
 @click.option(
     "--train-blocks", type=click.IntRange(1), default=2, show_default=True, help="How many of the last are trained."
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -70,7 +71,24 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
-_share = click.FloatRange(0, 1, max_open=True)
+class Finite(click.FloatRange):
+    """A number in a range; neither infinite nor nan, which is in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType`."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not finite.", param, ctx)
+        return number
+
+
+def _ordered(_: click.Context, param: click.Parameter, value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise click.BadParameter(f"the least share, {value[0]:g}, is more than the largest, {value[1]:g}", param=param)
+    return value
+
+
+_share = Finite(0, 1, max_open=True)
 
 dataset_options = _options(
     click.argument("dataset", type=click.Path(exists=True, path_type=Path)),
@@ -106,7 +124,14 @@ dataset_options = _options(
         type=click.Path(file_okay=False, path_type=Path),
         help="Where to keep what the trunk makes of the images, for several trainings.  [in the work folder]",
     ),
-    click.option("--keep-limit", default=20.0, show_default=True, metavar="GB", help="How much may be kept on disk."),
+    click.option(
+        "--keep-limit",
+        type=Finite(0),
+        default=20.0,
+        show_default=True,
+        metavar="GB",
+        help="How much may be kept on disk.",
+    ),
     click.option(
         "--keep-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="Of it."
     ),
@@ -117,24 +142,24 @@ training_options = _options(
     click.option("--epochs", type=click.IntRange(1), help="Passes over the training images.  [10]"),
     click.option("--batch-size", type=click.IntRange(1), help="Images in a step.  [128; with blocks 16]"),
     click.option("--optimizer", metavar="NAME", help="As timm calls it: adam, adamw, sgd, ...  [adam]"),
-    click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate of the head.  [3e-4]"),
-    click.option("--block-lr", type=click.FloatRange(0, min_open=True), help="Learning rate of the blocks."),
-    click.option("--weight-decay", type=click.FloatRange(0), help="Of weights, not of biases and norms.  [0]"),
+    click.option("--lr", type=Finite(0, min_open=True), help="Learning rate of the head.  [3e-4]"),
+    click.option("--block-lr", type=Finite(0, min_open=True), help="Learning rate of the blocks."),
+    click.option("--weight-decay", type=Finite(0), help="Of weights, not of biases and norms.  [0]"),
     click.option(
         "--schedule",
         type=click.Choice(["constant", "exponential", "cosine", "one_cycle"]),
         help="How learning rates change.  [constant; with blocks exponential]",
     ),
-    click.option("--lr-decay", type=click.FloatRange(0, 1), help="Of the exponential schedule, an epoch.  [0.95]"),
+    click.option("--lr-decay", type=Finite(0, 1), help="Of the exponential schedule, an epoch.  [0.95]"),
     click.option(
         "--ema",
-        type=click.FloatRange(0, 1, max_open=True),
+        type=Finite(0, 1, max_open=True),
         help="Decay, a step, of the running average of what is trained that is kept in its place; 0: none.  [0]",
     ),
-    click.option("--clip", type=click.FloatRange(0), help="Largest norm of the gradient; 0: any.  [0; with blocks 1]"),
+    click.option("--clip", type=Finite(0), help="Largest norm of the gradient; 0: any.  [0; with blocks 1]"),
     click.option(
         "--mixup",
-        type=click.FloatRange(0),
+        type=Finite(0),
         help="Alpha of mixup, of what enters the part that is trained; 0: none.  [0]",
     ),
     click.option(
@@ -145,13 +170,14 @@ training_options = _options(
     click.option("--views", type=click.IntRange(1), default=1, show_default=True, help="Views kept of an image."),
     click.option(
         "--crop-scale",
-        type=float,
+        type=Finite(0, 1, min_open=True),
         nargs=2,
+        callback=_ordered,
         default=(0.08, 1.0),
         show_default=True,
         help="Share of the image in a crop.",
     ),
-    click.option("--flip", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Chance to be mirrored."),
+    click.option("--flip", type=Finite(0, 1), default=0.5, show_default=True, help="Chance to be mirrored."),
 )
 
 
@@ -169,14 +195,19 @@ Train = Callable[["ModelSpec", "Source", Path, Path, "Bars"], "Card"]
 
 def run(options: dict[str, Any], train: Train) -> None:
     """Train, and say what came out."""
+    from cdam_training.files import locked
+
     with complain(), _installed():
         output: Path = options["output"]
         work = _work_folder(options)
-        spec = _spec(options)
-        with Bars() as bars:
-            card = train(spec, _source(options), output, work, bars)
-    if options["work"] is None:
-        shutil.rmtree(work)
+        with locked(work, "work"):
+            _check_output(options)  # another process may have written it meanwhile
+            _forget(options, work)
+            spec = _spec(options)
+            with Bars() as bars:
+                card = train(spec, _source(options), output, work, bars)
+            if options["work"] is None:
+                _clear(work, kept=options["kept"] is None)
     click.echo(
         f"{output}: {card.model.trained}, {len(card.outputs)} outputs; what it is: {output.with_suffix('.json')}"
     )
@@ -258,6 +289,9 @@ def _spec(options: dict[str, Any]) -> ModelSpec:
     return specs[0]
 
 
+_STATES: Final = ("training.pt", "fit.pt")
+
+
 def _work_folder(options: dict[str, Any]) -> Path:
     """Where an interrupted training is kept, after a look at what is there."""
     output: Path = options["output"]
@@ -265,14 +299,43 @@ def _work_folder(options: dict[str, Any]) -> Path:
         raise click.UsageError(f"--output: {output} must end in .safetensors")
     if not output.parent.is_dir():
         raise click.UsageError(f"--output: there is no folder {output.parent}")
-    if output.exists() and not options["overwrite"]:
-        raise click.UsageError(f"--output: {output} is there already; --overwrite replaces it")
+    _check_output(options)
     work: Path = options["work"] or output.with_suffix(".work")
-    if options["overwrite"]:
-        for file in ("training.pt", "fit.pt"):
-            (work / file).unlink(missing_ok=True)
+    if work.exists() and not work.is_dir():
+        raise click.UsageError(f"--work: {work} is no folder; name another one")
     work.mkdir(parents=True, exist_ok=True)
     return work
+
+
+def _check_output(options: dict[str, Any]) -> None:
+    """Nothing is replaced that nobody asked to replace."""
+    output: Path = options["output"]
+    card = output.with_suffix(".json")
+    for file in (output, card):
+        if file.exists() and not options["overwrite"]:
+            raise click.UsageError(f"--output: {file} is there already; --overwrite replaces it")
+    for name in ("dataset", "models_file", "config"):
+        if options[name] is not None and options[name].resolve() == card.resolve():
+            raise click.UsageError(f"--output: {card}, which is read, would be replaced by the card: take another name")
+
+
+def _forget(options: dict[str, Any], work: Path) -> None:
+    """An interrupted training, if it is to be begun anew."""
+    if options["overwrite"]:
+        for file in _STATES:
+            (work / file).unlink(missing_ok=True)
+
+
+def _clear(work: Path, *, kept: bool) -> None:
+    """Remove what a training has kept, and the folder if nothing else is in it."""
+    from cdam_training.files import LOCK
+
+    for file in (*_STATES, LOCK):
+        (work / file).unlink(missing_ok=True)
+    if kept:
+        shutil.rmtree(work / "kept")
+    with suppress(OSError):
+        work.rmdir()
 
 
 @contextmanager

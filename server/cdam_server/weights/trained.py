@@ -52,12 +52,19 @@ def write_trained(path: Path, trained: Trained, weight: Tensor, bias: Tensor, tu
         weight: Of the head, shape (C, D).
         bias: Of the head, shape (C).
         tuned: Other tensors of the model's state dict, by their names.
+
+    Raises:
+        LoadError: The disk is full, or nothing may be written there.
     """
     tensors = {**tuned, **dict(zip(_HEAD, (weight, bias), strict=True))}
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {"format": FORMAT, **vars(trained)}
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(save(content, metadata={_KEY: json.dumps(about, ensure_ascii=False)}))
+    try:
+        partial.write_bytes(save(content, metadata={_KEY: json.dumps(about, ensure_ascii=False)}))
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise LoadError("output", f"{path.parent}: nothing can be written there: {error.strerror}") from error
     os.replace(partial, path)  # noqa: PTH105 - Path.replace is the same
 
 

@@ -128,7 +128,8 @@ def by_attention(record: Record, bins: int = 10) -> Floats:
     attention = record.maps["attention"][0].ravel()
     groups = np.array_split(np.argsort(attention, kind="stable"), bins)
     sizes = [np.abs(scores.ravel()) / np.abs(scores).max() for scores in record.maps["cdam"]]
-    return np.array([[its[group].mean() for group in groups] for its in sizes]).mean(0)
+    means: Floats = np.array([[its[group].mean() for group in groups] for its in sizes]).mean(0)
+    return means
 
 
 def largest_where_attention_is_low(record: Record, share: float = 0.1) -> float:

@@ -10,13 +10,14 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score
 
 from benchmarks.photographs.choice import Chosen, examples, mask, pixels
 from benchmarks.photographs.measuring import digest, encode_mask
 from benchmarks.sheets import encode
 from cdam_engine import Concept, Explainer, Output, Target, mean_concept
 from cdam_engine.preprocess import normalise
+from cdam_server.specs import Task
+from cdam_training.metrics import measure
 from real.voc import Photograph, Photographs
 
 EXAMPLES: Final = 30
@@ -71,34 +72,11 @@ def _run(explainer: Explainer, shown: Sequence[Photograph]) -> Iterator[tuple[to
     return iter(found)
 
 
-def average_precisions(its: Outputs, rows: NDArray[np.intp] | None = None) -> NDArray[np.float64]:
-    """Average precision of each class; nan of one that no photograph shows.
-
-    Args:
-        its: The outputs.
-        rows: Which photographs; None: all.
-    """
-    labels, logits = (array if rows is None else array[rows] for array in (its.labels, its.logits))
-    return np.array(
-        [
-            average_precision_score(labels[:, k], logits[:, k]) if labels[:, k].any() else np.nan
-            for k in range(labels.shape[1])
-        ]
-    )
-
-
-def summary(its: Outputs, resamples: int = 500) -> dict[str, Any]:
-    """Mean average precision with its 95 % bootstrap interval over photographs, and each class's average precision."""
-    rng = np.random.default_rng(0)
-    count = len(its.names)
-    drawn = [float(np.nanmean(average_precisions(its, rng.integers(0, count, count)))) for _ in range(resamples)]
-    found = average_precisions(its)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return {
-        "mean": round(float(found.mean()), 5),
-        "interval": [round(float(low), 5), round(float(high), 5)],
-        "classes": np.round(found, 5).tolist(),
-    }
+def summary(its: Outputs, classes: Sequence[str]) -> dict[str, Any]:
+    """Mean average precision with its 95 % interval, as `cdam train` reports it."""
+    found = measure(Task.MULTI_LABEL, classes, its.labels.astype(np.float32), its.logits)
+    mean = found.estimates["mean_average_precision"]
+    return {"mean": mean.value, "interval": [mean.low, mean.high]}
 
 
 def counts(voc: Photographs) -> list[int]:

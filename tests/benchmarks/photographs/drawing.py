@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,7 +16,7 @@ _PHOTOGRAPHS: Final = 4
 
 
 def draw(part: Part | None, folder: Path) -> list[Path]:
-    """Both figures of X_multi, as PNG; of nothing, none."""
+    """Both figures of X_multi, as PNG; maps of the first photographs whose classes the model sees both, if there are any."""
     if part is None:
         return []
     import matplotlib as mpl
@@ -23,14 +24,14 @@ def draw(part: Part | None, folder: Path) -> list[Path]:
     mpl.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
     curves = draw_curves(part.results(), part.curves(), "the right class", folder / "photos_curves.png")
-    return [curves, _draw_maps(part, folder / "photos_maps.png")]
+    shown = [record for record in part.records if record.right.min() > 0][:_PHOTOGRAPHS]
+    return [curves, _draw_maps(part, shown, folder / "photos_maps.png")] if shown else [curves]
 
 
-def _draw_maps(part: Part, path: Path) -> Path:
-    """Of the first photographs whose classes the model sees both: maps, the own mask's outline and the other's."""
+def _draw_maps(part: Part, shown: Sequence[Record], path: Path) -> Path:
+    """Of some photographs: maps of every class, the own mask's outline and the other's."""
     from matplotlib import pyplot as plt
 
-    shown = [record for record in part.records if record.right.min() > 0][:_PHOTOGRAPHS]
     turns = [(record, turn) for record in shown for turn in record.turns]
     figure, axes = plt.subplots(
         len(turns), len(_METHODS), figsize=(1.5 * len(_METHODS), 1.5 * len(turns)), layout="constrained", squeeze=False
@@ -46,7 +47,7 @@ def _draw_maps(part: Part, path: Path) -> Path:
     return path
 
 
-def _draw_map(axis, record: Record, method: str, turn: int) -> None:  # noqa: ANN001 - matplotlib's
+def _draw_map(axis: Any, record: Record, method: str, turn: int) -> None:
     scores = record.maps[method][turn]
     size = np.abs(scores).max()
     down, across = GEOMETRY.input_size

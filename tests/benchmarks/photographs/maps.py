@@ -71,4 +71,5 @@ def norms(explainer: Explainer, pixels: Tensor) -> Tensor:
     """The norm of each patch's token where it enters the last block, (B, h * w), of normalised input (B, C, H, W)."""
     with torch.no_grad():
         trunk = explainer.vit.trunk(pixels)
-    return torch.linalg.vector_norm(trunk.residual[:, explainer.vit.num_prefix_tokens :], dim=-1)
+    found: Tensor = torch.linalg.vector_norm(trunk.residual[:, explainer.vit.num_prefix_tokens :], dim=-1)
+    return found

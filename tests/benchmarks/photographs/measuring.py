@@ -56,7 +56,7 @@ from cdam_engine.evaluation.subject import Subject
 from cdam_engine.fingerprint import fingerprint
 from cdam_engine.preprocess import normalise
 from cdam_server.loading import load_model
-from cdam_server.specs import ModelSpec, Task
+from cdam_server.specs import ModelSpec, Preprocessing, Task
 from real.backbone import ARCHITECTURE, INPUT
 
 FIDELITY: Final = Fidelity(points=6)
@@ -131,17 +131,21 @@ def load(weights: Path, backbone: Path | None = None) -> Explainer:
     Raises:
         LoadError: The files are not those of the model.
     """
-    files = {"checkpoint": weights} if backbone is None else {"checkpoint": backbone, "head": weights}
-    spec = ModelSpec(
+    loaded = load_model(spec(weights, None) if backbone is None else spec(backbone, weights))
+    return Explainer(loaded.module, data_config=loaded.data_config)
+
+
+def spec(checkpoint: Path, head: Path | None) -> ModelSpec:
+    """The settings of the model, by which a file of `cdam train` knows its backbone."""
+    return ModelSpec(
         name="voc",
         architecture=ARCHITECTURE,
         input_size=INPUT,
+        checkpoint=checkpoint,
+        head=head,
+        preprocessing=Preprocessing(crop_pct=1.0, crop_mode="squash"),
         task=Task.MULTI_LABEL,
-        dynamic_img_size=False,
-        **files,
     )
-    loaded = load_model(spec)
-    return Explainer(loaded.module, data_config=loaded.data_config)
 
 
 def digest(explainer: Explainer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,7 @@ from benchmarks.photographs.reading import (
     tau,
 )
 from benchmarks.sheets import Column, decode, header_of, insert, markdown, table, together
-from benchmarks.verdicts import Floats, claims_table, estimate, mean
+from benchmarks.verdicts import Estimate, Floats, claims_table, estimate, mean
 from real.backbone import INPUT
 
 DOCUMENT: Final = Path("docs/benchmarks/photos.md")
@@ -87,11 +88,7 @@ _SHOWN: Final = ("cdam", "smooth_cdam", "integrated_cdam", "relevance_propagatio
 
 def report(results: Path, name: str, *, write: bool) -> Iterator[str]:
     """All tables, to be printed; put into the document, too, if asked for."""
-    parts = {
-        part: found
-        for part in ("multi", "single")
-        if (found := read(sorted(results.glob(f"{name}-{part}-*.jsonl")))) is not None
-    }
+    parts = _parts(results, name)
     blocks = dict(_blocks(results, name, parts))
     for title, block in blocks.items():
         yield f"\n{title}: {block}"
@@ -102,15 +99,21 @@ def report(results: Path, name: str, *, write: bool) -> Iterator[str]:
 
 
 def _blocks(results: Path, name: str, parts: Mapping[str, Part]) -> Iterator[tuple[str, str]]:
-    yield "model", _model(results, name, parts)
+    if parts:
+        yield "model", _model(results, name, parts)
     for sheet, (part, columns) in _SHEETS.items():
         if part in parts:
             its = parts[part]
             yield sheet, f"{len(its.kept)} photographs:\n\n{markdown(its.results(), columns)}"
     if parts:
         yield "peaks", _peaks(parts)
-    yield "claims", claims_table(list(claims.every_claim(parts.get("multi"), parts.get("single"))))
-    yield "orders", _orders(parts)
+    seeds = sorted({path.name.split("-")[0] for path in results.glob("*-multi-*.jsonl")} - {name})
+    others = {seed: _parts(results, seed) for seed in seeds}
+    held = {seed: list(claims.every_claim(its.get("multi"), its.get("single"))) for seed, its in others.items()}
+    own = list(claims.every_claim(parts.get("multi"), parts.get("single")))
+    if parts:
+        yield "claims", claims_table(own, held)
+        yield "orders", _orders(parts)
     if "multi" in parts:
         its = parts["multi"]
         yield "choices", _choices(its)
@@ -123,10 +126,15 @@ def _blocks(results: Path, name: str, parts: Mapping[str, Part]) -> Iterator[tup
         yield "concepts", _concepts(paths)
     if text := sigmas.markdown(results, name):
         yield "sigmas", text
-    seeds = {path.name.split("-")[0] for path in results.glob("*-multi-*.jsonl")}
-    others = {seed: read(sorted(results.glob(f"{seed}-multi-*.jsonl"))) for seed in sorted(seeds)}
-    if len(others) > 1:
-        yield "seeds", _seeds({seed: part for seed, part in others.items() if part is not None})
+    models = {seed: its["multi"] for seed, its in {name: parts, **others}.items() if "multi" in its}
+    if len(models) > 1:
+        yield "seeds", _seeds(models)
+
+
+def _parts(results: Path, name: str) -> dict[str, Part]:
+    """What was measured of a model."""
+    found = {part: read(sorted(results.glob(f"{name}-{part}-*.jsonl"))) for part in ("multi", "single")}
+    return {part: its for part, its in found.items() if its is not None}
 
 
 def _model(results: Path, name: str, parts: Mapping[str, Part]) -> str:
@@ -185,7 +193,10 @@ def _choices(part: Part) -> str:
         ("only the class with the larger logit", stronger),
     ):
         its = Part(part.header, part.records, turns)
-        best = []
+        best: list[str] = []
+        if not its.kept:
+            rows.append([f"{title} (0)", *[""] * len(columns)])
+            continue
         for column in columns:
             means = its.columns(published.METHODS, column.metric, column.quantity).mean(0)
             first = np.argsort(-means)[:3]
@@ -218,14 +229,12 @@ def _high_norms(part: Part) -> str:
         else "median + 3 robust standard deviations of the log norms, which have one mode"
     )
     covered = [GEOMETRY.shares(np.any(record.masks, 0)) for record in some]
-    background = np.concatenate(
-        [shares[high[record.id]] < 0.5 for shares, record in zip(covered, some, strict=True)] or [[]]
-    )
+    background = [shares[high[record.id]] < 0.5 for shares, record in zip(covered, some, strict=True)]
     everywhere = np.mean([GEOMETRY.shares(np.any(record.masks, 0)) < 0.5 for record in part.records])
     count = np.mean([high[record.id].mean() for record in part.records])
     text = (
         f"Threshold {limit.value:.1f} ({kind}): {count:.2%} of the patches, in {len(some)} of {len(part.records)} photographs. "
-        f"{background.mean():.0%} of them lie outside both classes' masks, of all patches {everywhere:.0%}."
+        f"{np.concatenate(background).mean():.0%} of them lie outside both classes' masks, of all patches {everywhere:.0%}."
         if some
         else f"Threshold {limit.value:.1f} ({kind}): no patch."
     )
@@ -270,7 +279,9 @@ def _high_norm_row(part: Part, method: str, high: Mapping[str, Any]) -> list[str
     ]
 
 
-def _signed(its: Any) -> str:
+def _signed(its: Estimate) -> str:
+    if math.isinf(its.high - its.low):
+        return f"{its.value:+.3f}"
     return f"{its.value:+.3f} ({its.low:+.3f} to {its.high:+.3f})"
 
 
@@ -312,11 +323,11 @@ def _concepts(paths: Sequence[Path]) -> str:
     told: list[list[list[float]]] = []
     for line in together(paths):
         shares = [GEOMETRY.shares(decode_mask(its, INPUT)) for its in line["masks"]]
-        rows = [
+        turns = [
             [_told(decode(text).reshape(GEOMETRY.grid), shares[turn], shares[1 - turn]) for text in maps]
             for turn, maps in enumerate(line["maps"])
         ]
-        told.append(np.mean(rows, axis=0).tolist())
+        told.append(np.mean(turns, axis=0).tolist())
     found = np.array(told)  # photographs, kinds, own > other and energy
     rows = []
     for k, kind in enumerate(KINDS):

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.photographs.choice import Chosen, sample
 from benchmarks.photographs.measuring import Measuring, Sigmas
-from benchmarks.sheets import as_lists, together
+from benchmarks.sheets import as_lists, table, together
 from cdam_engine import Explainer, Method, Noise, SmoothCdam, SmoothGrad
 from cdam_engine.evaluation import Fidelity, Protocol
 
@@ -109,10 +109,7 @@ def markdown(results: Path, name: str) -> str:
                 else f"{one.mean:.0f} ± {1.96 * one.error:.0f}"
                 for one in tried
             ]
-            parts.append(
-                f"`{kind}`, {tried[0].photographs} photographs:\n\n"
-                "| sigma | " + " | ".join(f"{one.level:g}" for one in tried) + " |\n"
-                "|---" * (len(tried) + 1) + "|\n"
-                "| A_LIF-MIF | " + " | ".join(cells) + " |"
-            )
+            levels = [f"{one.level:g}" for one in tried]
+            found = table(["sigma", *levels], [["A_LIF-MIF", *cells]])
+            parts.append(f"`{kind}`, {tried[0].photographs} photographs:\n\n{found}")
     return "\n\n".join(parts)

@@ -20,6 +20,7 @@ from cdam_server.specs import Task
 from cdam_training.datasets import Dataset, read_dataset
 from cdam_training.errors import DatasetError
 from cdam_training.masks import MaskKind, Masks, check_kind, choose
+from cdam_training.trunk_outputs import Sources
 from cdam_training.views import Augmentation, View, load_batches, view_of_indices
 
 CONFIG = DataConfig((32, 48), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "squash")
@@ -51,7 +52,7 @@ def read(path: Path, task: Task) -> Dataset:
 def of_first(path: Path, task: Task, kind: MaskKind, config: DataConfig = CONFIG) -> Any:
     """The mask of the table's first row."""
     data = read(path, task)
-    masks = Masks(data, kind, config, GEOMETRY)
+    masks = Masks(data, kind, Sources([row.image for row in data.rows], config), GEOMETRY)
     (row,) = (number for number, its in enumerate(data.rows) if its.image.name == "0.png")
     return masks.of(row)
 

@@ -86,3 +86,11 @@ def test_dropout_is_of_training_alone() -> None:
     tail.train()
     assert not torch.equal(tail(x).logits, tail(x).logits)
     assert tail.leave(tail._drop(x)).shape[1] == 1 + 98
+
+
+def test_dropout_is_of_projections_and_not_of_attention() -> None:
+    case = next(case for case in CASES if case.id == "vit_tiny")
+    tail, _ = tail_of(case, 2, dropout=0.3)
+    found = {name: part.p for name, part in tail.parts.named_modules() if isinstance(part, torch.nn.Dropout)}
+    assert len(found) == 8
+    assert {name: p for name, p in found.items() if p == 0} == {f"{block}.attn.attn_drop": 0.0 for block in (0, 1)}
