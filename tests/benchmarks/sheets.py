@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,6 +152,16 @@ def insert(document: str, blocks: Mapping[str, str]) -> str:
         if not count:
             raise ValueError(f"the document has no block {name!r}")
     return document
+
+
+def encode(values: Any) -> str:
+    """Numbers as text: float32, little-endian, base64."""
+    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
+
+
+def decode(text: str) -> NDArray[np.float32]:
+    """The numbers of a text, (n,)."""
+    return np.frombuffer(base64.b64decode(text), "<f4")
 
 
 class Journal:

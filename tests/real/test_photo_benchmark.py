@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from benchmarks.photographs import choice, concepts, measuring
 from benchmarks.photographs.reading import GEOMETRY, Part, read
-from benchmarks.sheets import Journal
+from benchmarks.sheets import Journal, decode
 from cdam_engine import Attention, Cdam, Concept, Explainer, Output
 from cdam_engine.evaluation import (
     Anchor,
@@ -147,7 +147,7 @@ def test_concepts_of_photographs(voc: Photographs, explainer: Explainer, tmp_pat
     assert centred == pytest.approx(means - trained.latents.mean(0), abs=1e-5)
     chosen = choice.Chosen(people[0], (1, 0))
     line = concepts.record(explainer, chosen, plain, centred)
-    maps = [[measuring.decode(text) for text in kinds] for kinds in line["maps"]]
+    maps = [[decode(text) for text in kinds] for kinds in line["maps"]]
     assert np.shape(maps) == (2, len(concepts.KINDS), GEOMETRY.grid.h * GEOMETRY.grid.w)
     # The gradient of a dot product is linear in the concept.
     mean = torch.from_numpy(trained.latents.mean(0))

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from benchmarks.photographs import choice, claims, concepts, high_norms, sigmas
 from benchmarks.photographs.maps import UnnormalisedCdam, norms
-from benchmarks.photographs.measuring import Measuring, decode, decode_mask, encode, encode_mask
-from benchmarks.photographs.reading import Estimate, Part, Record, estimate, stronger, sure, tau
-from benchmarks.sheets import Journal
+from benchmarks.photographs.measuring import Measuring, decode_mask, encode_mask
+from benchmarks.photographs.reading import Part, Record, stronger, sure, tau
+from benchmarks.sheets import Journal, decode, encode
+from benchmarks.verdicts import Claim, Estimate, claims_table, estimate
 from cdam_engine import Attention, Cdam, Explainer, Output, RelevancePropagation
 from cdam_engine.evaluation import (
     Anchor,
@@ -258,7 +259,7 @@ def test_the_models_mean_average_precision() -> None:
 def test_one_photograph_says_nothing_of_others() -> None:
     found = estimate(np.array([3.0]), lambda its: float(its.mean()))
     assert found.text(1) == "3.0"
-    assert claims.Claim("", "", found).verdict == "can't tell"
+    assert Claim("", "", found).verdict == "can't tell"
 
 
 def record(
@@ -301,10 +302,10 @@ def test_verdicts_are_by_the_interval() -> None:
     assert ahead.verdict == "agrees"
     assert ahead.figure.startswith("`cdam` - `attention`: 5.0 (")
     assert claims._difference("it lags", its, "attention", "cdam", (0, "a_lif_mif"), 1).verdict == "does not"
-    unsure = claims.Claim("who knows", "", Estimate(0.1, -1, 1))
+    unsure = Claim("who knows", "", Estimate(0.1, -1, 1))
     assert unsure.verdict == "can't tell"
-    assert claims.markdown([unsure], {}).splitlines()[-1] == "| who knows |  | can't tell |"
-    table = claims.markdown([unsure, ahead], {"seed1": [replace(ahead, found=Estimate(-1, -2, -0.5))]}).splitlines()
+    assert claims_table([unsure]).splitlines()[-1] == "| who knows |  | can't tell |"
+    table = claims_table([unsure, ahead], {"seed1": [replace(ahead, found=Estimate(-1, -2, -0.5))]}).splitlines()
     assert table[2] == "| who knows |  | can't tell |  |"
     assert table[3].endswith("| agrees | does not |")
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.photographs import concepts, drawing, published, reading, reporting, sigmas
-from benchmarks.photographs.measuring import BOXES, TIMES_NORMALISED, Sigmas, encode, encode_mask, names, protocol
-from benchmarks.sheets import Journal
+from benchmarks import verdicts
+from benchmarks.photographs import concepts, drawing, published, reporting, sigmas
+from benchmarks.photographs.measuring import BOXES, TIMES_NORMALISED, Sigmas, encode_mask, names, protocol
+from benchmarks.sheets import Journal, encode
 from cdam_engine.evaluation import BoxSensitivity, Compactness, Protocol
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -119,7 +120,7 @@ def blocks(results: Path) -> Iterator[dict[str, str]]:
 def _blocks(results: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     copy = results / "photos.md"
     copy.write_text(DOCUMENT.read_text())
-    monkeypatch.setattr(reading, "RESAMPLES", 40)
+    monkeypatch.setattr(verdicts, "RESAMPLES", 40)
     monkeypatch.setattr(reporting, "DOCUMENT", copy)
     monkeypatch.setattr(reporting, "IMAGES", results / "images")
     printed = list(reporting.report(results, "seed0", write=True))

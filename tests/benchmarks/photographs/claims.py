@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
 
 from benchmarks.photographs.measuring import BOXES, TIMES_NORMALISED
 from benchmarks.photographs.published import CDAM, METHODS
-from benchmarks.photographs.reading import Estimate, Floats, Part, Record, estimate, mean
-from benchmarks.sheets import table
+from benchmarks.photographs.reading import Part, Record
+from benchmarks.verdicts import Claim, Estimate, Floats, estimate, mean
 
 _FIDELITY: Final = (0, "a_lif_mif")
 _BOXES: Final = (1, "box_mean")
@@ -19,43 +18,6 @@ _COMPACTNESS: Final = (2, "compactness")
 _DELTA_FIDELITY: Final = (7, "delta_a_lif_mif")
 _DELTA_BOXES: Final = (7, "delta_box_mean")
 _OTHERS: Final = tuple(name for name in METHODS if name not in CDAM)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the paper.
-
-    Attributes:
-        text: The claim.
-        figure: What was found.
-        found: That must be above 0 for the claim to hold.
-    """
-
-    text: str
-    figure: str
-    found: Estimate
-
-    @property
-    def verdict(self) -> str:
-        """By the interval."""
-        if self.found.low > 0:
-            return "agrees"
-        return "does not" if self.found.high < 0 else "can't tell"
-
-
-def markdown(claims: Sequence[Claim], others: Mapping[str, Sequence[Claim]]) -> str:
-    """As a table.
-
-    Args:
-        claims: On the model of the document.
-        others: On other models, by their names: shown by the verdict alone.
-    """
-    head = ["the paper says", "here, with 95 % interval", "", *others]
-    rows = []
-    for claim in claims:
-        verdicts = [next((its.verdict for its in theirs if its.text == claim.text), "") for theirs in others.values()]
-        rows.append([claim.text, claim.figure, claim.verdict, *verdicts])
-    return table(head, rows)
 
 
 def of_several(part: Part) -> list[Claim]:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.photographs.choice import Chosen, examples, mask, pixels
-from benchmarks.photographs.measuring import digest, encode, encode_mask
+from benchmarks.photographs.measuring import digest, encode_mask
+from benchmarks.sheets import encode
 from cdam_engine import Concept, Explainer, Output, Target, mean_concept
 from cdam_engine.preprocess import normalise
 from cdam_server.specs import Task

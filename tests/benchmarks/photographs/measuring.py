@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from benchmarks.photographs.choice import Chosen, sample
 from benchmarks.photographs.maps import UnnormalisedCdam, norms
-from benchmarks.sheets import Journal, as_lists
+from benchmarks.sheets import Journal, as_lists, encode
 from cdam_engine import (
     Attention,
     AttentionRollout,
@@ -244,16 +244,6 @@ class Measuring:
         targets = [turn.sample.target for turn in turns]
         (other,) = self._explainer.explain(x, [targets], [[UnnormalisedCdam(times_normalised=True)]])
         return found | {TIMES_NORMALISED: [relevance.scores for relevance in other.maps]}
-
-
-def encode(values: Any) -> str:
-    """Numbers as text: float32, little-endian, base64."""
-    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
-
-
-def decode(text: str) -> NDArray[np.float32]:
-    """The numbers of a text, (n,)."""
-    return np.frombuffer(base64.b64decode(text), "<f4")
 
 
 def encode_mask(mask: NDArray[np.bool_] | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
 from benchmarks.photographs.maps import Recorded
-from benchmarks.photographs.measuring import BOXES, decode, decode_mask
-from benchmarks.sheets import Curve, Results, common_header, mean_curves, together
+from benchmarks.photographs.measuring import BOXES, decode_mask
+from benchmarks.sheets import Curve, Results, common_header, decode, mean_curves, together
+from benchmarks.verdicts import Estimate, Floats, estimate
 from cdam.statistics import PEAKED, Statistics
 from cdam_engine import Output
 from cdam_engine.evaluation import Anchor, BoxSensitivity, Metric, Sample
@@ -30,10 +30,8 @@ from cdam_engine.families import Grid
 from real.backbone import INPUT
 
 GEOMETRY: Final = Geometry(INPUT, (14, 14), Grid(16, 16))
-RESAMPLES = 1000
 _SEED: Final = 0  # of the protocols
 
-Floats = NDArray[np.float64]
 Key = tuple[str, int, str]
 """Method's name, index of the metric, quantity."""
 
@@ -204,40 +202,6 @@ def read(paths: Sequence[Path], turns: Turns = every) -> Part | None:
     found = together(paths)
     header = common_header(paths)
     return Part(header, [Record.of(line, header["methods"]) for line in found], turns) if found else None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic with its 95 % bootstrap interval over photographs."""
-
-    value: float
-    low: float
-    high: float
-
-    def text(self, digits: int = 2) -> str:
-        """As in the document; of a single photograph without the interval."""
-        if math.isinf(self.high - self.low):
-            return f"{self.value:.{digits}f}"
-        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
-
-
-def estimate(rows: Floats, statistic: Callable[[Floats], float]) -> Estimate:
-    """A statistic of rows, one a photograph, (photographs, ...), and what it is on resamples of the photographs.
-
-    Of a single photograph the interval is everything: nothing is known of others.
-    """
-    rng = np.random.default_rng(0)
-    count = len(rows)
-    if count == 1:
-        return Estimate(float(statistic(rows)), -math.inf, math.inf)
-    drawn = [statistic(rows[rng.integers(0, count, count)]) for _ in range(RESAMPLES)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return Estimate(float(statistic(rows)), float(low), float(high))
-
-
-def mean(rows: Floats) -> Estimate:
-    """Of one number a photograph."""
-    return estimate(rows, lambda its: float(its.mean()))
 
 
 def order(rows: Floats, published: Sequence[float]) -> Estimate:

@@ -12,23 +12,20 @@ from scipy.stats import spearmanr
 
 from benchmarks.photographs import claims, drawing, high_norms, published, sigmas
 from benchmarks.photographs.concepts import KINDS
-from benchmarks.photographs.measuring import AGREEMENT, BOXES, decode, decode_mask
+from benchmarks.photographs.measuring import AGREEMENT, BOXES, decode_mask
 from benchmarks.photographs.reading import (
     GEOMETRY,
-    Estimate,
-    Floats,
     Part,
     Record,
-    estimate,
     every,
-    mean,
     order,
     read,
     stronger,
     sure,
     tau,
 )
-from benchmarks.sheets import Column, header_of, insert, markdown, table, together
+from benchmarks.sheets import Column, decode, header_of, insert, markdown, table, together
+from benchmarks.verdicts import Estimate, Floats, claims_table, estimate, mean
 from real.backbone import INPUT
 
 DOCUMENT: Final = Path("docs/benchmarks/photos.md")
@@ -115,7 +112,7 @@ def _blocks(results: Path, name: str, parts: Mapping[str, Part]) -> Iterator[tup
     held = {seed: list(claims.every_claim(its.get("multi"), its.get("single"))) for seed, its in others.items()}
     own = list(claims.every_claim(parts.get("multi"), parts.get("single")))
     if parts:
-        yield "claims", claims.markdown(own, held)
+        yield "claims", claims_table(own, held)
         yield "orders", _orders(parts)
     if "multi" in parts:
         its = parts["multi"]
