@@ -86,7 +86,8 @@ def fit(
     best: Linear | None = None
     if (kept := state.load()) is not None:
         fits = [Fit(**each) for each in kept["fits"]]
-        (weight, bias), best = kept["last"], Linear(*kept["best"])
+        weight, bias = (part.to(latents.device) for part in kept["last"])
+        best = Linear(*(part.to(latents.device) for part in kept["best"]))
     for l2 in penalties[len(fits) :]:
         weight, bias = _minimise(latents, targets, weight, bias, loss, l2)
         plain = weight / deviation

@@ -220,11 +220,15 @@ class Loop:
     def _restore(self, kept: Mapping[str, Any]) -> None:
         self._step, self._sum = kept["step"], kept["sum"]
         self.history = [Epoch(**epoch) for epoch in kept["history"]]
-        self._average = kept["average"]
-        self._best = kept["best"]
+        self._average = self._beside_parameters(kept["average"])
+        self._best = None if kept["best"] is None else self._beside_parameters(kept["best"])
         self._put(kept["parameters"])
         self._optimizer.load_state_dict(kept["optimizer"])
         self._schedule.load_state_dict(kept["schedule"])
+
+    def _beside_parameters(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each on its parameter's device."""
+        return {name: value.to(self._parameters[name].device) for name, value in values.items()}
 
 
 def batches_of(recipe: Recipe, rows: int, epoch: int) -> list[NDArray[np.int64]]:
