@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    os.replace(partial, file)  # noqa: PTH105 - Path.replace is the same, but this says so
+    partial.replace(file)
 
 
 @contextmanager

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ import cdam
 from cdam_engine.preprocess import DataConfig, normalise, prepare
 from cdam_server.cli import main
 from cdam_server.loading import load_model, load_models_file
+from killing import kill_and_repeat
 from processes import serving
 from small_models import ARCHITECTURE, SHAPE, vit
 
@@ -179,20 +176,8 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path, way: 
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     assert run(folder, "photos", *way, "-o", str(whole)).exit_code == 0
     command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, "photos", *way, "-o", str(killed))]
-    kills, work = 0, tmp_path / "killed.work"
-    while not killed.exists():
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        before = progress(work)
-        while process.poll() is None and (progress(work) == before or kills >= 2):
-            time.sleep(0.005)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        assert process.returncode in {0, -signal.SIGKILL}
-    assert kills == 2
+    work = tmp_path / "killed.work"
+    kill_and_repeat(command, killed, [work / file for file in ("kept/done.npy", "training.pt", "fit.pt")])
     expected, found = load_file(whole), load_file(killed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -200,19 +185,6 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path, way: 
     for card in (one, other):
         del card["started"], card["seconds"]
     assert one == other
-
-
-def progress(work: Path) -> tuple[object, ...]:
-    """Changes whenever something more is kept."""
-    found: list[object] = []
-    for file in ("kept/done.npy", "training.pt", "fit.pt"):
-        try:
-            its = (work / file).stat()
-        except FileNotFoundError:  # not yet there, or no longer
-            found.append(None)
-        else:
-            found.append((its.st_mtime_ns, its.st_ino))
-    return tuple(found)
 
 
 @pytest.mark.parametrize(

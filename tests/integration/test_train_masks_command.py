@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from safetensors.torch import load_file
 import cdam
 from cdam_engine.preprocess import DataConfig, normalise, prepare
 from cdam_server.cli import main
+from killing import kill_and_repeat
 from masked_pictures import CLASSES, KWARGS, PATCH, SIZE, picture, write_model, write_pictures
 from processes import serving
 from small_models import ARCHITECTURE, vit
@@ -173,24 +170,7 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path) -> No
     )
     assert run(folder, *way, "-o", str(whole)).exit_code == 0
     command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, *way, "-o", str(killed))]
-    kills, state = 0, tmp_path / "killed.work" / "training.pt"
-
-    def saved() -> tuple[int, int] | None:
-        return (state.stat().st_mtime_ns, state.stat().st_ino) if state.exists() else None
-
-    while not killed.exists():
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        before = saved()
-        while process.poll() is None and (saved() == before or kills >= 2):
-            time.sleep(0.005)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        assert process.returncode in {0, -signal.SIGKILL}
-    assert kills == 2
+    kill_and_repeat(command, killed, [tmp_path / "killed.work" / "training.pt"])
     expected, found = load_file(whole), load_file(killed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

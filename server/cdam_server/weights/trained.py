@@ -8,7 +8,6 @@ the fingerprint of the backbone, without which the numbers mean nothing.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -65,7 +64,7 @@ def write_trained(path: Path, trained: Trained, weight: Tensor, bias: Tensor, tu
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise LoadError("output", f"{path.parent}: nothing can be written there: {error.strerror}") from error
-    os.replace(partial, path)  # noqa: PTH105 - Path.replace is the same
+    partial.replace(path)
 
 
 def read_trained(path: Path, setting: str) -> tuple[Trained, StateDict] | None:
