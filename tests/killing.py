@@ -14,10 +14,11 @@ def kill_and_repeat(command: Sequence[str], result: Path, kept: Sequence[Path], 
     """Run the command until its result is there; SIGKILL it so many times, each after it has kept something more.
 
     Args:
-        command: What to run, with one thread.
+        command: What to run, with one thread. Compare what it writes with what another run of it wrote, for the
+            process of the tests may have more.
         result: The file that it writes at its end.
         kept: Files that change whenever it keeps something.
-        kills: How often it is killed.
+        kills: How often it is killed; 0: it runs once, undisturbed.
     """
     done = 0
     while not result.exists():

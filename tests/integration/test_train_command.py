@@ -174,10 +174,10 @@ def test_what_was_tuned_is_part_of_the_file_and_bound_to_its_backbone(folder: Pa
 )
 def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path, way: tuple[str, ...]) -> None:
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
-    assert run(folder, "photos", *way, "-o", str(whole)).exit_code == 0
-    command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, "photos", *way, "-o", str(killed))]
+    command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, "photos", *way), "-o"]
+    kill_and_repeat([*command, str(whole)], whole, [], kills=0)
     work = tmp_path / "killed.work"
-    kill_and_repeat(command, killed, [work / file for file in ("kept/done.npy", "training.pt", "fit.pt")])
+    kill_and_repeat([*command, str(killed)], killed, [work / file for file in ("kept/done.npy", "training.pt", "fit.pt")])
     expected, found = load_file(whole), load_file(killed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

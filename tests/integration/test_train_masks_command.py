@@ -168,9 +168,9 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path) -> No
         "--epochs",
         "10",
     )
-    assert run(folder, *way, "-o", str(whole)).exit_code == 0
-    command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, *way, "-o", str(killed))]
-    kill_and_repeat(command, killed, [tmp_path / "killed.work" / "training.pt"])
+    command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, *way), "-o"]
+    kill_and_repeat([*command, str(whole)], whole, [], kills=0)
+    kill_and_repeat([*command, str(killed)], killed, [tmp_path / "killed.work" / "training.pt"])
     expected, found = load_file(whole), load_file(killed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
