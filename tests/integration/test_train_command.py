@@ -177,7 +177,9 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path, way: 
     command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, "photos", *way), "-o"]
     kill_and_repeat([*command, str(whole)], whole, [], kills=0)
     work = tmp_path / "killed.work"
-    kill_and_repeat([*command, str(killed)], killed, [work / file for file in ("kept/done.npy", "training.pt", "fit.pt")])
+    kill_and_repeat(
+        [*command, str(killed)], killed, [work / file for file in ("kept/done.npy", "training.pt", "fit.pt")]
+    )
     expected, found = load_file(whole), load_file(killed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
