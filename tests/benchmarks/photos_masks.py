@@ -4,8 +4,8 @@
 
 trains the last two blocks of a DINOv2 ViT-S/14 and a linear head on VOC's train split (or takes a --head that
 `cdam train head` wrote, or with --whole a checkpoint that has its classifier), and from there once with each share of the
-masks, and once as if there were none: the control. What is measured is VOC's val split, which nothing is chosen by. CDAM
-and attention, before and after, stand beside it on the first of these images. What is done is kept in the folder: called
+masks, and once as if there were none: the control. What is measured is VOC's val split, which nothing is chosen by; maps
+of CDAM and attention, before and after, on the same images. What is done is kept in the folder: called
 again, it goes on. Options of `cdam train masks` follow after --. The table is written into the folder, too.
 """
 
@@ -15,8 +15,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 import cdam_engine as engine
+from benchmarks.verdicts import Claim, Estimate, Floats, estimate, mean
 from cdam_engine.evaluation.geometry import Geometry
 from cdam_engine.preprocess import prepare
 from cdam_images import upright_rgb
@@ -35,6 +36,7 @@ from cdam_server.specs import Task
 from cdam_training.datasets import read_dataset
 from cdam_training.mask_metrics import pixel_average_precision
 from cdam_training.masks import MaskKind, Masks
+from cdam_training.ranking import average_precision
 from cdam_training.trunk_outputs import Sources
 from real.voc import photographs, write_dataset, write_models
 
@@ -47,44 +49,89 @@ ROWS = (
 )
 
 
+PATCHES = "patch mask prediction"
 METHODS = {
-    "patch mask prediction": engine.PatchMaskPrediction("sigmoid"),
+    PATCHES: engine.PatchMaskPrediction("sigmoid"),
     "CDAM": engine.Cdam(),
     "attention": engine.Attention(),
 }
+CLAIMED = ("before", "masks_0.01")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a model says of images, and how good methods' maps of it are.
+
+    Attributes:
+        parameters: How many it has.
+        logits: Of each image, (images, C).
+        labels: Likewise: 1 where the image shows the class.
+        maps: Image, method, class of the map, class of the mask, and the map's average precision of the mask's pixels;
+            for all classes that the image's mask shows.
+    """
+
+    parameters: int
+    logits: list[list[float]]
+    labels: list[list[float]]
+    maps: list[tuple[int, str, int, int, float]]
+
+    def precision(self, method: str, *, other: bool = False) -> Floats:
+        """Average precision of each image, the mean over its classes; or of their maps for the other classes' masks.
+
+        Returns:
+            (images,); NaN where there is no other class.
+        """
+        found: list[list[float]] = [[] for _ in self.logits]
+        for image, name, of_map, of_mask, value in self.maps:
+            if name == method and (of_map != of_mask) == other:
+                found[image].append(value)
+        return np.array([np.mean(values) if values else np.nan for values in found])
 
 
 def cdam(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "cdam_server.cli", *map(str, arguments)], check=True)
 
 
-def compared(models: Path, dataset: Path, count: int) -> dict[str, float]:
-    """AP of pixels of methods' maps, the mean over classes, on the first test images; of the model as it is."""
+def compared(models: Path, dataset: Path, count: int, kept: Path) -> Compared:
+    """What the model as it is says of the first test images, and methods' maps of the classes that they show.
+
+    Args:
+        models: The models file.
+        dataset: As of `cdam train`.
+        count: How many images.
+        kept: Where it is written; if it is there, it is read.
+    """
+    if kept.exists():
+        return Compared(**json.loads(kept.read_text()))
     model = load_model(load_models_file(models)[0])
     explainer, vit = engine.Explainer(model.module), engine.SplitViT(model.module)
     data = read_dataset(dataset, task=Task.MULTI_LABEL, targets=["labels"], split_by="split", mask="mask")
     geometry = Geometry(vit.input_size, vit.patch_size, vit.grid(vit.input_size))
     masks = Masks(data, MaskKind.CLASSES, Sources([row.image for row in data.rows], model.data_config), geometry)
-    found: dict[str, defaultdict[int, list[float]]] = {name: defaultdict(list) for name in METHODS}
-    for row in [row for row, its in enumerate(data.rows) if its.split == "test"][:count]:
+    labels = data.targets()
+    found = Compared(sum(its.numel() for its in model.module.parameters()), [], [], [])
+    for image, row in enumerate([row for row, its in enumerate(data.rows) if its.split == "test"][:count]):
         with Image.open(data.rows[row].image) as opened:
             pixels = prepare(upright_rgb(opened), model.data_config).pixels
         mask = masks.of(row)
         there = np.flatnonzero(mask.inside.sum(1)).tolist()
         asked = [engine.Output(output) for output in there]
         (explanation,) = explainer.explain(torch.from_numpy(pixels)[None], [asked], [[*METHODS.values()]])
+        found.logits.append(explanation.logits.tolist())
+        found.labels.append(labels[row].tolist())
         for its in explanation.maps:
+            method, scores = [*METHODS][its.method_index], its.scores.ravel().astype(np.float64)
             for output in there if its.target_index is None else [there[its.target_index]]:
-                value = pixel_average_precision(
-                    its.scores.ravel().astype(np.float64),
-                    mask.inside[output].astype(np.float64),
-                    mask.decided.astype(np.float64),
-                )
-                found[[*METHODS][its.method_index]][output].append(value)
-    return {name: float(np.mean([np.mean(values) for values in its.values()])) for name, its in found.items()}
+                for other in there:
+                    precision = pixel_average_precision(
+                        scores, mask.inside[other].astype(np.float64), mask.decided.astype(np.float64)
+                    )
+                    found.maps.append((image, method, output, other, precision))
+    kept.write_text(json.dumps(asdict(found)))
+    return found
 
 
-def table(cards: Mapping[str, dict[str, Any]], methods: Mapping[str, Mapping[str, float]], count: int) -> Iterator[str]:
+def table(cards: Mapping[str, dict[str, Any]], models: Mapping[str, Compared]) -> Iterator[str]:
     """In Markdown, a column for each training."""
     yield "| | before | " + " | ".join(cards) + " |"
     yield "|---" * (len(cards) + 2) + "|"
@@ -92,10 +139,54 @@ def table(cards: Mapping[str, dict[str, Any]], methods: Mapping[str, Mapping[str
         cells = [shown(next(iter(cards.values()))["metrics"][f"test{part}_before"]["estimates"][name])]
         cells += [shown(card["metrics"][f"test{part}"]["estimates"][name]) for card in cards.values()]
         yield f"| {title} | {' | '.join(cells)} |"
-    yield ""
-    yield f"AP of pixels on the first {count} val images | " + " | ".join(METHODS)
-    for name, its in methods.items():
-        yield f"{name} | " + " | ".join(f"{value:.3f}" for value in its.values())
+    for method in METHODS:
+        cells = [mean(_there(its.precision(method))).text(3) for its in models.values()]
+        yield f"| AP of pixels by image, {method} | {' | '.join(cells)} |"
+
+
+def claims(folder: Path) -> Iterator[Claim]:
+    """What the PM paper's abstract says, held against a training with 1 % of the masks.
+
+    Args:
+        folder: What `--work` named.
+    """
+    before, after = (Compared(**json.loads((folder / f"{name}.compared.json").read_text())) for name in CLAIMED)
+    more = float(after.parameters - before.parameters)
+    yield Claim(
+        "patch mask prediction: no extra parameters",
+        f"{after.parameters:,} before and after" if not more else f"{more:+,.0f}",
+        Estimate(*[-1.0 if more else 1.0] * 3),
+    )
+    yield _better("... masks for 1 % of the training images suffice", after, PATCHES, before, PATCHES)
+    for other in ("attention", "CDAM"):
+        yield _better(f"... its maps are better than those of {other}", after, PATCHES, after, other)
+    own, others = after.precision(PATCHES), after.precision(PATCHES, other=True)
+    found = mean(_there(own - others))
+    text = f"AP of the map's own class less that of the other class: {found.text()}, where an image shows several"
+    yield Claim("... its maps depend on the class", text, found)
+    gained = estimate(
+        np.stack([np.array(its) for its in (before.logits, after.logits, before.labels)], axis=1),
+        lambda its: _mean_precision(its[:, 1], its[:, 2]) - _mean_precision(its[:, 0], its[:, 2]),
+    )
+    yield Claim("... it is better in classification, too", f"mAP after less before: {gained.text(3)}", gained)
+
+
+def _better(text: str, its: Compared, method: str, other: Compared, other_method: str) -> Claim:
+    ours, theirs = its.precision(method), other.precision(other_method)
+    found = mean(_there(ours - theirs))
+    means = f"{np.nanmean(ours):.2f} against {np.nanmean(theirs):.2f}"
+    return Claim(text, f"AP of pixels {means}: difference {found.text()}", found)
+
+
+def _there(values: Floats) -> Floats:
+    return values[np.isfinite(values)]
+
+
+def _mean_precision(scores: Floats, labels: Floats) -> float:
+    """Over classes that an image shows."""
+    weights = np.ones((1, len(scores)))
+    found = [average_precision(its, shown > 0, weights)[0] for its, shown in zip(scores.T, labels.T, strict=True)]
+    return float(np.nanmean(found))
 
 
 def shown(estimate: Mapping[str, float]) -> str:
@@ -115,7 +206,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.05, 0.2, 1.0])
     parser.add_argument("--val", type=int, default=511, metavar="IMAGES", help="of the val split that are measured on")
-    parser.add_argument("--compare", type=int, default=120, metavar="IMAGES", help="with CDAM and attention")
+    parser.add_argument("--compare", type=int, default=511, metavar="IMAGES", help="with CDAM and attention")
     parser.add_argument("rest", nargs="*", metavar="OPTION", help="after --: more options of `cdam train masks`")
     given = parser.parse_args()
     work: Path = given.work
@@ -133,7 +224,7 @@ def main() -> None:
             cdam("train", "head", dataset, "--models-file", models, *shared, *recipe, "-o", head)
     models = models_file(work / "before.yaml", given.checkpoint, head)
     cards = {}
-    methods = {"before": compared(models, dataset, given.compare)}
+    found = {"before": compared(models, dataset, given.compare, work / "before.compared.json")}
     trainings = [("control", 0.01, ["--mask-weight", 1e-9])]
     trainings += [(f"masks_{share:g}", share, []) for share in given.shares]
     trainings += [("unbalanced", given.shares[-1], ["--no-balance-masks"])]
@@ -146,11 +237,9 @@ def main() -> None:
         images = f"{share:.0%} ({card['recipe']['masks']['train']} images)"
         title = {"control": "no masks", "unbalanced": f"{images}, not balanced"}.get(name, images)
         cards[title] = card
-        if name != "control":
-            methods[title] = compared(
-                models_file(work / f"{name}.yaml", given.checkpoint, weights), dataset, given.compare
-            )
-    text = "\n".join(table(cards, methods, given.compare))
+        models = models_file(work / f"{name}.yaml", given.checkpoint, weights)
+        found[title] = compared(models, dataset, given.compare, work / f"{name}.compared.json")
+    text = "\n".join(table(cards, found))
     (work / "masks.md").write_text(text + "\n")
     print(text)
 

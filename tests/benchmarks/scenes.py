@@ -35,7 +35,10 @@ from benchmarks.sheets import (
     lines,
     markdown,
     mean_curves,
+    together,
 )
+from benchmarks.table_claims import Quantity, indices, of_several
+from benchmarks.verdicts import Claim
 from cdam.statistics import Statistics
 from cdam_engine import (
     METHODS,
@@ -266,6 +269,22 @@ def read(part: Part, paths: Sequence[Path]) -> Found:
     pairs = {method: np.array([its["map_change"], its["true_change"]]).T for method, its in changes.items()}
     methods = [method.kind for method in part.methods]
     return Found(methods, [anchor.value for anchor in Anchor], statistics.table(), mean_curves(curves), pairs)
+
+
+def claims(paths: Sequence[Path]) -> list[Claim]:
+    """What the CDAM paper says of images that show two classes, and what was found of the part `papers`."""
+    part = PARTS["papers"]
+    found: list[dict[tuple[str, int, str], float]] = [
+        {(part.names[method], metric, quantity): value for method, metric, quantity, value, *_ in line["values"]}
+        for line in together(paths)
+    ]
+    where = indices(part.metrics)
+
+    def values(methods: Sequence[str], quantity: Quantity) -> NDArray[np.float64]:
+        keys = [(method, where[quantity.metric], quantity.name) for method in methods]
+        return np.array([[scene[key] for key in keys] for scene in found])
+
+    return list(of_several(values))
 
 
 # --- figures

@@ -15,6 +15,7 @@ from sklearn.metrics import average_precision_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from benchmarks import table_claims
 from benchmarks.photographs import choice, claims, concepts, high_norms, sigmas
 from benchmarks.photographs.maps import UnnormalisedCdam, norms
 from benchmarks.photographs.measuring import Measuring, decode_mask, encode_mask
@@ -298,10 +299,11 @@ def test_a_photograph_counts_once_whatever_its_turns() -> None:
 
 def test_verdicts_are_by_the_interval() -> None:
     its = part()
-    ahead = claims._ahead("it leads", its, ("cdam",), ("attention",), (0, "a_lif_mif"), 1)
+    values = claims.values_of(its)
+    ahead = table_claims.ahead("it leads", values, ("cdam",), ("attention",), table_claims.FIDELITY)
     assert ahead.verdict == "agrees"
-    assert ahead.figure.startswith("`cdam` - `attention`: 5.0 (")
-    assert claims._difference("it lags", its, "attention", "cdam", (0, "a_lif_mif"), 1).verdict == "does not"
+    assert ahead.figure.startswith("`cdam` - `attention`: 5 (")
+    assert table_claims.difference("it lags", values, "attention", "cdam", table_claims.FIDELITY).verdict == "does not"
     unsure = Claim("who knows", "", Estimate(0.1, -1, 1))
     assert unsure.verdict == "can't tell"
     assert claims_table([unsure]).splitlines()[-1] == "| who knows |  | can't tell |"

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import verdicts
-from benchmarks.photographs import concepts, drawing, published, reporting, sigmas
+from benchmarks import published, verdicts
+from benchmarks.photographs import concepts, drawing, reporting, sigmas
 from benchmarks.photographs.measuring import BOXES, TIMES_NORMALISED, Sigmas, encode_mask, names, protocol
 from benchmarks.sheets import Journal, encode
 from cdam_engine.evaluation import BoxSensitivity, Compactness, Protocol

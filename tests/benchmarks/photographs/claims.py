@@ -2,125 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
 
-from benchmarks.photographs.measuring import BOXES, TIMES_NORMALISED
-from benchmarks.photographs.published import CDAM, METHODS
+from benchmarks import table_claims
+from benchmarks.photographs.measuring import BOXES as ASKED
+from benchmarks.photographs.measuring import TIMES_NORMALISED, Sigmas, protocol
 from benchmarks.photographs.reading import Part, Record
-from benchmarks.verdicts import Claim, Estimate, Floats, estimate, mean
+from benchmarks.table_claims import BOXES, FIDELITY, Values, difference, indices
+from benchmarks.verdicts import Claim, Estimate, Floats, mean
 
-_FIDELITY: Final = (0, "a_lif_mif")
-_BOXES: Final = (1, "box_mean")
-_COMPACTNESS: Final = (2, "compactness")
-_DELTA_FIDELITY: Final = (7, "delta_a_lif_mif")
-_DELTA_BOXES: Final = (7, "delta_box_mean")
-_OTHERS: Final = tuple(name for name in METHODS if name not in CDAM)
+_METRICS: Final = indices(protocol("multi", Sigmas(0, 0)).metrics)
 
 
-def of_several(part: Part) -> list[Claim]:
+def values_of(part: Part) -> Values:
+    """The part's quantities."""
+    return lambda methods, quantity: part.columns(methods, _METRICS[quantity.metric], quantity.name)
+
+
+def of_several(part: Part) -> Iterator[Claim]:
     """Those about X_multi."""
-    return [
-        _best("Smooth CDAM has the best fidelity (A_LIF-MIF) on X_multi", part, "smooth_cdam", _FIDELITY, 0),
-        _best("Integrated CDAM has the best box sensitivity on X_multi", part, "integrated_cdam", _BOXES, 2),
-        *(
-            _ahead(f"the three CDAM variants lead class discrimination, by {what}", part, CDAM, _OTHERS, *column)
-            for what, column in (("delta A_LIF-MIF", (_DELTA_FIDELITY, 0)), ("boxes", (_DELTA_BOXES, 2)))
-        ),
-        _insensitive(part),
-        _anticorrelated(part),
-        _ahead(
-            "CDAM, Integrated CDAM and Input x Gradient are the most compact",
-            part,
-            ("cdam", "integrated_cdam", "input_x_gradient"),
-            tuple(name for name in METHODS if name not in {"cdam", "integrated_cdam", "input_x_gradient"}),
-            _COMPACTNESS,
-            2,
-        ),
-        _ahead(
-            "relevance propagation is the least compact",
-            part,
-            tuple(name for name in METHODS if name != "relevance_propagation"),
-            ("relevance_propagation",),
-            _COMPACTNESS,
-            2,
-        ),
-        _zero_attention(part),
-        _alike(part),
-        *(
-            _difference(
-                f"Integrated CDAM measures better than CDAM, by {what}", part, "integrated_cdam", "cdam", *column
-            )
-            for what, column in (("A_LIF-MIF", (_FIDELITY, 0)), ("boxes", (_BOXES, 2)))
-        ),
-        _difference(
-            "Smooth CDAM spreads more widely than CDAM (compactness)", part, "cdam", "smooth_cdam", _COMPACTNESS, 2
-        ),
-        *(
-            _difference(
-                f"gradients for normalised tokens are far better than for unnormalised ones, by {what}",
-                part,
-                "cdam",
-                "unnormalised_cdam",
-                *column,
-            )
-            for what, column in (("A_LIF-MIF", (_FIDELITY, 0)), ("boxes", (_BOXES, 2)))
-        ),
-        _times_normalised(part),
-    ]
-
-
-def of_single(part: Part) -> list[Claim]:
-    """Those about X_val, tested on X_single."""
-    return [
-        _best("relevance propagation has the best fidelity on X_val", part, "relevance_propagation", _FIDELITY, 0),
-        _best("Integrated CDAM has the best box sensitivity on X_val", part, "integrated_cdam", _BOXES, 2),
-    ]
-
-
-def _best(text: str, part: Part, method: str, column: tuple[int, str], digits: int) -> Claim:
-    return _ahead(text, part, (method,), tuple(name for name in METHODS if name != method), column, digits)
-
-
-def _ahead(
-    text: str, part: Part, first: Sequence[str], rest: Sequence[str], column: tuple[int, str], digits: int
-) -> Claim:
-    """The lowest mean of the first against the highest of the rest."""
-    rows, count = part.columns([*first, *rest], *column), len(first)
-    found = estimate(rows, lambda its: float(its.mean(0)[:count].min() - its.mean(0)[count:].max()))
-    means = rows.mean(0)
-    low, high = first[int(means[:count].argmin())], rest[int(means[count:].argmax())]
-    return Claim(text, f"`{low}` - `{high}`: {found.text(digits)}", found)
-
-
-def _difference(text: str, part: Part, first: str, second: str, column: tuple[int, str], digits: int) -> Claim:
-    found = mean(part.column(first, *column) - part.column(second, *column))
-    return Claim(text, f"`{first}` - `{second}`: {found.text(digits)}", found)
-
-
-def _insensitive(part: Part) -> Claim:
-    """At 0 is: less than a tenth of what the weakest variant of CDAM has."""
-    names = ("partial_lrp", "smooth_grad", "attention")
-    rows = part.columns([*names, *CDAM], *_DELTA_FIDELITY)
-    share = estimate(rows, lambda its: float(np.abs(its.mean(0)[:3]).max() / np.abs(its.mean(0)[3:].min())))
-    found = Estimate(0.1 - share.value, 0.1 - share.high, 0.1 - share.low)
-    text = "partial LRP, SmoothGrad and attention tell no class from another (delta A_LIF-MIF)"
-    return Claim(
-        text, f"the largest of the three, as a share of the weakest CDAM: {share.text()}; at most 0.1 agrees", found
-    )
-
-
-def _anticorrelated(part: Part) -> Claim:
-    """A_LIF'-MIF' of the wrong class's map is that of the right one's less the difference."""
-    rows = part.columns(CDAM, *_FIDELITY) - part.columns(CDAM, *_DELTA_FIDELITY)
-    found = estimate(rows, lambda its: -float(its.mean(0).max()))
-    highest = CDAM[int(rows.mean(0).argmax())]
-    its = Estimate(-found.value, -found.high, -found.low)
-    return Claim(
-        "maps of the wrong class are anti-correlated: their A_LIF-MIF is negative", f"`{highest}`: {its.text(0)}", found
-    )
+    values = values_of(part)
+    yield from table_claims.of_several(values)
+    yield _zero_attention(part)
+    yield _alike(part)
+    for what, quantity in (("A_LIF-MIF", FIDELITY), ("boxes", BOXES)):
+        text = f"gradients for normalised tokens are far better than for unnormalised ones, by {what}"
+        yield difference(text, values, "cdam", "unnormalised_cdam", quantity)
+    yield _times_normalised(part)
 
 
 def by_attention(record: Record, bins: int = 10) -> Floats:
@@ -178,9 +89,9 @@ def _alike(part: Part) -> Claim:
 def _times_normalised(part: Part) -> Claim:
     """No image was perturbed in its order, so it is by boxes alone."""
     other = of_maps(
-        part, lambda record, turn: record.measured(BOXES, turn, record.maps[TIMES_NORMALISED][turn])["box_mean"]
+        part, lambda record, turn: record.measured(ASKED, turn, record.maps[TIMES_NORMALISED][turn])["box_mean"]
     )
-    found = mean(part.column("cdam", *_BOXES) - other)
+    found = mean(values_of(part)(["cdam"], BOXES)[:, 0] - other)
     text = "... and if those gradients are multiplied by the normalised tokens, by boxes"
     return Claim(text, f"difference: {found.text()}", found)
 
@@ -195,4 +106,4 @@ def every_claim(several: Part | None, single: Part | None) -> Iterator[Claim]:
     if several is not None:
         yield from of_several(several)
     if single is not None:
-        yield from of_single(single)
+        yield from table_claims.of_single(values_of(single))

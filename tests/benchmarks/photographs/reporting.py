@@ -10,7 +10,8 @@ from typing import Any, Final
 import numpy as np
 from scipy.stats import spearmanr
 
-from benchmarks.photographs import claims, drawing, high_norms, published, sigmas
+from benchmarks import published
+from benchmarks.photographs import claims, drawing, high_norms, sigmas
 from benchmarks.photographs.concepts import KINDS
 from benchmarks.photographs.measuring import AGREEMENT, BOXES, decode_mask
 from benchmarks.photographs.reading import (
