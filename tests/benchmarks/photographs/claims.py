@@ -34,6 +34,11 @@ def of_several(part: Part) -> Iterator[Claim]:
     yield _times_normalised(part)
 
 
+def of_single(part: Part) -> Iterator[Claim]:
+    """Those about X_val, tested on X_single."""
+    yield from table_claims.of_single(values_of(part))
+
+
 def by_attention(record: Record, bins: int = 10) -> Floats:
     """Mean size of CDAM's scores, relative to the largest, by deciles of attention, lowest first; mean over turns."""
     attention = record.maps["attention"][0].ravel()
@@ -106,4 +111,4 @@ def every_claim(several: Part | None, single: Part | None) -> Iterator[Claim]:
     if several is not None:
         yield from of_several(several)
     if single is not None:
-        yield from table_claims.of_single(values_of(single))
+        yield from of_single(single)
