@@ -160,7 +160,7 @@ def write(result: Result, spec: ModelSpec, recipe: Mapping[str, Any], output: Pa
             parameters_trained=trained.tail.parameters_trained,
         ),
         data=data_part(dataset, result.splits),
-        recipe=recipe,
+        recipe={**recipe, "drops": trained.tail.drops},
         curve=[asdict(each) for each in trained.history],
         metrics=result.metrics,
         started=clock.started,

@@ -227,6 +227,7 @@ class HeadTraining:
             "dataset": images.digest,
             "split": digest_of(images.train, images.validation),
             **_deciding(options),
+            "drops": self.tail.drops,
             **(key or {}),
         }
         self._rows: TrainingRows = self.kept

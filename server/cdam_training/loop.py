@@ -173,7 +173,12 @@ class Loop:
         loss.backward()  # type: ignore[no-untyped-call]
         if self._recipe.clip:
             nn.utils.clip_grad_norm_(self._parameters.values(), self._recipe.clip)
-        self._optimizer.step()
+        try:
+            self._optimizer.step()
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise LoadError("lr", "a step is larger than a number may be: take a lower learning rate") from error
         self._schedule.step()
         self._follow()
         self._sum += float(loss.detach()) * len(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import PatchDropout
+from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
 from cdam_engine import SplitViT, UnsupportedMethodError
@@ -75,6 +75,16 @@ class Tail(nn.Module):
     def parameters_trained(self) -> int:
         """How many numbers are trained."""
         return sum(p.numel() for p in (*self.head.parameters(), *self.tuned.values()))
+
+    @property
+    def drops(self) -> dict[str, float]:
+        """Of what the trained blocks drop, by the module's name, as the options and the model's own settings have it."""
+        found: dict[str, float] = {}
+        for name, module in self.parts.named_modules():
+            match module:
+                case nn.Dropout(p=rate) | DropPath(drop_prob=rate) if rate:
+                    found[name] = rate
+        return found
 
     @property
     def head_parameters(self) -> dict[str, nn.Parameter]:

@@ -209,6 +209,9 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path, way: 
         (("--cache-latents", "--l2", "1e300"), "l2: what came out is not finite (head.weight)"),
         (("--crop-scale", "1", "0.1"), "the least share, 1, is more than the largest, 0.1"),
         (("--crop-scale", "-1", "1"), "-1.0 is not in the range"),
+        (("--lr", "1e38"), "lr: "),
+        (("--lr", "1e38", "--optimizer", "sgd"), "lr: "),
+        (("--train-blocks", "1", "--block-lr", "1e38"), "lr: "),
         (("--patience", "2", "--validation", "0"), "--patience waits for a better validation loss"),
         (("--optimizer", "adahessian"), "optimizer: 'adahessian' needs second derivatives"),
         (("--optimizer", "adagrad", "--schedule", "one_cycle"), "schedule: one_cycle is for optimizers with momentum"),
@@ -277,6 +280,24 @@ def test_what_is_kept_is_not_taken_for_that_of_a_model_of_the_same_weights(
     command = ["train", "head", str(folder / "photos"), "--models-file", str(other), *way, *kept]
     refused = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "y.safetensors")])
     assert "holds what another model made of other images" in refused.output
+
+
+def test_what_the_models_own_settings_drop_is_part_of_the_training(folder: Path, tmp_path: Path) -> None:
+    way = ("--train-blocks", "1", "--epochs", "1", "--work", str(tmp_path / "work"))
+    out = tmp_path / "x.safetensors"
+    assert run(folder, "photos", *way, "-o", str(out)).exit_code == 0
+    assert read_card(out)["recipe"]["drops"] == {}
+    models = json.loads((folder / "models.yaml").read_text())
+    models["models"][0]["checkpoint"] = str(folder / "backbone.pth")
+    models["models"][0]["model_kwargs"] |= {"drop_path_rate": 0.2, "proj_drop_rate": 0.1}
+    (tmp_path / "dropping.yaml").write_text(json.dumps(models))
+    command = ["train", "head", str(folder / "photos"), "--models-file", str(tmp_path / "dropping.yaml"), *way]
+    command += ["-o", str(tmp_path / "y.safetensors")]
+    assert "holds a training with another drops" in CliRunner().invoke(main, command).output
+    assert CliRunner().invoke(main, [*command, "--overwrite"]).exit_code == 0
+    found = read_card(tmp_path / "y.safetensors")["recipe"]["drops"]
+    assert {round(rate, 6) for rate in found.values()} == {0.2, 0.1}
+    assert found["0.drop_path1"] == pytest.approx(0.2)  # the last block's, which drops most
 
 
 def test_nothing_is_removed_but_what_training_has_made(folder: Path, tmp_path: Path) -> None:

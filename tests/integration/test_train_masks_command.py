@@ -204,6 +204,7 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path) -> No
         ),
         ((*ONE, "--mask", "masks"), "models3.yaml", "no column 'masks'"),
         ((*SEVERAL, "--masked-share", "0"), "models3.yaml", "masked-share"),
+        ((*SEVERAL, "--patience", "2", "--validation", "0"), "models3.yaml", "--patience waits for a better"),
     ],
 )
 def test_what_can_not_be_is_refused_in_a_line(

@@ -91,14 +91,18 @@ def _check_head(options: dict[str, Any]) -> None:
         for name in ("block_lr", "dropout", "token_dropout"):
             if options[name]:
                 raise click.UsageError(f"{_flag(name)} is of blocks: give --train-blocks, too, or leave it out")
-    if options["patience"] and options["validation"] == 0:
-        raise click.UsageError("--patience waits for a better validation loss: without validation images leave it out")
+    _check_patience(options)
     if options["views"] > 1 and not cached and not blocks:
         raise click.UsageError("--views is of what is kept: without --cache-latents every epoch has views of its own")
     if options["cache_latents"] and not options["l2"] and options["optimizer"] is None and options["validation"] == 0:
         raise click.UsageError(
             "--validation: the L2 penalty is chosen on validation images; give one --l2 to go without"
         )
+
+
+def _check_patience(options: dict[str, Any]) -> None:
+    if options["patience"] and options["validation"] == 0:
+        raise click.UsageError("--patience waits for a better validation loss: without validation images leave it out")
 
 
 def _flag(name: str) -> str:
@@ -177,6 +181,7 @@ Example
 @block_options
 def masks(**options: Any) -> None:
     """Train with masks."""
+    _check_patience(options)
 
     def train(spec: ModelSpec, source: Source, output: Path, work: Path, bars: Bars) -> Card:
         from cdam_server.specs import Task
