@@ -13,6 +13,7 @@ from cdam_engine.concepts import Formed, mean_concept
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedError, UnsupportedMethodError
 from cdam_engine.explainer import Asked, Explainer, explain_together
 from cdam_engine.explanation import ExplainedTarget, Explanation, RelevanceMap
+from cdam_engine.facts import ExplainerFacts, Refusal
 from cdam_engine.families import Grid, Readout
 from cdam_engine.methods import (
     METHODS,
@@ -46,6 +47,7 @@ __all__ = [
     "Contrast",
     "ExplainedTarget",
     "Explainer",
+    "ExplainerFacts",
     "Explanation",
     "Formed",
     "Grid",
@@ -58,6 +60,7 @@ __all__ = [
     "PartialLrp",
     "PatchMaskPrediction",
     "Readout",
+    "Refusal",
     "RelevanceMap",
     "RelevancePropagation",
     "SmoothCdam",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from cdam_engine.batch import Batch
 from cdam_engine.cache import TokenCache
 from cdam_engine.clock import Clock
+from cdam_engine.errors import UnsupportedMethodError
 from cdam_engine.explanation import Explanation
+from cdam_engine.facts import ExplainerFacts, Refusal
 from cdam_engine.families import Grid, TailOutput
-from cdam_engine.methods import Cdam
+from cdam_engine.methods import METHODS, Cdam
 from cdam_engine.methods.base import Method
 from cdam_engine.preprocess import DataConfig, prepare
 from cdam_engine.proof import check_same_trunk, prove
@@ -119,17 +122,32 @@ class Explainer:
         """
         method.check(self.vit)
 
-    def cost(self, methods: Sequence[Method], targets: int, patches: int) -> float:
-        """About how much work a request is, in runs of the trunk for its image.
-
-        Args:
-            methods: How it is explained.
-            targets: Number of scalar functions that are explained.
-            patches: Number of patches.
-        """
-        return 1 + sum(
-            method.passes(targets, patches) + self._gradient_cost * method.gradients(targets) for method in methods
+    @cached_property
+    def facts(self) -> ExplainerFacts:
+        """What the model takes and can serve."""
+        vit = self.vit
+        return ExplainerFacts(
+            sizes=vit.sizes,
+            prefix_tokens=vit.num_prefix_tokens,
+            latent_size=vit.latent_size,
+            heads=vit.num_heads,
+            readout=vit.readout,
+            precision=self.precision,
+            # A block's gradient is three times its forward pass; in closed form it is hardly anything.
+            gradient_cost=0.003 if ClsTail.fits(vit) else 3 / len(vit.blocks),
+            refusals=dict(self._refusals()),
         )
+
+    def _refusals(self) -> Iterator[tuple[tuple[str, str], Refusal]]:
+        for method in itertools.chain.from_iterable(kind.variants() for kind in METHODS.values()):
+            try:
+                method.check(self.vit)
+            except UnsupportedMethodError as error:
+                yield (method.kind, method.variant), Refusal(error.reason, str(error))
+
+    def cost(self, methods: Sequence[Method], targets: int, patches: int) -> float:
+        """See `ExplainerFacts.cost`."""
+        return self.facts.cost(methods, targets, patches)
 
     def uncached(self) -> Explainer:
         """The same explainer without a token cache: its maps don't depend on what was asked before."""
@@ -155,7 +173,7 @@ class Explainer:
         prove(other.vit)
         check_same_trunk(other.vit, self.vit)
         other._proven = other.vit.parts()  # noqa: SLF001
-        vars(other).pop("_gradient_cost", None)
+        vars(other).pop("facts", None)
         return other
 
     def like(self, model: nn.Module) -> Explainer:
@@ -292,11 +310,6 @@ class Explainer:
         # In bf16 always: else an image's outputs would depend on what is asked about the others.
         reads = any(method.reads_tokens for its in methods for method in its)
         return reads or not all(runs) or self.precision == "bf16"
-
-    @cached_property
-    def _gradient_cost(self) -> float:
-        """Of a gradient through the tail: that of a block is three times its forward pass, in closed form hardly anything."""
-        return 0.003 if ClsTail.fits(self.vit) else 3 / len(self.vit.blocks)
 
     @property
     def _device(self) -> torch.device:

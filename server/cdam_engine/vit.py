@@ -20,6 +20,7 @@ from cdam_engine.errors import UnsupportedArchitectureError
 from cdam_engine.families import Embedded, Grid, Readout, TailOutput, TrunkOutput, family_of
 from cdam_engine.pauses import pause
 from cdam_engine.preprocess import input_channels
+from cdam_engine.sizes import InputSizes
 from cdam_engine.token_wise import is_token_wise
 
 OWN_CODE: Final = ("forward", "forward_features", "forward_head")
@@ -76,19 +77,19 @@ class SplitViT:
         """The model's own input size, (height, width) in pixels."""
         return tuple(self._patch_embed.img_size or (224, 224))
 
+    @property
+    def sizes(self) -> InputSizes:
+        """Which inputs the model takes."""
+        pads = bool(getattr(self._patch_embed, "dynamic_img_pad", False))
+        return InputSizes(self.input_size, self.patch_size, self.flexible_input_size, pads)
+
     def grid(self, input_size: tuple[int, int]) -> Grid:
         """The patch grid of an input of (height, width) pixels.
 
         Raises:
             ValueError: The model does not take inputs of this size.
         """
-        size, patch = tuple(input_size), self.patch_size
-        if size != self.input_size and not self.flexible_input_size:
-            raise ValueError(f"this model takes {_times(self.input_size)} pixels only, not {_times(size)}")
-        pads = bool(getattr(self._patch_embed, "dynamic_img_pad", False))
-        if min(size) < 1 or (not pads and (size[0] % patch[0] or size[1] % patch[1])):
-            raise ValueError(f"{_times(size)} pixels is not a multiple of the patch size {_times(patch)}")
-        return Grid(-(-size[0] // patch[0]), -(-size[1] // patch[1]))
+        return self.sizes.grid(input_size)
 
     def trunk(self, pixels: Tensor) -> TrunkOutput:
         """Run everything before the last attention.
@@ -346,7 +347,3 @@ class SplitViT:
             names = [name or "all of it" for name, part in self.model.named_modules() if part.training]
             which = "" if names[0] == "all of it" else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             raise ValueError(f"the model is in training mode{which}, where outputs are random: call model.eval() first")
-
-
-def _times(size: Sequence[int]) -> str:
-    return " x ".join(map(str, size))

@@ -75,6 +75,16 @@ class Method(ABC):
     needs_target: ClassVar[bool] = True
     reads_tokens: ClassVar[bool] = True
 
+    @property
+    def variant(self) -> str:
+        """What of its parameters decides which models can serve it; empty: nothing."""
+        return ""
+
+    @classmethod
+    def variants(cls) -> Sequence[Method]:
+        """One of each variant; the kind can be made without parameters."""
+        return (cls(),)
+
     def check(self, vit: SplitViT) -> None:  # noqa: B027 - most methods serve every model
         """Refuse a model that the method is not defined for.
 

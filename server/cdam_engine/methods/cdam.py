@@ -39,6 +39,16 @@ class Cdam(Method):
 
     parts: bool = False
 
+    @property
+    def variant(self) -> str:
+        """See `Method`."""
+        return "parts" if self.parts else ""
+
+    @classmethod
+    def variants(cls) -> Sequence[Method]:
+        """See `Method`."""
+        return cls(), cls(parts=True)
+
     def check(self, vit: SplitViT) -> None:
         """See `Method`."""
         if self.parts:
