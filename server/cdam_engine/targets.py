@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Similarity = Literal["dot", "cosine", "l2"]
@@ -50,6 +52,11 @@ class Concept:
         if self.similarity not in get_args(Similarity):
             raise ValueError(f"a similarity is one of {', '.join(get_args(Similarity))}, not {self.similarity!r}")
         object.__setattr__(self, "vector", torch.as_tensor(self.vector))
+
+    @classmethod
+    def of(cls, values: NDArray[np.float32], similarity: Similarity = "dot", **more: Any) -> Self:
+        """The same of an array of shape (D,)."""
+        return cls(torch.from_numpy(values), similarity, **more)
 
     def __call__(self, latent: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG002
         """The values of latents (..., D) and logits (..., C), shape (...)."""

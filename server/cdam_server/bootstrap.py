@@ -5,11 +5,10 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from time import monotonic, perf_counter
-from typing import Any
+from time import monotonic
 
 import grpc
 import structlog
@@ -20,24 +19,25 @@ from grpc_reflection.v1alpha import reflection
 
 from cdam import __version__
 from cdam.v1 import explainer_service_pb2, explainer_service_pb2_grpc
-from cdam_engine import Explanation, TokenCache
-from cdam_engine.evaluation import Measured, Sample
+from cdam_engine import TokenCache
 from cdam_server.admin import AdminServer
 from cdam_server.architectures import check_explainable, none_explainable
 from cdam_server.concepts import ConceptUseCase
 from cdam_server.config import MIB, Settings, unknown_variables
-from cdam_server.evaluate import EvaluateUseCase
+from cdam_server.evaluate import EvaluateUseCase, EvaluationTools
 from cdam_server.explain import ExplainUseCase
 from cdam_server.health import Health
+from cdam_server.images import Images
 from cdam_server.loading import LoadedModel, load_model, share_weights
-from cdam_server.models import Bucket, Catalog, EvaluationBucket, Job, ServedModel
+from cdam_server.models import Catalog, ServedModel
 from cdam_server.registration import RegisterUseCase
+from cdam_server.resolve import ExplainLimits, Resolver
 from cdam_server.rpc.decode import Limits
 from cdam_server.rpc.images import ImageLimits
 from cdam_server.rpc.interceptors import RequestInterceptor
 from cdam_server.rpc.servicer import ExplainerServicer
 from cdam_server.rpc.stream import StreamServer
-from cdam_server.scheduling import Bounds, Pool, Rest, Room, Scheduler
+from cdam_server.scheduling import Bounds, Pool, Room, Scheduler
 from cdam_server.specs import check_files
 from cdam_server.store import ConceptStore
 from cdam_server.store.cache import CachedStore
@@ -46,6 +46,7 @@ from cdam_server.telemetry import Telemetry
 from cdam_server.tracing import Tracing
 from cdam_server.warmup import warm_up
 from cdam_server.watchdog import Watchdog
+from cdam_server.work import Works
 
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _DECODERS = 4
@@ -85,7 +86,7 @@ class Application:
         self._telemetry = Telemetry()
         self._tracing = Tracing(settings.tracing_endpoint)
         self._store = CachedStore(_store(settings), observer=self._telemetry)
-        self._ready = self._accepting = self._warm = False
+        self._ready = self._accepting = False
         self._draining = asyncio.Event()
         self._heartbeat = monotonic()
         self.address = ""
@@ -102,8 +103,7 @@ class Application:
         settings, telemetry = self._settings, self._telemetry
         await self._store.open()
         self._loop = asyncio.get_running_loop()
-        self._scheduler: Scheduler[Any, Any, Any] = Scheduler(
-            self._compute,
+        self._scheduler = Scheduler(
             bounds=Bounds(settings.max_pending, settings.max_pending_passes, settings.max_pending_mib * MIB),
             max_batch_size=settings.max_batch_size,
             max_queue_delay=settings.max_queue_delay_microseconds / 1e6,
@@ -122,7 +122,6 @@ class Application:
         _log.info("listening", address=self.address, admin_port=self._admin.port)
         largest = min(settings.max_batch_size, settings.max_pending)
         await warm_up(self._catalog, self._scheduler, largest)
-        self._warm = True
         self._telemetry.jobs_admitted.reset()  # those were our own
         # Compiling is silent for minutes, so nobody watched until now.
         self._watchdog = Watchdog(lambda: self._scheduler.silent_seconds, settings.watchdog_seconds, self._give_up)
@@ -166,17 +165,13 @@ class Application:
             # A crowd that is being refused takes time and memory, too: of more, gRPC itself refuses, unread.
             maximum_concurrent_rpcs=_CROWD * settings.max_pending,
         )
-        concepts = ConceptUseCase(self._catalog, self._store)
-        explain = ExplainUseCase(
-            self._catalog,
-            self._scheduler,
-            self._decoders,
-            self._telemetry,
-            concepts,
-            max_targets=settings.max_targets,
-            max_patches=settings.max_patches,
-            max_passes=settings.max_passes,
+        models = self._catalog.facts
+        concepts = ConceptUseCase(models, self._store)
+        resolver = Resolver(
+            models, concepts, ExplainLimits(settings.max_targets, settings.max_patches, settings.max_passes)
         )
+        works = Works(self._catalog, self._telemetry)
+        images = Images(self._scheduler, self._decoders, self._telemetry, works)
         limits = Limits(
             ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
             max_targets=settings.max_targets,
@@ -186,13 +181,10 @@ class Application:
         room = Room(settings.max_pending_mib * MIB)
         streams = StreamServer(self._telemetry, self._draining, max_items=settings.max_stream_items, room=room)
         register = RegisterUseCase(
-            self._catalog, self._store, explain, room, most=max(1, settings.max_pending // _REGISTRATIONS)
+            resolver, self._store, images, room, most=max(1, settings.max_pending // _REGISTRATIONS)
         )
         evaluate = EvaluateUseCase(
-            explain,
-            self._scheduler,
-            self._decoders,
-            self._telemetry,
+            EvaluationTools(resolver, self._scheduler, self._decoders, self._telemetry, works),
             max_passes=settings.max_evaluation_passes,
             max_pending_passes=settings.max_pending_passes,
             most=max(1, settings.max_pending // _EVALUATIONS),
@@ -204,7 +196,17 @@ class Application:
             room=Room(settings.max_pending_mib * MIB // _EVALUATION_MEMORY),
         )
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
-            ExplainerServicer(explain, concepts, register, evaluate, limits, streams, evaluations), self._server
+            ExplainerServicer(
+                models,
+                ExplainUseCase(resolver, images),
+                concepts,
+                register,
+                evaluate,
+                limits,
+                streams,
+                evaluations,
+            ),
+            self._server,
         )
         self._health = health.aio.HealthServicer()
         await self._facts.publish_to(self._health)
@@ -242,48 +244,6 @@ class Application:
     @property
     def _on_gpu(self) -> bool:
         return any(next(served.loaded.module.parameters()).is_cuda for served in self._catalog)
-
-    def _compute(
-        self, bucket: Bucket | EvaluationBucket, jobs: Sequence[Any], rest: Rest
-    ) -> Sequence[Explanation | Measured | Exception]:
-        """One batch; called in a worker's thread."""
-        if isinstance(bucket, EvaluationBucket):
-            return self._measure(bucket, jobs, rest)
-        return self._explain(bucket, jobs, rest)
-
-    def _measure(self, bucket: EvaluationBucket, samples: Sequence[Sample], rest: Rest) -> list[Measured | Exception]:
-        """One batch of samples, booked once, without the time that it rested."""
-        rested = 0.0
-
-        def timed_rest() -> int:
-            nonlocal rested
-            started = perf_counter()
-            try:
-                return rest()
-            finally:
-                rested += perf_counter() - started
-
-        started = perf_counter()
-        answers = self._catalog.evaluate(bucket, samples, timed_rest)
-        self._telemetry.observe_evaluation(bucket.model, perf_counter() - started - rested)
-        return answers
-
-    def _explain(self, bucket: Bucket, jobs: Sequence[Job], rest: Rest) -> list[Explanation | Exception]:
-        """One batch of images, booked once."""
-        answers = self._catalog.compute(bucket, jobs, rest)
-        if not self._warm:
-            return answers
-        explained = next((answer for answer in answers if isinstance(answer, Explanation)), None)
-        if explained is not None:  # each explanation knows the whole batch's times
-            fill = len(jobs) / self._scheduler.ceiling(bucket)
-            self._telemetry.observe_batch(
-                bucket.model, len(jobs), fill, explained.trunk_seconds, explained.method_seconds
-            )
-        if self._catalog.cache is not None:
-            for job, answer in zip(jobs, answers, strict=True):
-                if isinstance(answer, Explanation) and any(method.reads_tokens for method in job.methods):
-                    self._telemetry.observe_cache(job.model or bucket.model, hit=answer.token_cache_hit)
-        return answers
 
     async def _beat(self) -> None:
         while True:

@@ -55,13 +55,12 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "interpolation": config.interpolation,
         "crop": f"{config.crop_mode}, {config.crop_pct:g}",
     }
-    if served.unsupported is None:
-        vit = served.explainer.vit
-        facts["patch grid"] = list(vit.grid(config.input_size))
-        facts["other input sizes"] = vit.flexible_input_size
-        facts["latent"] = vit.latent_size
-        facts["readout"] = str(vit.readout)
-    facts["not served"] = {kind: refusal.message for kind, refusal in served.refusals.items()}
+    if (explained := served.facts.explainer) is not None:
+        facts["patch grid"] = list(explained.sizes.grid(config.input_size))
+        facts["other input sizes"] = explained.sizes.flexible
+        facts["latent"] = explained.latent_size
+        facts["readout"] = str(explained.readout)
+    facts["not served"] = {kind: refusal.message for kind, refusal in served.facts.refusals.items()}
     facts["fingerprint"] = loaded.fingerprint
     return facts
 
@@ -78,7 +77,7 @@ def answer(served: ServedModel, image: Image.Image) -> Explanation:
         Exception: Whatever the computation ended with.
     """
     prepared = prepare(image, served.loaded.data_config)
-    latent = served.explainer.vit.latent_size
+    latent = served.facts.explained.latent_size
     target = TopK(1) if served.loaded.output_count else Concept(torch.ones(latent))
     (found,) = served.compute([Job(prepared.pixels, (target,), (Cdam(),))], lambda: None)
     if isinstance(found, Exception):

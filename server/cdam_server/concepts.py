@@ -22,7 +22,7 @@ from cdam_server.errors import (
     NotFoundError,
     UnavailableError,
 )
-from cdam_server.models import Catalog, ServedModel
+from cdam_server.facts import ModelFacts, Models
 from cdam_server.store import (
     ConceptStore,
     NameTakenError,
@@ -82,12 +82,12 @@ class ConceptUseCase:
     """All about concepts that are stored.
 
     Args:
-        catalog: The models.
+        models: The models.
         store: Where concepts are kept.
     """
 
-    def __init__(self, catalog: Catalog, store: ConceptStore) -> None:
-        self._catalog = catalog
+    def __init__(self, models: Models, store: ConceptStore) -> None:
+        self._models = models
         self._store = store
 
     async def get(self, selector: ConceptName | ConceptId) -> StoredConcept:
@@ -102,7 +102,7 @@ class ConceptUseCase:
                 with store_errors():
                     found = await self._store.by_id(concept_id)
                 if found is None:
-                    raise NotFoundError("concept", concept_id, f"there is no concept of id {concept_id!r}")
+                    raise NotFoundError("concept", concept_id, f"there is no concept of id {concept_id!r}", field="")
             case ConceptName(name, model):
                 its_model = self._model(model)
                 with store_errors():
@@ -111,25 +111,17 @@ class ConceptUseCase:
                     raise _no_such_name(name, its_model)
         return found
 
-    async def find(self, served: ServedModel, selector: ConceptName | ConceptId, field: str) -> StoredConcept:
+    async def find(self, model: ModelFacts, selector: ConceptName | ConceptId) -> StoredConcept:
         """A concept that the model can be explained with.
-
-        Args:
-            served: The model.
-            selector: The concept.
-            field: Path of the field that names it, for the message.
 
         Raises:
             NotFoundError: There is none.
             FailedPreconditionError: It lies in another model's latent space.
             UnavailableError: The store is down, and the concept was not asked for before.
         """
-        try:
-            found = await self.get(selector)
-        except NotFoundError as error:
-            raise NotFoundError(error.kind, error.name, f"{field}: {error}") from error
+        found = await self.get(selector)
         fingerprint = found.content.facts.model_fingerprint
-        check_fingerprint(self._catalog, served, fingerprint, f"{field}: concept {found.version.name!r}")
+        check_fingerprint(self._models, model, fingerprint, f"concept {found.version.name!r}")
         return found
 
     async def page(self, *, model: str, labels: Mapping[str, str], size: int, token: str) -> Page:
@@ -170,26 +162,25 @@ class ConceptUseCase:
         return deleted
 
     def _model(self, name: str) -> str:
-        return name or self._catalog.default.loaded.name
+        return name or self._models.default.name
 
 
-def check_fingerprint(catalog: Catalog, served: ServedModel, fingerprint: str, subject: str) -> None:
+def check_fingerprint(models: Models, model: ModelFacts, fingerprint: str, subject: str) -> None:
     """Refuse what was made for other weights: in another latent space a vector means nothing.
 
     Args:
-        catalog: The models, of which another may be the right one.
-        served: The model.
+        models: The models, of which another may be the right one.
+        model: The model.
         fingerprint: Of the model that it was made for.
         subject: What it is, for the message.
 
     Raises:
         FailedPreconditionError: The fingerprint is not the model's.
     """
-    own = served.loaded.fingerprint
+    own, name = model.fingerprint, model.name
     if fingerprint == own:
         return
-    name = served.loaded.name
-    right = [repr(other.loaded.name) for other in catalog if other.loaded.fingerprint == fingerprint]
+    right = [repr(other.name) for other in models if other.fingerprint == fingerprint]
     message = (
         f"{subject} is of model {' or '.join(right)}, not of {name!r}"
         if right
@@ -198,9 +189,8 @@ def check_fingerprint(catalog: Catalog, served: ServedModel, fingerprint: str, s
             f"({own[:12]}...), and can't be converted: register its images for this model"
         )
     )
-    raise FailedPreconditionError(
-        "CONCEPT_OF_ANOTHER_MODEL", message, model=name, model_fingerprint=own, concept_fingerprint=fingerprint
-    )
+    facts = {"model": name, "model_fingerprint": own, "concept_fingerprint": fingerprint}
+    raise FailedPreconditionError("CONCEPT_OF_ANOTHER_MODEL", message, field="", **facts)
 
 
 @contextmanager
@@ -211,15 +201,16 @@ def store_errors() -> Iterator[None]:
     except NameTakenError as error:
         newest = error.newest
         message = (
-            f"spec.name: {newest.name!r} of model {newest.model!r} is taken: version {newest.number} has other content; "
-            "`replace` makes a new version"
+            f"{newest.name!r} of model {newest.model!r} is taken: version {newest.number} has other content; `replace` "
+            "makes a new version"
         )
-        raise AlreadyExistsError("concept", newest.name, message) from error
+        raise AlreadyExistsError("concept", newest.name, message, field="name") from error
     except VersionMismatchError as error:
-        message = f"expected_version: the newest version is {error.current}"
-        if not error.current:
-            message = "expected_version: the name is free, its version counts as 0"
-        raise AbortedError("VERSION_MISMATCH", message, current_version=str(error.current)) from error
+        message = (
+            f"the newest version is {error.current}" if error.current else "the name is free, its version counts as 0"
+        )
+        current = str(error.current)
+        raise AbortedError("VERSION_MISMATCH", message, "expected_version", current_version=current) from error
     except StoreBusyError as error:
         raise UnavailableError(
             "the store of concepts is busy, or can't be written to now", error.retry_after
@@ -250,7 +241,7 @@ def _first_bytes(versions: Sequence[Version]) -> Sequence[Version]:
 
 
 def _no_such_name(name: str, model: str) -> NotFoundError:
-    return NotFoundError("concept", name, f"model {model!r} has no concept {name!r}")
+    return NotFoundError("concept", name, f"model {model!r} has no concept {name!r}", field="")
 
 
 def _digest(value: object) -> str:
@@ -269,14 +260,14 @@ def _behind(token: str, question: str) -> tuple[str, str]:
         InvalidArgumentError: The token is not one of this question.
     """
     if len(token) > _MAX_TOKEN:
-        raise InvalidArgumentError("page_token", "is not one that this server gave out")
+        raise InvalidArgumentError("token", "is not one that this server gave out")
     try:
         asked, model, name = map(str, json.loads(base64.b64decode(token, altchars=b"-_", validate=True)))
         text = (model + name).encode()  # no lone surrogates
     except (binascii.Error, ValueError, TypeError, RecursionError):
         text = b"\0"
     if b"\0" in text:
-        raise InvalidArgumentError("page_token", "is not one that this server gave out")
+        raise InvalidArgumentError("token", "is not one that this server gave out")
     if asked != question:
-        raise InvalidArgumentError("page_token", "is of a list with another `model` or other `labels`")
+        raise InvalidArgumentError("token", "is of a list with another `model` or other `labels`")
     return model, name

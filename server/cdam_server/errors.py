@@ -11,27 +11,60 @@
     │   └── UnavailableError        draining, not ready; the store is down
     └── DeadlineError            the deadline passed in the queue
 
-Each maps to one gRPC status in `cdam_server.rpc.status`. Messages are for the caller: they name the field, never a
-path or a traceback.
+Each maps to one gRPC status in `cdam_server.rpc.status`. Messages are for the caller: they never hold a path of the
+server or a traceback. An error that is about a field says which, relative to what raised it; whoever hands a part of a
+request on puts its own place before it (`within`), and `cdam_server.rpc.fields` makes it a path of the API.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ServiceError(Exception):
-    """Base of all errors that a caller is told about."""
+    """Base of all errors that a caller is told about.
+
+    Args:
+        message: What is wrong, and what would be right.
+        field: Which field it is about; empty: all that was given; None: none.
+
+    Attributes:
+        description: The message without the field.
+        field: As given.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.description = message
+        self.field = field
+
+    def __str__(self) -> str:
+        """The message for the caller."""
+        return f"{self.field}: {self.description}" if self.field else self.description
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Errors about fields of what is in this place of the request, ``targets[2]`` for example."""
+    try:
+        yield
+    except ServiceError as error:
+        if error.field is not None:
+            error.field = f"{place}.{error.field}" if error.field else place
+        raise
 
 
 class InvalidArgumentError(ServiceError):
     """A field of the request is wrong.
 
     Args:
-        field: Path of the field from the request's root, for example ``image.raw.data`` or ``targets[2].output.index``.
+        field: Which one.
         message: What is wrong with it, and what would be right.
     """
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
-        self.description = message
+        super().__init__(message, field)
 
 
 class _ResourceError(ServiceError):
@@ -41,10 +74,11 @@ class _ResourceError(ServiceError):
         kind: ``model``, ``output`` or ``concept``.
         name: Its name.
         message: What the caller can do about it.
+        field: Which field names it.
     """
 
-    def __init__(self, kind: str, name: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, kind: str, name: str, message: str, field: str | None = None) -> None:
+        super().__init__(message, field)
         self.kind = kind
         self.name = name
 
@@ -63,11 +97,12 @@ class FailedPreconditionError(ServiceError):
     Args:
         reason: UPPER_SNAKE_CASE, stable, for programs.
         message: For people.
+        field: Which field it is about.
         metadata: Further facts, for programs.
     """
 
-    def __init__(self, reason: str, message: str, **metadata: str) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, message: str, field: str | None = None, **metadata: str) -> None:
+        super().__init__(message, field)
         self.reason = reason
         self.metadata = metadata
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from time import perf_counter
@@ -21,7 +20,7 @@ from cdam_engine import Method, UnsupportedMethodError
 from cdam_engine.evaluation import (
     BoxSensitivity,
     ClassDiscrimination,
-    Evaluator,
+    Evaluated,
     Fidelity,
     InsertionDeletion,
     Localisation,
@@ -31,24 +30,20 @@ from cdam_engine.evaluation import (
     Sample,
 )
 from cdam_engine.preprocess import Resize, prepare
-from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, OverloadedError
-from cdam_server.explain import (
-    ACTIVATIONS,
-    ExplainUseCase,
-    WantedScalar,
-    refusals,
-    resolve_method,
-    times_larger,
-)
-from cdam_server.models import EvaluationBucket, ServedModel
+from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, within
+from cdam_server.facts import ModelFacts
+from cdam_server.images import refusals
+from cdam_server.models import EvaluationBucket, EvaluationFacts, Evaluations
+from cdam_server.places import Places
+from cdam_server.resolve import ACTIVATIONS, Resolver, WantedScalar, resolve_method
 from cdam_server.scheduling import BACKGROUND, Pool, Scheduler, Terms
 from cdam_server.telemetry import Telemetry
+from cdam_server.work import Works
 
 # Samples that take no more passes share batches: alone they would not fill a forward pass of the evaluator.
 _LIGHT_COST: Final = 32.0
 _LEAST_WINDOW: Final = 4  # of samples in work: one for each batch that there may be, on most machines
 _SHARE: Final = 4  # of the server's bound on pending work
-_CALLER_SHARE: Final = 4
 _MAX_NUMBERS: Final = 1 << 21  # that the bootstrap keeps: 16 MiB, and a second for the table
 _MAX_LEVELS: Final = 20_000  # of maps, where boxes are drawn: 7 s at 224 x 224
 _LISTED: Final = 16  # perturbed images, of all methods, for each pass that is allowed
@@ -111,38 +106,40 @@ class SampleOrder:
         return replace(self, **without)
 
 
+@dataclass(frozen=True, eq=False)
+class EvaluationTools:
+    """What evaluations have in common.
+
+    Attributes:
+        resolver: Resolves what protocols and samples name.
+        scheduler: Where work goes.
+        decoders: Threads for decoding images.
+        telemetry: Metrics.
+        works: Makes the work.
+    """
+
+    resolver: Resolver
+    scheduler: Scheduler
+    decoders: Pool
+    telemetry: Telemetry
+    works: Works
+
+
 class EvaluateUseCase:
     """Measures how true explanations are.
 
     Args:
-        explain: The Explain use case, which knows targets and input sizes.
-        scheduler: Where jobs go.
-        decoders: Threads for decoding images.
-        telemetry: Metrics.
+        tools: What evaluations have in common.
         max_passes: Most passes through the whole model that a sample may take.
         max_pending_passes: The server's bound on pending work; an evaluation has samples for a quarter of it in work.
         most: Evaluations at once; a single caller has a quarter of them at most.
     """
 
-    def __init__(
-        self,
-        explain: ExplainUseCase,
-        scheduler: Scheduler[EvaluationBucket, Sample, Measured],
-        decoders: Pool,
-        telemetry: Telemetry,
-        *,
-        max_passes: int,
-        max_pending_passes: int,
-        most: int,
-    ) -> None:
-        self._explain = explain
-        self._scheduler = scheduler
-        self._decoders = decoders
-        self._telemetry = telemetry
+    def __init__(self, tools: EvaluationTools, *, max_passes: int, max_pending_passes: int, most: int) -> None:
+        self._tools = tools
         self._max_passes = max_passes
         self._max_pending_passes = max_pending_passes
-        self._most = most
-        self._under_way: Counter[str] = Counter()
+        self._places = Places(most, "evaluations", _RETRY_AFTER_SECONDS)
         self._numbers = count()
 
     @asynccontextmanager
@@ -152,30 +149,33 @@ class EvaluateUseCase:
         Raises:
             ServiceError: The plan is wrong, or there are too many evaluations.
         """
-        model = self._explain.catalog.get(plan.model)
-        input_size = self._explain.input_size(model, plan.input_size, "protocol.preprocessing.input_size")
+        resolver = self._tools.resolver
+        model = resolver.models.get(plan.model)
+        input_size = resolver.input_size(model, plan.input_size)
         protocol = _resolved(model, plan.protocol, input_size)
         _check_levels(protocol)
         _check_resamples(protocol, plan.resamples)
         self._check_images(protocol)
-        evaluator = await asyncio.to_thread(_evaluator, model, protocol, input_size)
-        passes = math.ceil(times_larger(model, input_size) * evaluator.passes())
-        if passes > self._max_passes:
-            message = f"take {passes} passes through the whole model a sample; at most {self._max_passes} are allowed"
-            raise InvalidArgumentError("protocol.metrics", message)
-        with self._place(plan.caller):
-            terms = Terms(
-                bucket=EvaluationBucket(model.loaded.name, input_size, protocol, evaluator),
-                cost=float(max(1, passes)),
-                # Evaluations take turns among themselves, and with everyone else's images in the decoders.
-                caller=f"evaluation {next(self._numbers)} of {plan.caller}",
-                rank=BACKGROUND,
-                light_cost=_LIGHT_COST,
-            )
-            window = max(_LEAST_WINDOW, int(self._max_pending_passes / _SHARE / terms.cost))
-            yield Evaluation(
-                self._explain, self._scheduler, self._decoders, self._telemetry, model, plan, terms, window
-            )
+        bucket = EvaluationBucket(model.name, input_size, protocol)
+        with self._tools.works.evaluation(bucket) as held:
+            facts = await asyncio.to_thread(_facts, held, model)
+            passes = math.ceil(model.times_larger(input_size) * facts.passes)
+            if passes > self._max_passes:
+                message = (
+                    f"take {passes} passes through the whole model a sample; at most {self._max_passes} are allowed"
+                )
+                raise InvalidArgumentError("metrics", message)
+            with self._places.take(plan.caller):
+                terms = Terms(
+                    bucket=bucket,
+                    cost=float(max(1, passes)),
+                    # Evaluations take turns among themselves, and with everyone else's images in the decoders.
+                    caller=f"evaluation {next(self._numbers)} of {plan.caller}",
+                    rank=BACKGROUND,
+                    light_cost=_LIGHT_COST,
+                )
+                window = max(_LEAST_WINDOW, int(self._max_pending_passes / _SHARE / terms.cost))
+                yield Evaluation(self._tools, model, plan, bucket, terms, facts.required, window)
 
     def _check_images(self, protocol: Protocol) -> None:
         """Refuse what would take long even to list; an image that several methods share is listed for each."""
@@ -183,22 +183,7 @@ class EvaluateUseCase:
         most = _LISTED * self._max_passes
         if images > most:
             message = f"are of {images} perturbed images a sample, those of each method counted; at most {most}"
-            raise InvalidArgumentError("protocol.metrics", message)
-
-    @contextmanager
-    def _place(self, caller: str) -> Iterator[None]:
-        own = self._under_way[caller]
-        if own >= math.ceil(self._most / _CALLER_SHARE):
-            raise OverloadedError(f"{own} evaluations of yours are under way", _RETRY_AFTER_SECONDS)
-        if self._under_way.total() >= self._most:
-            raise OverloadedError("too many evaluations are under way", _RETRY_AFTER_SECONDS)
-        self._under_way[caller] += 1
-        try:
-            yield
-        finally:
-            self._under_way[caller] -= 1
-            if not self._under_way[caller]:
-                del self._under_way[caller]
+            raise InvalidArgumentError("metrics", message)
 
 
 class Evaluation:
@@ -216,27 +201,25 @@ class Evaluation:
 
     def __init__(
         self,
-        explain: ExplainUseCase,
-        scheduler: Scheduler[EvaluationBucket, Sample, Measured],
-        decoders: Pool,
-        telemetry: Telemetry,
-        model: ServedModel,
+        tools: EvaluationTools,
+        model: ModelFacts,
         plan: Plan,
-        terms: Terms[EvaluationBucket],
+        bucket: EvaluationBucket,
+        terms: Terms,
+        required: frozenset[str],
         window: int,
     ) -> None:
         self.model = model
-        self.protocol = terms.bucket.protocol
+        self.protocol = bucket.protocol
         self.resize: Resize = plan.resize
-        self.input_size = terms.bucket.input_size
+        self.input_size = bucket.input_size
         self.resamples = plan.resamples
         self.window = window
         self.sample_bytes = (3 + 3 + 1 + 1) * math.prod(self.input_size)  # two images, two masks
-        self._explain = explain
-        self._scheduler = scheduler
-        self._decoders = decoders
-        self._telemetry = telemetry
+        self._tools = tools
+        self._bucket = bucket
         self._terms = terms
+        self._required = required
         self._statistics = Statistics(
             len(self.protocol.methods), seed=self.protocol.seed, resamples=max(1, plan.resamples)
         )
@@ -248,12 +231,14 @@ class Evaluation:
         Raises:
             ServiceError: The sample is wrong, or can't be measured now.
         """
-        order = order.only(self._terms.bucket.evaluator.required)
-        target = await self._explain.scalar(self.model, order.target, "sample.target")
+        order, resolver = order.only(self._required), self._tools.resolver
+        with within("target"):
+            target = await resolver.scalar(self.model, order.target)
         wrong_target = None
         if order.wrong_target is not None:
-            wrong_target = await self._explain.scalar(self.model, order.wrong_target, "sample.wrong_target")
-        with refusals(), self._scheduler.admit(self._terms) as ticket:
+            with within("wrong_target"):
+                wrong_target = await resolver.scalar(self.model, order.wrong_target)
+        with refusals(), self._tools.scheduler.admit(self._terms) as ticket:
             pixels = await self._prepare(order)
             sample = Sample(
                 id=order.id,
@@ -264,7 +249,7 @@ class Evaluation:
                 counterfactual=pixels.counterfactual,
                 wrong_mask=pixels.wrong_mask,
             )
-            measured = (await ticket.submit(sample)).answer
+            measured = (await ticket.submit(self._tools.works.evaluate(self._bucket, sample))).answer
         values = [(v.method_index, v.metric_index, v.quantity, v.value, v.curve) for v in measured.values]
         async with self._adding:  # which takes milliseconds, of many quantities and resamples
             await asyncio.to_thread(self._statistics.add, order.id, values)
@@ -281,38 +266,38 @@ class Evaluation:
 
     async def _prepare(self, order: SampleOrder) -> _Pixels:
         started = perf_counter()
-        pixels = await self._decoders.run(
+        pixels = await self._tools.decoders.run(
             self._terms.caller, _open_and_resize, self.model, order, self.resize, self.input_size
         )
-        self._telemetry.compute.labels("decode", "", self.model.loaded.name).observe(perf_counter() - started)
+        self._tools.telemetry.compute.labels("decode", "", self.model.name).observe(perf_counter() - started)
         return pixels
 
 
 # --- the plan
 
 
-def _resolved(model: ServedModel, protocol: Protocol, input_size: tuple[int, int]) -> Protocol:
+def _resolved(model: ModelFacts, protocol: Protocol, input_size: tuple[int, int]) -> Protocol:
     """The protocol with what the model and its input decide, its methods such as the model can serve."""
-    methods = tuple(
-        resolve_method(model, method, f"protocol.methods[{i}].method") if isinstance(method, Method) else method
-        for i, method in enumerate(protocol.methods)
-    )
+    methods: list[Evaluated] = []
+    for position, method in enumerate(protocol.methods):
+        with within(f"methods[{position}]"):
+            methods.append(resolve_method(model, method) if isinstance(method, Method) else method)
     metrics = tuple(
-        _resolved_metric(model, metric, input_size, f"protocol.metrics[{i}].{metric.kind}")
+        _resolved_metric(model, metric, input_size, f"metrics[{i}].{metric.kind}")
         for i, metric in enumerate(protocol.metrics)
     )
-    return replace(protocol, methods=methods, metrics=metrics)
+    return replace(protocol, methods=tuple(methods), metrics=metrics)
 
 
-def _resolved_metric(model: ServedModel, metric: Metric, input_size: tuple[int, int], field: str) -> Metric:
+def _resolved_metric(model: ModelFacts, metric: Metric, input_size: tuple[int, int], field: str) -> Metric:
     match metric:
         case BoxSensitivity():
             return _resolved_boxes(metric, input_size, field)
         case ClassDiscrimination(box_sensitivity=boxes):
             return replace(metric, box_sensitivity=_resolved_boxes(boxes, input_size, f"{field}.box_sensitivity"))
         case InsertionDeletion(steps=steps):
-            grid = model.explainer.vit.grid(input_size)
-            return replace(metric, steps=steps or grid.h * grid.w, activation=ACTIVATIONS[model.loaded.task])
+            steps = steps or model.patches(input_size)
+            return replace(metric, steps=steps, activation=ACTIVATIONS[model.task])
         case _:
             return metric
 
@@ -329,7 +314,7 @@ def _check_levels(protocol: Protocol) -> None:
     levels = len(protocol.methods) * sum(map(_levels, protocol.metrics))
     if levels > _MAX_LEVELS:
         message = f"draw boxes at {levels} levels a sample, those of each method counted; at most {_MAX_LEVELS}"
-        raise InvalidArgumentError("protocol.metrics", message)
+        raise InvalidArgumentError("metrics", message)
 
 
 def _check_resamples(protocol: Protocol, resamples: int) -> None:
@@ -340,7 +325,7 @@ def _check_resamples(protocol: Protocol, resamples: int) -> None:
     )
     if rows * resamples > _MAX_NUMBERS:
         message = f"{resamples} of {rows} rows; at most {_MAX_NUMBERS // rows} are allowed"
-        raise InvalidArgumentError("protocol.bootstrap_resamples", message)
+        raise InvalidArgumentError("resamples", message)
 
 
 def _levels(metric: Metric) -> int:
@@ -363,15 +348,15 @@ def _images(metric: Metric) -> int:
             return 0
 
 
-def _evaluator(model: ServedModel, protocol: Protocol, input_size: tuple[int, int]) -> Evaluator:
+def _facts(held: Evaluations, model: ModelFacts) -> EvaluationFacts:
+    """What is known of an evaluation before its first sample; slow."""
     try:
-        return Evaluator(model.explainer, protocol, input_size=input_size)
+        return held.facts()
     except UnsupportedMethodError as error:
-        name = model.loaded.name
-        message = f"protocol.methods: model {name!r} can't serve one: {error}"
-        raise FailedPreconditionError(error.reason, message, model=name) from error
+        message = f"model {model.name!r} can't serve one: {error}"
+        raise FailedPreconditionError(error.reason, message, field="methods", model=model.name) from error
     except ValueError as error:
-        raise InvalidArgumentError("protocol.metrics", str(error)) from error
+        raise InvalidArgumentError("metrics", str(error)) from error
 
 
 def _without_intervals(table: Table) -> Table:
@@ -393,15 +378,15 @@ class _Pixels:
     wrong_mask: NDArray[np.bool_] | None
 
 
-def _open_and_resize(model: ServedModel, order: SampleOrder, resize: Resize, input_size: tuple[int, int]) -> _Pixels:
+def _open_and_resize(model: ModelFacts, order: SampleOrder, resize: Resize, input_size: tuple[int, int]) -> _Pixels:
     """Decode a sample's images one after the other, since each may be large."""
     image = order.open_image()
     opened = _Opened(model, resize, input_size, image.size)
     return _Pixels(
         image=opened.at_input_size(image),
-        mask=opened.mask(order.open_mask, "sample.mask"),
-        counterfactual=opened.image(order.open_counterfactual, "sample.counterfactual"),
-        wrong_mask=opened.mask(order.open_wrong_mask, "sample.wrong_mask"),
+        mask=opened.mask(order.open_mask, "mask"),
+        counterfactual=opened.image(order.open_counterfactual, "counterfactual"),
+        wrong_mask=opened.mask(order.open_wrong_mask, "wrong_mask"),
     )
 
 
@@ -409,13 +394,13 @@ def _open_and_resize(model: ServedModel, order: SampleOrder, resize: Resize, inp
 class _Opened:
     """What goes with an image of (width, height) pixels, brought to the model's input in the same way."""
 
-    model: ServedModel
+    model: ModelFacts
     resize: Resize
     input_size: tuple[int, int]
     size: tuple[int, int]
 
     def at_input_size(self, image: Image.Image) -> NDArray[np.uint8]:
-        return prepare(image, self.model.loaded.data_config, resize=self.resize, input_size=self.input_size).pixels
+        return prepare(image, self.model.data_config, resize=self.resize, input_size=self.input_size).pixels
 
     def image(self, open_image: Callable[[], Image.Image] | None, field: str) -> NDArray[np.uint8] | None:
         return None if open_image is None else self.at_input_size(self._checked(open_image(), field))
@@ -425,7 +410,7 @@ class _Opened:
             return None
         grey = self._checked(open_mask(), field)
         # Where it is padded there is nothing of it.
-        config = replace(self.model.loaded.data_config, interpolation="bilinear", mean=(0.0, 0.0, 0.0))
+        config = replace(self.model.data_config, interpolation="bilinear", mean=(0.0, 0.0, 0.0))
         prepared = prepare(grey.convert("RGB"), config, resize=self.resize, input_size=self.input_size)
         inside = prepared.pixels[..., 0] >= _MASK_THRESHOLD
         if not inside.any():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from cdam_engine import (
     Explainer,
     Explanation,
     Method,
+    Refusal,
     Target,
     TokenCache,
     UnsupportedArchitectureError,
@@ -28,11 +28,8 @@ from cdam_engine import (
     interruptible,
 )
 from cdam_engine.evaluation import Evaluator, Measured, Protocol, Sample, SampleError
-from cdam_server.errors import (
-    FailedPreconditionError,
-    InvalidArgumentError,
-    NotFoundError,
-)
+from cdam_server.errors import FailedPreconditionError, InvalidArgumentError
+from cdam_server.facts import ModelFacts, Models
 from cdam_server.loading import LoadedModel
 from cdam_server.scheduling import DeviceLostError, Rest, TooLargeError
 
@@ -75,26 +72,24 @@ class EvaluationBucket:
         model: Name of the model.
         input_size: (height, width) in pixels.
         protocol: What is measured.
-        evaluator: Measures it; those of equal buckets are interchangeable.
     """
 
     model: str
     input_size: tuple[int, int]
     protocol: Protocol
-    evaluator: Evaluator = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why a model can't serve a method.
+class EvaluationFacts:
+    """What is known of an evaluation before its first sample.
 
     Attributes:
-        reason: UPPER_SNAKE_CASE, stable, for programs.
-        message: For people.
+        passes: About how many forward passes through the whole model a sample takes.
+        required: The optional fields of a sample that must be there.
     """
 
-    reason: str
-    message: str
+    passes: int
+    required: frozenset[str]
 
 
 class ServedModel:
@@ -110,7 +105,6 @@ class ServedModel:
     Attributes:
         loaded: The model and what is known about it.
         unsupported: Why CDAM can't be had from it, or None.
-        refusals: The methods that it can't serve, by their names.
         compiled_batch_sizes: As given.
         trunk_of: As given.
     """
@@ -133,7 +127,6 @@ class ServedModel:
             self._explainer = self._explain_by(precision, cache)
         except UnsupportedArchitectureError as error:
             self.unsupported = error
-        self.refusals: Mapping[str, Refusal] = MappingProxyType(dict(self._ask()))
 
     def _explain_by(self, precision: str, cache: TokenCache | None) -> Explainer:
         loaded = self.loaded
@@ -163,52 +156,29 @@ class ServedModel:
             )
         return self._explainer
 
-    @property
-    def heads(self) -> int:
-        """Number of attention heads of the last block."""
-        return int(self.explainer.vit.num_heads)
-
-    def check_method(self, method: Method, field: str) -> None:
-        """Refuse a method that the model can't serve with these parameters.
-
-        Args:
-            method: The method.
-            field: Path of the field that asks for it, for the message.
-
-        Raises:
-            FailedPreconditionError: With the engine's reason.
-        """
-        try:
-            self.explainer.check(method)
-        except UnsupportedMethodError as error:
-            name = self.loaded.name
-            message = f"{field}: model {name!r} can't serve it: {error}"
-            raise FailedPreconditionError(error.reason, message, model=name, method=method.kind) from error
-
-    def output_index(self, name: str, field: str) -> int:
-        """The index of the output with this name.
-
-        Raises:
-            NotFoundError: There is none.
-            InvalidArgumentError: Several outputs share the name.
-        """
-        matches = [index for index, known in enumerate(self.loaded.output_names) if known == name]
-        if not self.loaded.output_names:
-            last = self.loaded.output_count - 1
-            message = f"{field}: the outputs of model {self.loaded.name!r} have no names; ask by index, 0 to {last}"
-            raise NotFoundError("output", name, message)
-        if not matches:
-            similar = difflib.get_close_matches(name, self.loaded.output_names, n=3, cutoff=0.5)
-            similar += [known for known in self.loaded.output_names if name and name in known and known not in similar][
-                :3
-            ]
-            hint = f"; is it {' or '.join(map(repr, similar))}?" if similar else ""
-            raise NotFoundError(
-                "output", name, f"{field}: model {self.loaded.name!r} has no output named {name!r}{hint}"
-            )
-        if len(matches) > 1:
-            raise InvalidArgumentError(field, f"outputs {matches} are all named {name!r}; say which by index")
-        return matches[0]
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What requests are checked against."""
+        loaded, error = self.loaded, self.unsupported
+        if error is None:
+            explained = self.explainer.facts
+            refusals = {kind: refusal for (kind, variant), refusal in explained.refusals.items() if not variant}
+        else:
+            explained, refusals = None, dict.fromkeys(METHODS, Refusal(error.reason, str(error)))
+        return ModelFacts(
+            name=loaded.name,
+            architecture=loaded.architecture,
+            fingerprint=loaded.fingerprint,
+            task=loaded.task,
+            output_names=loaded.output_names,
+            output_count=loaded.output_count,
+            data_config=loaded.data_config,
+            explainer=explained,
+            refusals=refusals,
+            batches_with=(self.trunk_of or self).loaded.name,
+            resampled=loaded.resampled,
+            model_kwargs=loaded.model_kwargs,
+        )
 
     def compute(
         self, jobs: Sequence[Job], rest: Callable[[], None], models: Sequence[ServedModel] | None = None
@@ -258,7 +228,7 @@ class ServedModel:
         with self._engine_errors(), interruptible(rest):
             answers = evaluator.evaluate(samples)
         return [
-            InvalidArgumentError(f"sample.{answer.field}", answer.reason) if isinstance(answer, SampleError) else answer
+            InvalidArgumentError(answer.field, answer.reason) if isinstance(answer, SampleError) else answer
             for answer in answers
         ]
 
@@ -298,21 +268,9 @@ class ServedModel:
         except RuntimeError as lost:
             raise DeviceLostError(str(error)) from lost
 
-    def _ask(self) -> Iterator[tuple[str, Refusal]]:
-        """Every method that the engine refuses for this model."""
-        for kind, method in METHODS.items():
-            if self._explainer is None:
-                assert self.unsupported is not None
-                yield kind, Refusal(self.unsupported.reason, str(self.unsupported))
-                continue
-            try:
-                self._explainer.check(method())
-            except UnsupportedMethodError as error:
-                yield kind, Refusal(error.reason, str(error))
-
 
 class Catalog:
-    """All models of a server by name; the first is the default.
+    """All models of a server, to compute with; the first is the default.
 
     Args:
         models: At least one.
@@ -321,39 +279,44 @@ class Catalog:
 
     def __init__(self, models: Sequence[ServedModel], cache: TokenCache | None = None) -> None:
         self._models = {model.loaded.name: model for model in models}
-        self.default = models[0]
         self.cache = cache
         self._cores = _Cores(torch.get_num_threads())
+        self._evaluations: dict[EvaluationBucket, Evaluations] = {}
 
     def __iter__(self) -> Iterator[ServedModel]:
-        """The models, default first, then by name."""
-        rest = (model for model in self._models.values() if model is not self.default)
-        return iter([self.default, *sorted(rest, key=lambda model: model.loaded.name)])
+        """The models, in the order of the settings."""
+        return iter(self._models.values())
 
     def get(self, name: str) -> ServedModel:
-        """The model of this name; the default model for an empty name.
-
-        Raises:
-            NotFoundError: There is none.
-        """
-        if not name:
-            return self.default
-        if name not in self._models:
-            raise NotFoundError("model", name, f"there is no model {name!r}; the server has {', '.join(self._models)}")
+        """The model of this name, which there must be."""
         return self._models[name]
 
-    def bucket(self, model: ServedModel, input_size: tuple[int, int]) -> Bucket:
-        """Where an image of a model goes: into one batch with those of the models that share its trunk."""
-        return Bucket((model.trunk_of or model).loaded.name, input_size)
+    @property
+    def facts(self) -> Models:
+        """What requests are checked against."""
+        return Models([served.facts for served in self])
 
     def compute(self, bucket: Bucket, jobs: Sequence[Job], rest: Rest) -> list[Explanation | Exception]:
         """Explain one batch; called in a worker's thread."""
-        lead = self.get(bucket.model)
-        return lead.compute(jobs, self._sharing(rest), [self.get(job.model or bucket.model) for job in jobs])
+        models = [self.get(job.model or bucket.model) for job in jobs]
+        return self.get(bucket.model).compute(jobs, self._sharing(rest), models)
+
+    @contextmanager
+    def evaluation(self, bucket: EvaluationBucket) -> Iterator[Evaluations]:
+        """What measures the samples of a bucket, held as long as the block runs; equal buckets share it."""
+        held = self._evaluations.setdefault(bucket, Evaluations(self.get(bucket.model), bucket))
+        held.count += 1
+        try:
+            yield held
+        finally:
+            held.count -= 1
+            if not held.count:
+                del self._evaluations[bucket]
 
     def evaluate(self, bucket: EvaluationBucket, samples: Sequence[Sample], rest: Rest) -> list[Measured | Exception]:
-        """Measure one batch of samples; called in a worker's thread."""
-        return self.get(bucket.model).evaluate(bucket.evaluator, samples, self._sharing(rest))
+        """Measure one batch of samples, of an evaluation that is held; called in a worker's thread."""
+        evaluator = self._evaluations[bucket].evaluator()
+        return self.get(bucket.model).evaluate(evaluator, samples, self._sharing(rest))
 
     def _sharing(self, rest: Rest) -> Callable[[], None]:
         """Rest, and go on with the thread's share of the cores; called once now."""
@@ -363,6 +326,43 @@ class Catalog:
 
         rest_and_share()
         return rest_and_share
+
+
+class Evaluations:
+    """What measures the samples of a bucket, made when it is first asked for.
+
+    Args:
+        served: The model.
+        bucket: The bucket.
+
+    Attributes:
+        count: How many evaluations hold it.
+    """
+
+    def __init__(self, served: ServedModel, bucket: EvaluationBucket) -> None:
+        self.count = 0
+        self._served = served
+        self._bucket = bucket
+        self._lock = threading.Lock()
+        self._evaluator: Evaluator | None = None
+
+    def evaluator(self) -> Evaluator:
+        """What measures them; slow when it is made.
+
+        Raises:
+            UnsupportedMethodError: The model can't serve a method.
+            ValueError: A metric can't be had.
+        """
+        with self._lock:
+            if self._evaluator is None:
+                its = self._bucket
+                self._evaluator = Evaluator(self._served.explainer, its.protocol, input_size=its.input_size)
+            return self._evaluator
+
+    def facts(self) -> EvaluationFacts:
+        """What is known before the first sample; raises what `evaluator` raises."""
+        evaluator = self.evaluator()
+        return EvaluationFacts(evaluator.passes(), evaluator.required)
 
 
 class _Cores:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +17,12 @@ from PIL import Image
 from cdam_engine import mean_concept
 from cdam_engine.preprocess import Resize
 from cdam_server.concepts import check_fingerprint, store_errors
-from cdam_server.errors import (
-    InvalidArgumentError,
-    OverloadedError,
-    ServiceError,
-    UnavailableError,
-)
-from cdam_server.explain import Command, ExplainUseCase, check_vector
+from cdam_server.errors import InvalidArgumentError, OverloadedError, ServiceError, UnavailableError, within
+from cdam_server.facts import ModelFacts
 from cdam_server.identity import Recipe, digest_of_images, digest_of_import, digest_of_vector
-from cdam_server.models import Catalog, ServedModel
+from cdam_server.images import Images, Picture
+from cdam_server.places import Places
+from cdam_server.resolve import Resolver, check_vector
 from cdam_server.scheduling import Room
 from cdam_server.store import (
     ConceptStore,
@@ -117,22 +112,19 @@ class RegisterUseCase:
     """Registers concepts.
 
     Args:
-        catalog: The models.
+        resolver: Resolves what orders name.
         store: Where concepts are kept.
-        explain: Explains an image: without targets and methods, all that it finds is the latent.
+        images: Embeds images.
         room: For the images in work, those of all callers.
         most: Registrations at once; a single caller has a quarter of them at most.
     """
 
-    def __init__(
-        self, catalog: Catalog, store: ConceptStore, explain: ExplainUseCase, room: Room, *, most: int
-    ) -> None:
-        self._catalog = catalog
+    def __init__(self, resolver: Resolver, store: ConceptStore, images: Images, room: Room, *, most: int) -> None:
+        self._resolver = resolver
         self._store = store
-        self._explain = explain
+        self._images = images
         self._room = room
-        self._most = most
-        self._under_way: Counter[str] = Counter()
+        self._places = Places(most, "registrations", _RETRY_AFTER_SECONDS)
 
     async def __call__(
         self, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
@@ -146,43 +138,34 @@ class RegisterUseCase:
         Raises:
             ServiceError: The request is wrong, or can't be served now.
         """
-        with self._place(order):
+        with self._places.take(order.caller), self._memory(order.bytes):
             return await self._register(order, images)
 
     @contextmanager
-    def _place(self, order: Order) -> Iterator[None]:
-        """One of the places for registrations, and memory for what it holds."""
-        caller = order.caller
-        own = self._under_way[caller]
-        if own >= math.ceil(self._most / 4):
-            raise OverloadedError(f"{own} registrations of yours are under way", _RETRY_AFTER_SECONDS)
-        if self._under_way.total() >= self._most:
-            raise OverloadedError("too many registrations are under way", _RETRY_AFTER_SECONDS)
-        if not self._room.try_take(order.bytes):
+    def _memory(self, held: int) -> Iterator[None]:
+        if not self._room.try_take(held):
             raise OverloadedError("there is no memory for it now", _RETRY_AFTER_SECONDS)
-        self._under_way[caller] += 1
         try:
             yield
         finally:
-            self._room.give_back(order.bytes)
-            self._under_way[caller] -= 1
-            if not self._under_way[caller]:
-                del self._under_way[caller]
+            self._room.give_back(held)
 
     async def _register(
         self, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
     ) -> tuple[StoredConcept, bool]:
-        served = self._catalog.get(order.model)
+        models = self._resolver.models
+        model = models.get(order.model)
         if order.model_fingerprint:
-            check_fingerprint(self._catalog, served, order.model_fingerprint, "spec.model_fingerprint: this concept")
+            with within("model_fingerprint"):
+                check_fingerprint(models, model, order.model_fingerprint, "this concept")
         if order.vector is None:
-            content = await self._content_of_images(served, order, images)
+            content = await self._content_of_images(model, order, images)
         else:
             async for _ in _each(images):
-                raise InvalidArgumentError("spec.vector", "stands for images; send either")
-            content = await self._content_of_vector(served, order, order.vector)
+                raise InvalidArgumentError("vector", "stands for images; send either")
+            content = await self._content_of_vector(model, order, order.vector)
         registration = Registration(
-            model=served.loaded.name,
+            model=model.name,
             name=order.name,
             content=content,
             description=order.description,
@@ -193,20 +176,17 @@ class RegisterUseCase:
         with store_errors():
             return await self._store.register(registration)
 
-    def _recipe(self, served: ServedModel, order: Order) -> Recipe:
-        size = self._explain.input_size(served, order.input_size, "spec.preprocessing.input_size")
-        return Recipe(served.loaded.fingerprint, order.resize, size)
-
-    async def _content_of_vector(self, served: ServedModel, order: Order, vector: ReadyVector) -> Content:
+    async def _content_of_vector(self, model: ModelFacts, order: Order, vector: ReadyVector) -> Content:
         """What is said about a vector's images can't be checked; so its id covers all that is said, and is not theirs.
 
         Only where those images were seen, and gave this vector, it is the concept that they made.
         """
-        check_vector(served, vector.values, "spec.vector", needs_direction=True)
+        check_vector(model, vector.values, needs_direction=True)
         if not vector.examples:
-            recipe, digest = Recipe(served.loaded.fingerprint), digest_of_vector(vector.values)
+            recipe, digest = Recipe(model.fingerprint), digest_of_vector(vector.values)
             return Content(_facts(recipe, digest, (), ()), vector.values)
-        recipe, sides = self._recipe(served, order), (vector.examples, vector.negatives)
+        size = self._resolver.input_size(model, order.input_size)
+        recipe, sides = Recipe(model.fingerprint, order.resize, size), (vector.examples, vector.negatives)
         with store_errors():
             seen = await self._store.by_id(recipe.concept_id(_digest_of_images(*sides)))
         if seen is not None and _close(vector.values, seen.content.vector):
@@ -216,17 +196,19 @@ class RegisterUseCase:
         return Content(_facts(recipe, digest, *sides, imported=True), vector.values, *sides)
 
     async def _content_of_images(
-        self, served: ServedModel, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
+        self, model: ModelFacts, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
     ) -> Content:
-        recipe = self._recipe(served, order)
+        size = self._resolver.input_size(model, order.input_size)
+        recipe = Recipe(model.fingerprint, order.resize, size)
         if isinstance(images, Sequence):
-            known = await self._known(served, order, recipe, images)
+            known = await self._known(model, order, recipe, images)
             if known is not None:
                 return known
-        return _formed(recipe, await self._embed(served, order, images))
+        embedding = _Embedding(self._images, self._room, model, order, size)
+        return _formed(recipe, await embedding.all_of(images))
 
     async def _known(
-        self, served: ServedModel, order: Order, recipe: Recipe, images: Sequence[ExampleImage]
+        self, model: ModelFacts, order: Order, recipe: Recipe, images: Sequence[ExampleImage]
     ) -> Content | None:
         """The content, if it is stored; a registration that must fail fails here, before anything is computed."""
         digests = await asyncio.to_thread(lambda: [(image.negative, image.digest()) for image in images])
@@ -236,31 +218,13 @@ class RegisterUseCase:
             found = await self._store.by_id(recipe.concept_id(digest_of_images(examples, negatives)))
             if found is not None:
                 return found.content
-            newest = await self._store.newest(served.loaded.name, order.name)
+            newest = await self._store.newest(model.name, order.name)
             current = newest.number if newest else 0
             if order.expected_version not in {None, current}:
                 raise VersionMismatchError(current)
             if newest and not order.replace:
                 raise NameTakenError(newest)
         return None
-
-    async def _embed(
-        self, served: ServedModel, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
-    ) -> list[_Embedded]:
-        """The images' latents, in the images' order; at most `_WINDOW` are in work, and only they are held."""
-        embedding = _Embedding(self._explain, self._room, served, order)
-        failure: BaseException | None = None
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                count = 0
-                async for image in _each(images):
-                    await embedding.begin(tasks, count, image)
-                    count += 1
-        except* ServiceError as group:
-            failure = _first(group)
-        if failure is not None:
-            raise failure
-        return [embedding.done[position] for position in sorted(embedding.done)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,16 +239,38 @@ class _Embedded:
 class _Embedding:
     """The images of one registration on their way."""
 
-    def __init__(self, explain: ExplainUseCase, room: Room, served: ServedModel, order: Order) -> None:
-        self.done: dict[int, _Embedded] = {}
-        self._explain = explain
+    def __init__(
+        self, images: Images, room: Room, model: ModelFacts, order: Order, input_size: tuple[int, int]
+    ) -> None:
+        self._done: dict[int, _Embedded] = {}
+        self._images = images
         self._room = room
-        self._served = served
+        self._model = model
+        self._input_size = input_size
         self._order = order
         self._slots = asyncio.Semaphore(_WINDOW)
         self._deadline = None if order.timeout is None else monotonic() + order.timeout
 
-    async def begin(self, tasks: asyncio.TaskGroup, position: int, image: ExampleImage) -> None:
+    async def all_of(self, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]) -> list[_Embedded]:
+        """Embed images, in their order; at most `_WINDOW` are in work, and only they are held.
+
+        Raises:
+            ServiceError: One can't be embedded.
+        """
+        failure: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                count = 0
+                async for image in _each(images):
+                    await self._begin(tasks, count, image)
+                    count += 1
+        except* ServiceError as group:
+            failure = _first(group)
+        if failure is not None:
+            raise failure
+        return [self._done[position] for position in sorted(self._done)]
+
+    async def _begin(self, tasks: asyncio.TaskGroup, position: int, image: ExampleImage) -> None:
         """Start with an image as soon as there is room for it."""
         await self._slots.acquire()
         await self._room.take(image.bytes)
@@ -298,13 +284,13 @@ class _Embedding:
 
     async def _embed(self, position: int, image: ExampleImage) -> None:
         latent = await self._latent(position, image)
-        self.done[position] = _Embedded(image.negative, await asyncio.to_thread(image.digest), latent)
+        self._done[position] = _Embedded(image.negative, await asyncio.to_thread(image.digest), latent)
 
     async def _latent(self, position: int, image: ExampleImage) -> NDArray[np.floating]:
         """Wait while the queue is full; but a registration whose first image finds no room is refused at once."""
         while True:
             try:
-                return (await self._explain(self._command(image))).done.answer.latent
+                return await self._images.embed(self._model, self._picture(image), self._input_size)
             except UnavailableError:
                 raise
             except OverloadedError as full:
@@ -313,16 +299,11 @@ class _Embedding:
                 # Each for a time of its own, so that they don't all come back at once.
                 await asyncio.sleep(min(full.retry_after, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.5))  # noqa: S311
 
-    def _command(self, image: ExampleImage) -> Command:
-        return Command(
-            model=self._served.loaded.name,
-            open_image=image.open_image,
-            targets=(),
-            methods=(),
+    def _picture(self, image: ExampleImage) -> Picture:
+        return Picture(
+            open=image.open_image,
             resize=self._order.resize,
-            input_size=self._order.input_size,
             timeout=None if self._deadline is None else max(0.0, self._deadline - monotonic()),
-            rank=0,
             caller=self._order.caller,
             bytes=image.bytes,
         )

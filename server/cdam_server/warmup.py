@@ -11,9 +11,10 @@ import numpy as np
 import structlog
 import torch
 
-from cdam_engine import Cdam, Concept, Explanation, TopK
-from cdam_server.models import Bucket, Catalog, Job, NonFiniteError, ServedModel
+from cdam_engine import Cdam, Concept, TopK
+from cdam_server.models import Catalog, NonFiniteError, ServedModel
 from cdam_server.scheduling import DeviceLostError, Scheduler, Terms, TooLargeError
+from cdam_server.work import ExplainWork, Works
 
 # On a CPU a second batch teaches how time grows with size; more than this it need not take. A GPU gets the largest batch
 # there may be, because that shows what fits into its memory.
@@ -21,7 +22,7 @@ _SECONDS: Final = 2.0
 _log = structlog.get_logger("cdam.server")
 
 
-async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanation], largest: int) -> None:
+async def warm_up(catalog: Catalog, scheduler: Scheduler, largest: int) -> None:
     """Compute batches of all models, of those that share a trunk for the first alone: a single image, then several.
 
     Args:
@@ -32,13 +33,14 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanatio
     Raises:
         ValueError: A model can't be used, or not be compiled.
     """
+    works = Works(catalog, telemetry=None)  # these batches are nobody's requests
     models = [served for served in catalog if served.unsupported is None and served.trunk_of is None]
     for number, served in enumerate(models, 1):
         name = served.loaded.name
         _log.info("warming up", model=name, number=number, of=len(models), compiled=bool(served.compiled_batch_sizes))
         started = perf_counter()
         try:
-            await _warm(served, scheduler, largest)
+            await _warm(served, scheduler, works, largest)
         except (NonFiniteError, DeviceLostError) as error:
             raise ValueError(f"model {name!r} can't be used: {error}") from error
         except TooLargeError as error:
@@ -53,26 +55,26 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanatio
         _log.info("warm", model=name, number=number, of=len(models), seconds=round(perf_counter() - started, 3))
 
 
-async def _warm(served: ServedModel, scheduler: Scheduler[Bucket, Job, Explanation], largest: int) -> None:
+async def _warm(served: ServedModel, scheduler: Scheduler, works: Works, largest: int) -> None:
     """The batches of one model."""
     if served.compiled_batch_sizes:
         for size in served.compiled_batch_sizes:
-            await _batch(served, scheduler, size)
+            await _batch(served, scheduler, works, size)
         return
-    seconds = await _batch(served, scheduler, 1)
+    seconds = await _batch(served, scheduler, works, 1)
     if largest > 1:
         on_cpu = next(served.loaded.module.parameters()).device.type == "cpu"
-        await _batch(served, scheduler, min(largest, max(2, int(_SECONDS / seconds))) if on_cpu else largest)
+        await _batch(served, scheduler, works, min(largest, max(2, int(_SECONDS / seconds))) if on_cpu else largest)
 
 
-async def _batch(served: ServedModel, scheduler: Scheduler[Bucket, Job, Explanation], size: int) -> float:
+async def _batch(served: ServedModel, scheduler: Scheduler, works: Works, size: int) -> float:
     """Compute one batch, and say so.
 
     Returns:
         The seconds that it took.
     """
     started = perf_counter()
-    await scheduler.submit_all(list(_jobs(served, size)))
+    await scheduler.submit_all(list(_works(served, works, size)))
     seconds = perf_counter() - started
     _log.info(
         "warmed",
@@ -84,14 +86,12 @@ async def _batch(served: ServedModel, scheduler: Scheduler[Bucket, Job, Explanat
     return seconds
 
 
-def _jobs(served: ServedModel, count: int) -> Iterator[tuple[Terms[Bucket], Job]]:
-    """Jobs with pictures of noise, none like the other: equal ones would be computed once."""
-    height, width = served.loaded.data_config.input_size
-    bucket = Bucket(served.loaded.name, (height, width))
-    noise = np.random.default_rng(count).integers(
-        0, 256, (count, height, width, served.loaded.data_config.channels), np.uint8
-    )
-    has_outputs = served.loaded.output_count > 0
-    target = TopK(1) if has_outputs else Concept(torch.ones(served.explainer.vit.latent_size))
+def _works(served: ServedModel, works: Works, count: int) -> Iterator[tuple[Terms, ExplainWork]]:
+    """Work on pictures of noise, none like the other: equal ones would be computed once."""
+    facts = served.facts
+    height, width = facts.data_config.input_size
+    noise = np.random.default_rng(count).integers(0, 256, (count, height, width, facts.data_config.channels), np.uint8)
+    target = TopK(1) if facts.output_count else Concept(torch.ones(facts.explained.latent_size))
     for number, pixels in enumerate(noise):  # a caller for each, since one alone may not fill the queue
-        yield Terms(bucket, caller=f"warm-up {number}"), Job(pixels, (target,), (Cdam(),))
+        terms = Terms(works.bucket(facts, (height, width)), caller=f"warm-up {number}")
+        yield terms, works.explain(facts, pixels, (target,), (Cdam(),))

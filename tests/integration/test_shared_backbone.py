@@ -19,6 +19,7 @@ from cdam_server.bootstrap import load_catalog
 from cdam_server.config import Settings
 from cdam_server.loading import share_weights
 from cdam_server.models import Catalog, Job
+from cdam_server.work import Works
 from processes import serving
 
 SHAPE: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
@@ -80,9 +81,9 @@ def test_one_batch_serves_all_heads(catalog: Catalog) -> None:
     catalog.get("malignancy").loaded.module.blocks[0].register_forward_hook(
         lambda _module, given, _out: sizes.append(len(given[0]))
     )
-    buckets = {catalog.bucket(catalog.get(name), (32, 32)) for name in HEADS}
+    buckets = {Works.bucket(catalog.get(name).facts, (32, 32)) for name in HEADS}
     assert len(buckets) == 1
-    assert catalog.bucket(catalog.get("other"), (32, 32)) not in buckets
+    assert Works.bucket(catalog.get("other").facts, (32, 32)) not in buckets
     jobs = [
         Job(pictures[place], (Output(1),), (Cdam(),), name)
         for place, name in enumerate(["biomarkers", "malignancy", "type"])

@@ -15,6 +15,7 @@ from cdam_engine import Attention, Cdam, Concept, Explanation, IntegratedCdam, O
 from cdam_server.errors import FailedPreconditionError
 from cdam_server.loading import ModelSpec, load_model
 from cdam_server.models import Job, NonFiniteError, ServedModel
+from cdam_server.resolve import resolve_method, resolve_methods
 from cdam_server.scheduling import TooLargeError
 
 METHODS = (Cdam(parts=True), SmoothCdam(samples=2), IntegratedCdam(steps=2))
@@ -91,8 +92,8 @@ def test_memory_that_runs_out_is_told(served: ServedModel, monkeypatch: pytest.M
 
 def test_methods_that_it_cannot_serve_are_refused(served: ServedModel) -> None:
     """Its attention is the difference of two: there are no weights to show, nor to hold constant."""
-    assert not served.refusals
-    served.check_method(Cdam(parts=True), "methods[0].cdam")
+    assert not served.facts.refusals
+    resolve_method(served.facts, Cdam(parts=True))
     kwargs: dict[str, JsonValue] = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}
     other = ServedModel(
         load_model(
@@ -105,10 +106,10 @@ def test_methods_that_it_cannot_serve_are_refused(served: ServedModel) -> None:
             )
         )
     )
-    assert other.refusals["attention"].reason == "UNKNOWN_ATTENTION"
-    other.check_method(Cdam(), "methods[0].cdam")
+    assert other.facts.refusals["attention"].reason == "UNKNOWN_ATTENTION"
+    resolve_method(other.facts, Cdam())
     for method in (Cdam(parts=True), Attention()):
-        with pytest.raises(FailedPreconditionError, match=r"^methods\[0\]\.x: model 'dwee'.*DiffAttention") as refused:
-            other.check_method(method, "methods[0].x")
+        with pytest.raises(FailedPreconditionError, match=r"^methods\[0\]\.\w+: model 'dwee'.*DiffAttention") as refused:
+            resolve_methods(other.facts, [method])
         assert refused.value.reason == "UNKNOWN_ATTENTION"
         assert refused.value.metadata == {"model": "dwee", "method": method.kind}

@@ -9,7 +9,6 @@ from typing import Any, Final
 from uuid import uuid4
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cdam.v1 import common_pb2, explain_pb2, method_pb2, target_pb2
@@ -37,7 +36,9 @@ from cdam_engine.preprocess import Resize
 from cdam_engine.targets import Similarity
 from cdam_server.concepts import ConceptId, ConceptName
 from cdam_server.errors import InvalidArgumentError
-from cdam_server.explain import Command, ConceptSelected, ContrastNamed, OutputNamed, Side, Wanted
+from cdam_server.explain import Command
+from cdam_server.images import Picture
+from cdam_server.resolve import ConceptSelected, ContrastNamed, OutputNamed, Side, Wanted
 from cdam_server.rpc.images import ImageLimits, decode_image
 
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{0,128}")
@@ -109,15 +110,17 @@ def explain_command(request: explain_pb2.ExplainRequest, limits: Limits, timeout
     methods = _methods(request, limits)
     return Command(
         model=request.model,
-        open_image=partial(decode_image, request.image, limits.image),
+        picture=Picture(
+            open=partial(decode_image, request.image, limits.image),
+            resize=resize(request.preprocessing, "preprocessing"),
+            timeout=timeout,
+            rank=_RANK[request.priority],
+            caller=caller,
+            bytes=request.ByteSize(),
+        ),
         targets=_targets(request, limits, methods),
         methods=methods,
-        resize=resize(request.preprocessing, "preprocessing"),
         input_size=input_size(request.preprocessing),
-        timeout=timeout,
-        rank=_RANK[request.priority],
-        caller=caller,
-        bytes=request.ByteSize(),
     )
 
 
@@ -208,7 +211,7 @@ def _concept(concept: target_pb2.ConceptTarget, field: str) -> Concept | Concept
     match concept.WhichOneof("selector"):
         case "vector":
             vector = float_vector(concept.vector, f"{field}.vector")
-            return Concept(torch.from_numpy(vector), similarity)
+            return Concept.of(vector, similarity)
         case "name":
             return ConceptSelected(ConceptName(concept_name(concept.name, f"{field}.name")), similarity)
         case "id":

@@ -30,7 +30,7 @@ from cdam_engine.evaluation import (
 )
 from cdam_server.errors import InvalidArgumentError
 from cdam_server.evaluate import Plan, SampleOrder
-from cdam_server.explain import WantedScalar
+from cdam_server.resolve import WantedScalar
 from cdam_server.rpc.decode import Limits, check_name, decode_method, decode_target, input_size, resize
 from cdam_server.rpc.images import ImageLimits, decode_image, decode_mask
 
@@ -133,7 +133,7 @@ def sample(message: evaluation_pb2.EvaluationSample, limits: Limits) -> SampleOr
             raise InvalidArgumentError(f"sample.{name}", "is required")
     return SampleOrder(
         id=sample_id,
-        open_image=partial(decode_image, message.image, limits.image, "sample.image"),
+        open_image=partial(decode_image, message.image, limits.image),
         target=_target(message, "target"),
         wrong_target=_target(message, "wrong_target") if message.HasField("wrong_target") else None,
         open_mask=_opener(message, "mask", decode_mask, limits.image),
@@ -145,7 +145,7 @@ def sample(message: evaluation_pb2.EvaluationSample, limits: Limits) -> SampleOr
 def _opener(
     message: Any, name: str, decode: Callable[[common_pb2.Image, ImageLimits, str], Image.Image], limits: ImageLimits
 ) -> Callable[[], Image.Image] | None:
-    return partial(decode, getattr(message, name), limits, f"sample.{name}") if message.HasField(name) else None
+    return partial(decode, getattr(message, name), limits, name) if message.HasField(name) else None
 
 
 def _target(message: evaluation_pb2.EvaluationSample, name: str) -> WantedScalar:

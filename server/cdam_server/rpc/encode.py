@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from cdam.v1 import common_pb2, concept_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
 from cdam_engine import Concept, Contrast, ExplainedTarget, Output, Readout, RelevanceMap
 from cdam_engine.preprocess import DataConfig, Prepared
-from cdam_server.explain import Explained, RegisteredConcept
-from cdam_server.loading import Task
-from cdam_server.models import ServedModel
+from cdam_server.explain import Explained
+from cdam_server.facts import ModelFacts
+from cdam_server.resolve import RegisteredConcept
+from cdam_server.specs import Task
 from cdam_server.store import Example, StoredConcept, Version
 
 _TASK = {
@@ -40,14 +41,15 @@ _SIMILARITY = {
 
 def explain_response(explained: Explained, request_id: str, total_seconds: float) -> explain_pb2.ExplainResponse:
     """The answer to an Explain request."""
-    explanation, done, loaded = explained.done.answer, explained.done, explained.model.loaded
+    model, answered = explained.model, explained.answered
+    explanation, done, prepared = answered.done.answer, answered.done, answered.prepared
     return explain_pb2.ExplainResponse(
         request_id=request_id,
-        model=loaded.name,
-        model_fingerprint=loaded.fingerprint,
-        geometry=_geometry(explained.prepared, explanation.grid, explained.model.explainer.vit.patch_size),
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        geometry=_geometry(prepared, explanation.grid, model.explained.sizes.patch_size),
         timing=explain_pb2.Timing(
-            decode=duration(explained.decode_seconds),
+            decode=duration(answered.decode_seconds),
             queue=duration(done.queue_seconds),
             trunk=duration(explanation.trunk_seconds),
             tail=duration(explanation.tail_seconds),
@@ -58,39 +60,37 @@ def explain_response(explained: Explained, request_id: str, total_seconds: float
         maps=[_map(relevance) for relevance in explanation.maps],
         token_cache_hit=explanation.token_cache_hit,
         preprocessing=explain_pb2.AppliedPreprocessing(
-            resize_mode=_RESIZE[explained.prepared.resize],
-            input_size=size(explained.prepared.input_size),
-            model_input=_model_input(loaded.data_config),
+            resize_mode=_RESIZE[prepared.resize],
+            input_size=size(prepared.input_size),
+            model_input=_model_input(model.data_config),
         ),
     )
 
 
-def model(served: ServedModel, *, is_default: bool) -> model_pb2.Model:
+def model(facts: ModelFacts, *, is_default: bool) -> model_pb2.Model:
     """A model's description."""
-    loaded = served.loaded
     message = model_pb2.Model(
-        name=loaded.name,
+        name=facts.name,
         is_default=is_default,
-        architecture=loaded.architecture,
-        fingerprint=loaded.fingerprint,
-        task=_TASK[loaded.task],
-        output_names=loaded.output_names,
-        output_count=loaded.output_count,
-        input_size=size(loaded.data_config.input_size),
-        methods=_methods(served),
-        input=_model_input(loaded.data_config),
-        resampled=loaded.resampled,
+        architecture=facts.architecture,
+        fingerprint=facts.fingerprint,
+        task=_TASK[facts.task],
+        output_names=facts.output_names,
+        output_count=facts.output_count,
+        input_size=size(facts.data_config.input_size),
+        methods=_methods(facts),
+        input=_model_input(facts.data_config),
+        resampled=facts.resampled,
     )
-    message.model_kwargs.update(json.loads(json.dumps(dict(loaded.model_kwargs))))  # a Struct takes lists, no tuples
-    if served.unsupported is None:
-        vit = served.explainer.vit
-        message.precision = _PRECISION[served.explainer.precision]
-        message.flexible_input_size = vit.flexible_input_size
-        message.patch_size.CopyFrom(size(vit.patch_size))
-        message.patch_grid.CopyFrom(size(vit.grid(loaded.data_config.input_size)))
-        message.prefix_tokens = vit.num_prefix_tokens
-        message.latent_size = vit.latent_size
-        message.readout = _READOUT[vit.readout]
+    message.model_kwargs.update(json.loads(json.dumps(dict(facts.model_kwargs))))  # a Struct takes lists, no tuples
+    if (explained := facts.explainer) is not None:
+        message.precision = _PRECISION[explained.precision]
+        message.flexible_input_size = explained.sizes.flexible
+        message.patch_size.CopyFrom(size(explained.sizes.patch_size))
+        message.patch_grid.CopyFrom(size(explained.sizes.grid(facts.data_config.input_size)))
+        message.prefix_tokens = explained.prefix_tokens
+        message.latent_size = explained.latent_size
+        message.readout = _READOUT[explained.readout]
     return message
 
 
@@ -145,10 +145,10 @@ def _model_input(config: DataConfig) -> common_pb2.ModelInput:
     )
 
 
-def _methods(served: ServedModel) -> list[model_pb2.MethodSupport]:
+def _methods(facts: ModelFacts) -> list[model_pb2.MethodSupport]:
     support = []
     for field in method_pb2.Method.DESCRIPTOR.fields:
-        refusal = served.refusals.get(field.name)
+        refusal = facts.refusals.get(field.name)
         support.append(
             model_pb2.MethodSupport(
                 method=method_pb2.MethodKind.Value(f"METHOD_KIND_{field.name.upper()}"),
@@ -165,7 +165,7 @@ def _explained_target(explained: Explained, item: ExplainedTarget) -> explain_pb
         target=_target(item.target),
         request_index=item.request_index,
         output_index=index,
-        label=_label(item.target, explained.model.loaded.output_names),
+        label=_label(item.target, explained.model.output_names),
         value=item.value,
         probability=None if index is None or probabilities is None else float(probabilities[index]),
     )

@@ -65,9 +65,9 @@ def started(evaluation: Evaluation, expected_samples: int) -> evaluation_pb2.Eva
         evaluation: The evaluation.
         expected_samples: As the request says.
     """
-    protocol, loaded = evaluation.protocol, evaluation.model.loaded
+    protocol, model = evaluation.protocol, evaluation.model
     message = evaluation_pb2.EvaluationProtocol(
-        model=loaded.name,
+        model=model.name,
         methods=map(_evaluated, protocol.methods),
         metrics=map(_metric, protocol.metrics),
         seed=protocol.seed,
@@ -77,7 +77,7 @@ def started(evaluation: Evaluation, expected_samples: int) -> evaluation_pb2.Eva
     )
     return evaluation_pb2.EvaluateResponse(
         started=evaluation_pb2.EvaluationStarted(
-            model=loaded.name, model_fingerprint=loaded.fingerprint, protocol=message
+            model=model.name, model_fingerprint=model.fingerprint, protocol=message
         )
     )
 

@@ -14,7 +14,7 @@ import structlog
 from cdam.v1 import common_pb2, evaluation_pb2
 from cdam_engine.evaluation import Anchor
 from cdam_server.evaluate import Evaluation
-from cdam_server.rpc import decode_evaluation, encode_evaluation
+from cdam_server.rpc import decode_evaluation, encode_evaluation, fields
 from cdam_server.rpc.decode import Limits
 from cdam_server.rpc.encode import duration
 from cdam_server.rpc.stream import Exchange, StreamServer
@@ -55,7 +55,7 @@ class EvaluationStream:
         """
         evaluation, protocol = self._evaluation, self._evaluation.protocol
         structlog.contextvars.bind_contextvars(
-            model=evaluation.model.loaded.name,
+            model=evaluation.model.name,
             methods=[method.value if isinstance(method, Anchor) else method.kind for method in protocol.methods],
             metrics=[metric.kind for metric in protocol.metrics],
         )
@@ -80,7 +80,9 @@ class EvaluationStream:
 
     async def _answer(self, message: evaluation_pb2.EvaluationSample) -> evaluation_pb2.EvaluateResponse:
         order = decode_evaluation.sample(message, self._limits)
-        return encode_evaluation.measured(order.id, await self._evaluation.measure(order))
+        with fields.named(fields.of_sample):
+            measured = await self._evaluation.measure(order)
+        return encode_evaluation.measured(order.id, measured)
 
     def _failure(self, sample_id: str, error: common_pb2.ItemError) -> evaluation_pb2.EvaluateResponse:
         self._evaluation.failed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from time import perf_counter
 from typing import Any, TypeAlias
 
@@ -15,8 +16,9 @@ from cdam_server.concepts import ConceptUseCase
 from cdam_server.errors import InvalidArgumentError
 from cdam_server.evaluate import EvaluateUseCase
 from cdam_server.explain import ExplainUseCase
+from cdam_server.facts import Models
 from cdam_server.registration import RegisterUseCase
-from cdam_server.rpc import decode, decode_concepts, decode_evaluation, encode
+from cdam_server.rpc import decode, decode_concepts, decode_evaluation, encode, fields
 from cdam_server.rpc.caller import identity
 from cdam_server.rpc.evaluation import EvaluationStream
 from cdam_server.rpc.stream import Exchange, StreamServer
@@ -29,6 +31,7 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
     """`cdam.v1.ExplainerService`.
 
     Args:
+        models: The models.
         explain: The Explain use case.
         concepts: What can be done with concepts that are stored.
         register: The ConceptRegister use case.
@@ -40,6 +43,7 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
 
     def __init__(
         self,
+        models: Models,
         explain: ExplainUseCase,
         concepts: ConceptUseCase,
         register: RegisterUseCase,
@@ -48,6 +52,7 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         streams: StreamServer,
         evaluations: StreamServer,
     ) -> None:
+        self._models = models
         self._explain = explain
         self._concepts = concepts
         self._register = register
@@ -81,10 +86,11 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         request_id = decode.request_id(request)
         structlog.contextvars.bind_contextvars(request_id=request_id)
         command = decode.explain_command(request, self._limits, context.time_remaining(), identity(context))
-        model = command.model or self._explain.catalog.default.loaded.name
+        model = command.model or self._models.default.name
         methods = [method.kind for method in command.methods]
         structlog.contextvars.bind_contextvars(model=model, targets=len(command.targets), methods=methods)
-        explained = await self._explain(command)
+        with fields.named(fields.of_explain):
+            explained = await self._explain(command)
         return encode.explain_response(explained, request_id, perf_counter() - started)
 
     async def ListModels(
@@ -95,8 +101,7 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         """List the models, a page at a time; a page's token is the index of its first model."""
         if not _PAGE_TOKEN.fullmatch(request.page_token):
             raise InvalidArgumentError("page_token", "is not one that this server gave out")
-        catalog = self._explain.catalog
-        models = [encode.model(served, is_default=served is catalog.default) for served in catalog]
+        models = [encode.model(model, is_default=model is self._models.default) for model in self._models]
         first = int(request.page_token or 0)
         last = first + (request.page_size or len(models))
         return model_pb2.ListModelsResponse(
@@ -110,9 +115,8 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
     ) -> model_pb2.GetModelResponse:
         """Describe one model."""
         decode.check_name(request.name, "name")
-        catalog = self._explain.catalog
-        served = catalog.get(request.name)
-        return model_pb2.GetModelResponse(model=encode.model(served, is_default=served is catalog.default))
+        model = self._models.get(request.name)
+        return model_pb2.GetModelResponse(model=encode.model(model, is_default=model is self._models.default))
 
     async def ConceptRegister(
         self, request: concept_pb2.ConceptRegisterRequest, context: _Context
@@ -120,7 +124,9 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         """Register a concept from the images, or the vector, of one message."""
         caller, held = identity(context), request.ByteSize()
         order = decode_concepts.order(request.spec, self._limits, context.time_remaining(), caller, held)
-        stored, created = await self._register(order, decode_concepts.images(request, self._limits))
+        images = decode_concepts.images(request, self._limits)
+        with fields.named(fields.of_registration):
+            stored, created = await self._register(order, images)
         return concept_pb2.ConceptRegisterResponse(concept=encode.concept(stored), created=created)
 
     async def ConceptRegisterStream(
@@ -135,7 +141,8 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
             raise InvalidArgumentError("spec", "is required, in the first message")
         order = decode_concepts.order(first.spec, self._limits, context.time_remaining(), identity(context))
         images = decode_concepts.streamed_images(requests, self._limits)
-        stored, created = await self._register(order, images)
+        with fields.named(fields.of_registration):
+            stored, created = await self._register(order, images)
         return concept_pb2.ConceptRegisterStreamResponse(concept=encode.concept(stored), created=created)
 
     async def GetConcept(
@@ -151,9 +158,10 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         """List concepts, a page at a time."""
         decode.check_name(request.model, "model")
         labels = decode_concepts.labels(request.labels, "labels")
-        page = await self._concepts.page(
-            model=request.model, labels=labels, size=request.page_size, token=request.page_token
-        )
+        with fields.named(fields.of_page):
+            page = await self._concepts.page(
+                model=request.model, labels=labels, size=request.page_size, token=request.page_token
+            )
         concepts = map(encode.concept_version, page.versions)
         return concept_pb2.ListConceptsResponse(concepts=concepts, next_page_token=page.next_token)
 
@@ -172,7 +180,9 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         if first is None or first.WhichOneof("payload") != "protocol":
             raise InvalidArgumentError("protocol", "is required, in the first message")
         plan = decode_evaluation.plan(first.protocol, self._limits, identity(context))
-        async with self._evaluate.begin(plan) as evaluation:
+        async with AsyncExitStack() as stack:
+            with fields.named(fields.of_protocol):
+                evaluation = await stack.enter_async_context(self._evaluate.begin(plan))
             stream = EvaluationStream(evaluation, context.write, self._limits, first.protocol.expected_samples)
             await stream.serve(request_iterator, self._evaluations)
         return
