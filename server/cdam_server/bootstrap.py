@@ -5,11 +5,12 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
-from time import monotonic, perf_counter
-from typing import Any
+from time import monotonic
+from typing import Generic, TypeVar
 
 import grpc
 import structlog
@@ -37,7 +38,7 @@ from cdam_server.rpc.images import ImageLimits
 from cdam_server.rpc.interceptors import RequestInterceptor
 from cdam_server.rpc.servicer import ExplainerServicer
 from cdam_server.rpc.stream import StreamServer
-from cdam_server.scheduling import Bounds, Pool, Rest, Room, Scheduler
+from cdam_server.scheduling import Answer, Bounds, Computed, Pool, Rest, Room, Scheduler, Work
 from cdam_server.specs import check_files
 from cdam_server.store import ConceptStore
 from cdam_server.store.cache import CachedStore
@@ -65,6 +66,31 @@ _log = structlog.get_logger("cdam.server")
 
 class ServerFailedError(Exception):
     """Nothing can be computed any more: only a new process helps."""
+
+
+_Bucket = TypeVar("_Bucket", bound=Hashable)
+_Job = TypeVar("_Job")
+
+
+@dataclass(frozen=True, eq=False)
+class _Call(Generic[_Bucket, _Job, Answer]):
+    """Work that is done by functions of a bucket and its jobs."""
+
+    bucket: _Bucket
+    job: _Job
+    compute: Callable[[_Bucket, Sequence[_Job], Rest], Sequence[Answer | Exception]]
+    count: Callable[[_Bucket, Sequence[_Job], Sequence[Answer | Exception], Computed], None]
+
+    def run(self, batch: Sequence["_Call[_Bucket, _Job, Answer]"], rest: Rest) -> Sequence[Answer | Exception]:
+        return self.compute(self.bucket, [its.job for its in batch], rest)
+
+    def book(
+        self,
+        batch: Sequence["_Call[_Bucket, _Job, Answer]"],
+        answers: Sequence[Answer | Exception],
+        computed: Computed,
+    ) -> None:
+        self.count(self.bucket, [its.job for its in batch], answers, computed)
 
 
 class Application:
@@ -102,8 +128,7 @@ class Application:
         settings, telemetry = self._settings, self._telemetry
         await self._store.open()
         self._loop = asyncio.get_running_loop()
-        self._scheduler: Scheduler[Any, Any, Any] = Scheduler(
-            self._compute,
+        self._scheduler = Scheduler(
             bounds=Bounds(settings.max_pending, settings.max_pending_passes, settings.max_pending_mib * MIB),
             max_batch_size=settings.max_batch_size,
             max_queue_delay=settings.max_queue_delay_microseconds / 1e6,
@@ -121,7 +146,7 @@ class Application:
         await self._serve()
         _log.info("listening", address=self.address, admin_port=self._admin.port)
         largest = min(settings.max_batch_size, settings.max_pending)
-        await warm_up(self._catalog, self._scheduler, largest)
+        await warm_up(self._catalog, self._scheduler, self._explain, largest)
         self._warm = True
         self._telemetry.jobs_admitted.reset()  # those were our own
         # Compiling is silent for minutes, so nobody watched until now.
@@ -170,6 +195,7 @@ class Application:
         explain = ExplainUseCase(
             self._catalog,
             self._scheduler,
+            self._explain,
             self._decoders,
             self._telemetry,
             concepts,
@@ -191,6 +217,7 @@ class Application:
         evaluate = EvaluateUseCase(
             explain,
             self._scheduler,
+            self._measure,
             self._decoders,
             self._telemetry,
             max_passes=settings.max_evaluation_passes,
@@ -243,47 +270,35 @@ class Application:
     def _on_gpu(self) -> bool:
         return any(next(served.loaded.module.parameters()).is_cuda for served in self._catalog)
 
-    def _compute(
-        self, bucket: Bucket | EvaluationBucket, jobs: Sequence[Any], rest: Rest
-    ) -> Sequence[Explanation | Measured | Exception]:
-        """One batch; called in a worker's thread."""
-        if isinstance(bucket, EvaluationBucket):
-            return self._measure(bucket, jobs, rest)
-        return self._explain(bucket, jobs, rest)
+    def _explain(self, bucket: Bucket, job: Job) -> Work[Explanation]:
+        return _Call(bucket, job, self._catalog.compute, self._book_explanations)
 
-    def _measure(self, bucket: EvaluationBucket, samples: Sequence[Sample], rest: Rest) -> list[Measured | Exception]:
-        """One batch of samples, booked once, without the time that it rested."""
-        rested = 0.0
+    def _measure(self, bucket: EvaluationBucket, sample: Sample) -> Work[Measured]:
+        return _Call(bucket, sample, self._catalog.evaluate, self._book_evaluation)
 
-        def timed_rest() -> int:
-            nonlocal rested
-            started = perf_counter()
-            try:
-                return rest()
-            finally:
-                rested += perf_counter() - started
-
-        started = perf_counter()
-        answers = self._catalog.evaluate(bucket, samples, timed_rest)
-        self._telemetry.observe_evaluation(bucket.model, perf_counter() - started - rested)
-        return answers
-
-    def _explain(self, bucket: Bucket, jobs: Sequence[Job], rest: Rest) -> list[Explanation | Exception]:
-        """One batch of images, booked once."""
-        answers = self._catalog.compute(bucket, jobs, rest)
+    def _book_explanations(
+        self, bucket: Bucket, jobs: Sequence[Job], answers: Sequence[Explanation | Exception], computed: Computed
+    ) -> None:
         if not self._warm:
-            return answers
+            return
         explained = next((answer for answer in answers if isinstance(answer, Explanation)), None)
         if explained is not None:  # each explanation knows the whole batch's times
-            fill = len(jobs) / self._scheduler.ceiling(bucket)
             self._telemetry.observe_batch(
-                bucket.model, len(jobs), fill, explained.trunk_seconds, explained.method_seconds
+                bucket.model, len(jobs), computed.fill, explained.trunk_seconds, explained.method_seconds
             )
         if self._catalog.cache is not None:
             for job, answer in zip(jobs, answers, strict=True):
                 if isinstance(answer, Explanation) and any(method.reads_tokens for method in job.methods):
                     self._telemetry.observe_cache(job.model or bucket.model, hit=answer.token_cache_hit)
-        return answers
+
+    def _book_evaluation(
+        self,
+        bucket: EvaluationBucket,
+        samples: Sequence[Sample],  # noqa: ARG002
+        answers: Sequence[Measured | Exception],  # noqa: ARG002
+        computed: Computed,
+    ) -> None:
+        self._telemetry.observe_evaluation(bucket.model, computed.seconds)
 
     async def _beat(self) -> None:
         while True:

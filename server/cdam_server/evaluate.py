@@ -41,7 +41,7 @@ from cdam_server.explain import (
     times_larger,
 )
 from cdam_server.models import EvaluationBucket, ServedModel
-from cdam_server.scheduling import BACKGROUND, Pool, Scheduler, Terms
+from cdam_server.scheduling import BACKGROUND, Pool, Scheduler, Terms, Work
 from cdam_server.telemetry import Telemetry
 
 # Samples that take no more passes share batches: alone they would not fill a forward pass of the evaluator.
@@ -117,6 +117,7 @@ class EvaluateUseCase:
     Args:
         explain: The Explain use case, which knows targets and input sizes.
         scheduler: Where jobs go.
+        work: What computes a sample.
         decoders: Threads for decoding images.
         telemetry: Metrics.
         max_passes: Most passes through the whole model that a sample may take.
@@ -127,7 +128,8 @@ class EvaluateUseCase:
     def __init__(
         self,
         explain: ExplainUseCase,
-        scheduler: Scheduler[EvaluationBucket, Sample, Measured],
+        scheduler: Scheduler,
+        work: Callable[[EvaluationBucket, Sample], Work[Measured]],
         decoders: Pool,
         telemetry: Telemetry,
         *,
@@ -137,6 +139,7 @@ class EvaluateUseCase:
     ) -> None:
         self._explain = explain
         self._scheduler = scheduler
+        self._work = work
         self._decoders = decoders
         self._telemetry = telemetry
         self._max_passes = max_passes
@@ -164,8 +167,9 @@ class EvaluateUseCase:
             message = f"take {passes} passes through the whole model a sample; at most {self._max_passes} are allowed"
             raise InvalidArgumentError("protocol.metrics", message)
         with self._place(plan.caller):
+            bucket = EvaluationBucket(model.loaded.name, input_size, protocol, evaluator)
             terms = Terms(
-                bucket=EvaluationBucket(model.loaded.name, input_size, protocol, evaluator),
+                bucket=bucket,
                 cost=float(max(1, passes)),
                 # Evaluations take turns among themselves, and with everyone else's images in the decoders.
                 caller=f"evaluation {next(self._numbers)} of {plan.caller}",
@@ -174,7 +178,16 @@ class EvaluateUseCase:
             )
             window = max(_LEAST_WINDOW, int(self._max_pending_passes / _SHARE / terms.cost))
             yield Evaluation(
-                self._explain, self._scheduler, self._decoders, self._telemetry, model, plan, terms, window
+                self._explain,
+                self._scheduler,
+                self._work,
+                self._decoders,
+                self._telemetry,
+                model=model,
+                plan=plan,
+                bucket=bucket,
+                terms=terms,
+                window=window,
             )
 
     def _check_images(self, protocol: Protocol) -> None:
@@ -217,25 +230,30 @@ class Evaluation:
     def __init__(
         self,
         explain: ExplainUseCase,
-        scheduler: Scheduler[EvaluationBucket, Sample, Measured],
+        scheduler: Scheduler,
+        work: Callable[[EvaluationBucket, Sample], Work[Measured]],
         decoders: Pool,
         telemetry: Telemetry,
+        *,
         model: ServedModel,
         plan: Plan,
-        terms: Terms[EvaluationBucket],
+        bucket: EvaluationBucket,
+        terms: Terms,
         window: int,
     ) -> None:
         self.model = model
-        self.protocol = terms.bucket.protocol
+        self.protocol = bucket.protocol
         self.resize: Resize = plan.resize
-        self.input_size = terms.bucket.input_size
+        self.input_size = bucket.input_size
         self.resamples = plan.resamples
         self.window = window
         self.sample_bytes = (3 + 3 + 1 + 1) * math.prod(self.input_size)  # two images, two masks
         self._explain = explain
         self._scheduler = scheduler
+        self._work = work
         self._decoders = decoders
         self._telemetry = telemetry
+        self._bucket = bucket
         self._terms = terms
         self._statistics = Statistics(
             len(self.protocol.methods), seed=self.protocol.seed, resamples=max(1, plan.resamples)
@@ -248,7 +266,7 @@ class Evaluation:
         Raises:
             ServiceError: The sample is wrong, or can't be measured now.
         """
-        order = order.only(self._terms.bucket.evaluator.required)
+        order = order.only(self._bucket.evaluator.required)
         target = await self._explain.scalar(self.model, order.target, "sample.target")
         wrong_target = None
         if order.wrong_target is not None:
@@ -264,7 +282,7 @@ class Evaluation:
                 counterfactual=pixels.counterfactual,
                 wrong_mask=pixels.wrong_mask,
             )
-            measured = (await ticket.submit(sample)).answer
+            measured = (await ticket.submit(self._work(self._bucket, sample))).answer
         values = [(v.method_index, v.metric_index, v.quantity, v.value, v.curve) for v in measured.values]
         async with self._adding:  # which takes milliseconds, of many quantities and resamples
             await asyncio.to_thread(self._statistics.add, order.id, values)

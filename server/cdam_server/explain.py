@@ -51,6 +51,7 @@ from cdam_server.scheduling import (
     Scheduler,
     Terms,
     TooLargeError,
+    Work,
 )
 from cdam_server.telemetry import Telemetry
 
@@ -182,6 +183,7 @@ class ExplainUseCase:
     Args:
         catalog: The models.
         scheduler: Where jobs go.
+        work: What computes a job.
         decoders: Threads for decoding images.
         telemetry: Metrics.
         concepts: Where registered concepts are found.
@@ -193,7 +195,8 @@ class ExplainUseCase:
     def __init__(
         self,
         catalog: Catalog,
-        scheduler: Scheduler[Bucket, Job, Explanation],
+        scheduler: Scheduler,
+        work: Callable[[Bucket, Job], Work[Explanation]],
         decoders: Pool,
         telemetry: Telemetry,
         concepts: ConceptUseCase,
@@ -204,6 +207,7 @@ class ExplainUseCase:
     ) -> None:
         self.catalog = catalog
         self._scheduler = scheduler
+        self._work = work
         self._decoders = decoders
         self._telemetry = telemetry
         self._concepts = concepts
@@ -227,7 +231,8 @@ class ExplainUseCase:
         with refusals(), self._scheduler.admit(terms) as ticket:
             prepared, decode_seconds = await self._prepare(model, command, input_size)
             try:
-                done = await ticket.submit(Job(prepared.pixels, targets, methods, model.loaded.name))
+                job = Job(prepared.pixels, targets, methods, model.loaded.name)
+                done = await ticket.submit(self._work(self.catalog.bucket(model, input_size), job))
             except NonFiniteError as error:
                 if all(isinstance(target, Output | TopK) for target in targets):
                     raise
@@ -340,7 +345,7 @@ class ExplainUseCase:
         input_size: tuple[int, int],
         targets: tuple[Target, ...],
         methods: tuple[Method, ...],
-    ) -> Terms[Bucket]:
+    ) -> Terms:
         """What the scheduler is told of the work.
 
         Raises:

@@ -3,9 +3,9 @@
 The scheduler learns meanwhile how long batches take, and how large they may be.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import structlog
@@ -13,20 +13,22 @@ import torch
 
 from cdam_engine import Cdam, Concept, Explanation, TopK
 from cdam_server.models import Bucket, Catalog, Job, NonFiniteError, ServedModel
-from cdam_server.scheduling import DeviceLostError, Scheduler, Terms, TooLargeError
+from cdam_server.scheduling import DeviceLostError, Scheduler, Terms, TooLargeError, Work
 
 # On a CPU a second batch teaches how time grows with size; more than this it need not take. A GPU gets the largest batch
 # there may be, because that shows what fits into its memory.
 _SECONDS: Final = 2.0
+_MakeWork: TypeAlias = Callable[[Bucket, Job], Work[Explanation]]
 _log = structlog.get_logger("cdam.server")
 
 
-async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanation], largest: int) -> None:
+async def warm_up(catalog: Catalog, scheduler: Scheduler, work: _MakeWork, largest: int) -> None:
     """Compute batches of all models, of those that share a trunk for the first alone: a single image, then several.
 
     Args:
         catalog: The models.
         scheduler: Where jobs go.
+        work: What computes a job.
         largest: Most images in a batch; a compiled model is warmed for its own sizes instead.
 
     Raises:
@@ -38,7 +40,7 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanatio
         _log.info("warming up", model=name, number=number, of=len(models), compiled=bool(served.compiled_batch_sizes))
         started = perf_counter()
         try:
-            await _warm(served, scheduler, largest)
+            await _warm(served, scheduler, work, largest)
         except (NonFiniteError, DeviceLostError) as error:
             raise ValueError(f"model {name!r} can't be used: {error}") from error
         except TooLargeError as error:
@@ -53,26 +55,26 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler[Bucket, Job, Explanatio
         _log.info("warm", model=name, number=number, of=len(models), seconds=round(perf_counter() - started, 3))
 
 
-async def _warm(served: ServedModel, scheduler: Scheduler[Bucket, Job, Explanation], largest: int) -> None:
+async def _warm(served: ServedModel, scheduler: Scheduler, work: _MakeWork, largest: int) -> None:
     """The batches of one model."""
     if served.compiled_batch_sizes:
         for size in served.compiled_batch_sizes:
-            await _batch(served, scheduler, size)
+            await _batch(served, scheduler, work, size)
         return
-    seconds = await _batch(served, scheduler, 1)
+    seconds = await _batch(served, scheduler, work, 1)
     if largest > 1:
         on_cpu = next(served.loaded.module.parameters()).device.type == "cpu"
-        await _batch(served, scheduler, min(largest, max(2, int(_SECONDS / seconds))) if on_cpu else largest)
+        await _batch(served, scheduler, work, min(largest, max(2, int(_SECONDS / seconds))) if on_cpu else largest)
 
 
-async def _batch(served: ServedModel, scheduler: Scheduler[Bucket, Job, Explanation], size: int) -> float:
+async def _batch(served: ServedModel, scheduler: Scheduler, work: _MakeWork, size: int) -> float:
     """Compute one batch, and say so.
 
     Returns:
         The seconds that it took.
     """
     started = perf_counter()
-    await scheduler.submit_all(list(_jobs(served, size)))
+    await scheduler.submit_all([(terms, work(bucket, job)) for terms, bucket, job in _jobs(served, size)])
     seconds = perf_counter() - started
     _log.info(
         "warmed",
@@ -84,7 +86,7 @@ async def _batch(served: ServedModel, scheduler: Scheduler[Bucket, Job, Explanat
     return seconds
 
 
-def _jobs(served: ServedModel, count: int) -> Iterator[tuple[Terms[Bucket], Job]]:
+def _jobs(served: ServedModel, count: int) -> Iterator[tuple[Terms, Bucket, Job]]:
     """Jobs with pictures of noise, none like the other: equal ones would be computed once."""
     height, width = served.loaded.data_config.input_size
     bucket = Bucket(served.loaded.name, (height, width))
@@ -94,4 +96,4 @@ def _jobs(served: ServedModel, count: int) -> Iterator[tuple[Terms[Bucket], Job]
     has_outputs = served.loaded.output_count > 0
     target = TopK(1) if has_outputs else Concept(torch.ones(served.explainer.vit.latent_size))
     for number, pixels in enumerate(noise):  # a caller for each, since one alone may not fill the queue
-        yield Terms(bucket, caller=f"warm-up {number}"), Job(pixels, (target,), (Cdam(),))
+        yield Terms(bucket, caller=f"warm-up {number}"), bucket, Job(pixels, (target,), (Cdam(),))
