@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from typing import Any
@@ -13,19 +14,19 @@ from hypothesis import strategies as st
 
 from cdam_server.scheduling import BACKGROUND, Bounds, QueueFullError, Terms
 from cdam_server.scheduling.entry import Entry
-from cdam_server.scheduling.estimate import Estimator
+from cdam_server.scheduling.forecast import Estimator
 from cdam_server.scheduling.queue import Queue
 
 LOOP = asyncio.new_event_loop()
 LOOP.close()
 
 
-def entry(number: int, seconds: float = 1.0, **terms: Any) -> Entry[str, int, int]:
+def entry(number: int, seconds: float = 1.0, **terms: Any) -> Entry:
     future: asyncio.Future[Any] = asyncio.Future(loop=LOOP)
-    return Entry(Terms(**{"bucket": "a", **terms}), float(number), number, seconds, future, job=number)
+    return Entry(Terms(**{"bucket": "a", **terms}), float(number), number, future, seconds, submitted=float(number))
 
 
-def queue_of(entries: list[Entry[str, int, int]]) -> Queue:
+def queue_of(entries: list[Entry]) -> Queue:
     queue = Queue(Bounds(10_000, 1e9, 1 << 40), credit=8.0)
     for item in entries:
         queue.hold(item)
@@ -42,7 +43,7 @@ def take(queue: Queue, size: int = 1) -> list[int]:
 def test_every_job_comes_out_once_and_the_books_balance(seed: int) -> None:
     draw = random.Random(seed)
     queue = Queue(Bounds(jobs=40, cost=200.0, bytes=4000), credit=8.0)
-    held: dict[int, Entry[str, int, int]] = {}
+    held: dict[int, Entry] = {}
     pushed: set[int] = set()
     out: Counter[int] = Counter()
     for number in range(150):
@@ -62,13 +63,13 @@ def test_every_job_comes_out_once_and_the_books_balance(seed: int) -> None:
             assert held
             assert not item.terms.background
         else:
-            item.job = None  # type: ignore[assignment]
+            item.submitted = math.inf
             queue.hold(item)
             held[number] = item
         match draw.randrange(4):
-            case 0 if waits := [its for its in held.values() if its.job is None]:
+            case 0 if waits := [its for its in held.values() if its.submitted == math.inf]:
                 chosen = draw.choice(waits)
-                chosen.job = chosen.number
+                chosen.submitted = float(number)
                 queue.push(chosen)
                 pushed.add(chosen.number)
             case 1:

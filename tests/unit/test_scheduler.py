@@ -1,11 +1,13 @@
-"""The scheduler, with real threads and a compute function that the test can hold back."""
+"""The scheduler, with real threads and work that the test can hold back."""
 
 import asyncio
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,9 @@ from cdam_server.scheduling import (
     BACKGROUND,
     Bounds,
     ClosedError,
+    Computed,
     DeviceLostError,
+    Done,
     ExpiredError,
     Observer,
     QueueFullError,
@@ -22,6 +26,38 @@ from cdam_server.scheduling import (
     Terms,
     TooLargeError,
 )
+
+Compute = Callable[[Any, Sequence[Any], Rest], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Work that a function does, given the bucket, the batch's jobs and where to rest."""
+
+    compute: Compute
+    bucket: Hashable
+    job: object
+
+    def run(self, batch: "Sequence[Call]", rest: Rest) -> Sequence[Any]:
+        return self.compute(self.bucket, [work.job for work in batch], rest)
+
+    def book(self, batch: "Sequence[Call]", answers: Sequence[Any], computed: Computed) -> None:
+        pass
+
+
+class Calls(Scheduler):
+    """A scheduler whose jobs one function computes."""
+
+    def __init__(self, compute: Compute, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._compute = compute
+
+    async def submit(self, terms: Terms, job: object) -> Done[Any]:
+        with self.admit(terms) as ticket:
+            return await ticket.submit(Call(self._compute, terms.bucket, job))
+
+    async def submit_together(self, jobs: Sequence[tuple[Terms, object]]) -> list[Done[Any]]:
+        return await self.submit_all([(terms, Call(self._compute, terms.bucket, job)) for terms, job in jobs])
 
 
 class Gate:
@@ -87,13 +123,13 @@ async def _entered(gate: Gate) -> None:
     assert await asyncio.to_thread(gate.entered.wait, 10)
 
 
-async def _busy(gate: Gate, scheduler: Scheduler) -> "asyncio.Task[object]":
+async def _busy(gate: Gate, scheduler: Calls) -> "asyncio.Task[object]":
     task = asyncio.create_task(scheduler.submit(Terms("busy", caller="busy"), 0))
     await _entered(gate)
     return task
 
 
-async def _submitted(scheduler: Scheduler, *jobs: tuple[Terms, object]) -> list["asyncio.Task[object]"]:
+async def _submitted(scheduler: Calls, *jobs: tuple[Terms, object]) -> list["asyncio.Task[object]"]:
     tasks = [asyncio.create_task(scheduler.submit(terms, job)) for terms, job in jobs]
     await asyncio.sleep(0)
     return tasks
@@ -101,7 +137,7 @@ async def _submitted(scheduler: Scheduler, *jobs: tuple[Terms, object]) -> list[
 
 async def test_jobs_that_wait_together_share_a_batch_in_order_of_arrival() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=4)
+    scheduler = Calls(gate, max_batch_size=4)
     scheduler.start()
     first = await _busy(gate, scheduler)
     rest = await _submitted(scheduler, *((Terms("a"), job) for job in range(1, 7)))
@@ -116,7 +152,7 @@ async def test_jobs_that_wait_together_share_a_batch_in_order_of_arrival() -> No
 
 async def test_buckets_do_not_mix_and_the_oldest_goes_first() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=8)
+    scheduler = Calls(gate, max_batch_size=8)
     scheduler.start()
     hold = await _busy(gate, scheduler)
     tasks = await _submitted(
@@ -131,7 +167,7 @@ async def test_buckets_do_not_mix_and_the_oldest_goes_first() -> None:
 async def test_an_idle_worker_waits_for_company_until_the_batch_is_full() -> None:
     gate = Gate()
     gate.open.set()
-    scheduler = Scheduler(gate, max_batch_size=3, max_queue_delay=30.0)
+    scheduler = Calls(gate, max_batch_size=3, max_queue_delay=30.0)
     scheduler.start()
     async with asyncio.timeout(10):
         await asyncio.gather(*(scheduler.submit(Terms("a"), job) for job in range(3)))
@@ -142,9 +178,9 @@ async def test_an_idle_worker_waits_for_company_until_the_batch_is_full() -> Non
 async def test_jobs_handed_in_together_share_a_batch_at_once() -> None:
     gate = Gate()
     gate.open.set()
-    scheduler = Scheduler(gate, max_batch_size=4)
+    scheduler = Calls(gate, max_batch_size=4)
     scheduler.start()
-    done = await scheduler.submit_all([(Terms("a"), job) for job in range(4)])
+    done = await scheduler.submit_together([(Terms("a"), job) for job in range(4)])
     assert gate.batches == [("a", [0, 1, 2, 3])]
     assert [item.answer for item in done] == [0, 2, 4, 6]
     await scheduler.close()
@@ -162,7 +198,7 @@ async def test_a_full_house_refuses_at_once_and_says_when_to_come_back(
     bounds: Bounds, terms: Terms, reason: str
 ) -> None:
     gate, tally = Gate(), Tally()
-    scheduler = Scheduler(gate, max_batch_size=1, bounds=bounds, observer=tally)
+    scheduler = Calls(gate, max_batch_size=1, bounds=bounds, observer=tally)
     scheduler.start()
     admitted = await _submitted(scheduler, *((terms, job) for job in range(3)))
     with pytest.raises(QueueFullError) as refused:
@@ -179,7 +215,7 @@ async def test_a_full_house_refuses_at_once_and_says_when_to_come_back(
 async def test_whatever_its_size_a_job_may_come_into_an_empty_house() -> None:
     gate = Gate()
     gate.open.set()
-    scheduler = Scheduler(gate, bounds=Bounds(jobs=1, cost=1, bytes=1))
+    scheduler = Calls(gate, bounds=Bounds(jobs=1, cost=1, bytes=1))
     scheduler.start()
     assert (await scheduler.submit(Terms("a", cost=100, bytes=100), 1)).answer == 2
     await scheduler.close()
@@ -187,7 +223,7 @@ async def test_whatever_its_size_a_job_may_come_into_an_empty_house() -> None:
 
 async def test_a_caller_who_floods_leaves_room_for_others() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, bounds=Bounds(jobs=36))
+    scheduler = Calls(gate, bounds=Bounds(jobs=36))
     scheduler.start()
     flood = await _submitted(scheduler, *((Terms("a", caller="flood"), job) for job in range(40)))
     refused = [task for task in flood if task.done()]
@@ -202,7 +238,7 @@ async def test_a_caller_who_floods_leaves_room_for_others() -> None:
 
 async def test_callers_take_turns() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=4)
+    scheduler = Calls(gate, max_batch_size=4)
     scheduler.start()
     hold = await _busy(gate, scheduler)
     flood = await _submitted(scheduler, *((Terms("a", caller="flood"), job) for job in range(10, 20)))
@@ -215,7 +251,7 @@ async def test_callers_take_turns() -> None:
 
 async def test_what_a_job_costs_counts_for_turns() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=1)
+    scheduler = Calls(gate, max_batch_size=1)
     scheduler.start()
     hold = await _busy(gate, scheduler)
     dear = await _submitted(scheduler, *((Terms("a", caller="dear", cost=3), job) for job in range(2)))
@@ -229,7 +265,7 @@ async def test_what_a_job_costs_counts_for_turns() -> None:
 
 async def test_the_earliest_deadline_of_a_caller_goes_first() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=1)
+    scheduler = Calls(gate, max_batch_size=1)
     scheduler.start()
     hold = await _busy(gate, scheduler)
     tasks = await _submitted(
@@ -243,7 +279,7 @@ async def test_the_earliest_deadline_of_a_caller_goes_first() -> None:
 
 async def test_jobs_of_lower_rank_go_first() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=2)
+    scheduler = Calls(gate, max_batch_size=2)
     scheduler.start()
     hold = await _busy(gate, scheduler)
     tasks = await _submitted(
@@ -257,7 +293,7 @@ async def test_jobs_of_lower_rank_go_first() -> None:
 
 async def test_cancelled_and_expired_jobs_are_never_computed() -> None:
     gate, tally = Gate(), Tally()
-    scheduler = Scheduler(gate, max_batch_size=4, observer=tally)
+    scheduler = Calls(gate, max_batch_size=4, observer=tally)
     scheduler.start()
     first = await _busy(gate, scheduler)
     cancelled, expired, kept = await _submitted(
@@ -279,7 +315,7 @@ async def test_cancelled_and_expired_jobs_are_never_computed() -> None:
 
 async def test_a_job_cancelled_while_it_computes_leaves_the_others_alone() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=2, max_queue_delay=30.0)
+    scheduler = Calls(gate, max_batch_size=2, max_queue_delay=30.0)
     scheduler.start()
     leaves, stays = await _submitted(scheduler, (Terms("a"), 1), (Terms("a"), 2))
     await _entered(gate)
@@ -298,7 +334,7 @@ async def test_only_the_culprit_of_a_failed_batch_fails() -> None:
             raise ZeroDivisionError
         return [ValueError("three") if job == 3 else 2 * job for job in jobs]
 
-    scheduler = Scheduler(compute, max_batch_size=8)
+    scheduler = Calls(compute, max_batch_size=8)
     scheduler.start()
     tasks = [asyncio.ensure_future(scheduler.submit(Terms("a"), job)) for job in range(8)]
     answers = await asyncio.gather(*tasks, return_exceptions=True)
@@ -311,7 +347,7 @@ async def test_only_the_culprit_of_a_failed_batch_fails() -> None:
 
 
 async def test_a_compute_function_that_answers_too_little_is_an_error_for_everyone() -> None:
-    scheduler = Scheduler(lambda bucket, jobs, rest: [], max_batch_size=2)
+    scheduler = Calls(lambda bucket, jobs, rest: [], max_batch_size=2)
     scheduler.start()
     answers = await asyncio.gather(*(scheduler.submit(Terms("a"), job) for job in range(2)), return_exceptions=True)
     assert [type(answer) for answer in answers] == [RuntimeError, RuntimeError]
@@ -327,19 +363,19 @@ async def test_a_batch_that_memory_cannot_hold_is_halved_and_the_ceiling_remembe
             raise TooLargeError("memory")
         return list(jobs)
 
-    scheduler = Scheduler(compute, max_batch_size=16)
+    scheduler = Calls(compute, max_batch_size=16)
     scheduler.start()
     together = [(Terms("a", caller=str(job)), job) for job in range(16)]
-    assert [done.answer for done in await scheduler.submit_all(together)] == list(range(16))
+    assert [done.answer for done in await scheduler.submit_together(together)] == list(range(16))
     assert scheduler.ceiling("a") == 4
     assert scheduler.ceiling("b") == 16
     assert sizes == [16, 8, 4, 4, 4, 4]
     sizes.clear()
-    await scheduler.submit_all(together)
+    await scheduler.submit_together(together)
     assert sizes == [4, 4, 4, 4]
     limit = 16  # somebody else gave memory back
     for _ in range(3000):
-        await scheduler.submit_all(together)
+        await scheduler.submit_together(together)
         if scheduler.ceiling("a") == 16:
             break
     assert scheduler.ceiling("a") == 16
@@ -352,7 +388,7 @@ async def test_a_single_job_that_memory_cannot_hold_fails_alone() -> None:
             raise TooLargeError("memory")
         return list(jobs)
 
-    scheduler = Scheduler(compute, max_batch_size=8, max_queue_delay=30.0)
+    scheduler = Calls(compute, max_batch_size=8, max_queue_delay=30.0)
     scheduler.start()
     tasks = [asyncio.ensure_future(scheduler.submit(Terms("a"), job)) for job in range(8)]
     answers = await asyncio.gather(*tasks, return_exceptions=True)
@@ -372,7 +408,7 @@ async def test_when_nothing_can_be_computed_any_more_everyone_is_told_at_once(er
         raise error
 
     failures: list[BaseException] = []
-    scheduler = Scheduler(compute, max_batch_size=1, on_failure=failures.append)
+    scheduler = Calls(compute, max_batch_size=1, on_failure=failures.append)
     scheduler.start()
     tasks = await _submitted(scheduler, *((Terms("a"), job) for job in range(3)))
     assert await asyncio.to_thread(entered.wait, 10)
@@ -389,7 +425,7 @@ async def test_when_nothing_can_be_computed_any_more_everyone_is_told_at_once(er
 
 async def test_a_silent_worker_is_seen_from_outside() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate)
+    scheduler = Calls(gate)
     scheduler.start()
     assert scheduler.silent_seconds == 0
     task = await _busy(gate, scheduler)
@@ -405,7 +441,7 @@ async def test_a_silent_worker_is_seen_from_outside() -> None:
 async def test_closing_answers_all_that_were_let_in_and_no_more() -> None:
     threads = set(threading.enumerate())
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=1)
+    scheduler = Calls(gate, max_batch_size=1)
     scheduler.start()
     tasks = await _submitted(scheduler, *((Terms("a"), job) for job in range(3)))
     await _entered(gate)
@@ -427,7 +463,7 @@ async def test_two_slots_work_on_two_batches_at_once() -> None:
         barrier.wait(10)
         return list(jobs)
 
-    scheduler = Scheduler(compute, max_batch_size=1, slots=2)
+    scheduler = Calls(compute, max_batch_size=1, slots=2)
     scheduler.start()
     done = await asyncio.gather(*(scheduler.submit(Terms("a"), job) for job in range(2)))
     assert [item.answer for item in done] == [0, 1]
@@ -436,7 +472,7 @@ async def test_two_slots_work_on_two_batches_at_once() -> None:
 
 async def test_a_cheap_job_goes_before_the_rest_of_an_expensive_one() -> None:
     steps = Steps()
-    scheduler = Scheduler(steps, bounds=Bounds(cost=1e6))
+    scheduler = Calls(steps, bounds=Bounds(cost=1e6))
     scheduler.start()
     await scheduler.submit(Terms("a"), "first")  # from now on it is known how long jobs take
     long = asyncio.create_task(scheduler.submit(Terms("a", cost=100_000), "long"))
@@ -457,7 +493,7 @@ async def test_a_cheap_job_goes_before_the_rest_of_an_expensive_one() -> None:
 
 async def test_a_flood_of_cheap_jobs_does_not_stop_an_expensive_one() -> None:
     steps = Steps()
-    scheduler = Scheduler(steps, max_batch_size=1, bounds=Bounds(cost=1e6))
+    scheduler = Calls(steps, max_batch_size=1, bounds=Bounds(cost=1e6))
     scheduler.start()
     await scheduler.submit(Terms("a"), "first")
     long = asyncio.create_task(scheduler.submit(Terms("a", cost=100_000), "long"))
@@ -476,18 +512,18 @@ async def test_a_flood_of_cheap_jobs_does_not_stop_an_expensive_one() -> None:
 
 async def test_a_job_of_another_caller_who_asks_for_little_interrupts_a_flood_and_its_own_does_not() -> None:
     steps = Steps()
-    scheduler = Scheduler(steps, max_batch_size=4)
+    scheduler = Calls(steps, max_batch_size=4)
     scheduler.start()
     for _ in range(30):
         await scheduler.submit(Terms("a", caller="flood"), "fast")
     for size in (1, 4):  # now it is known that batches take long
         steps.steps.release()
         jobs = [(Terms("b", caller=f"warm-up {number}"), "long over") for number in range(size)]
-        await scheduler.submit_all(jobs)
+        await scheduler.submit_together(jobs)
     steps.log.clear()
     tasks = [
         asyncio.create_task(
-            scheduler.submit_all([(Terms("b", caller="flood"), f"long {number}") for number in range(4)])
+            scheduler.submit_together([(Terms("b", caller="flood"), f"long {number}") for number in range(4)])
         )
     ]
     steps.asked.clear()
@@ -509,10 +545,10 @@ async def test_who_asks_for_little_is_not_kept_by_the_company_of_a_flood() -> No
         time.sleep(0.01 * len(jobs))  # without a rest
         return list(jobs)
 
-    scheduler = Scheduler(compute, max_batch_size=4)
+    scheduler = Calls(compute, max_batch_size=4)
     scheduler.start()
     for size in (1, 4):
-        await scheduler.submit_all([(Terms("a", caller=f"warm-up {job}"), job) for job in range(size)])
+        await scheduler.submit_together([(Terms("a", caller=f"warm-up {job}"), job) for job in range(size)])
     flood = await _submitted(scheduler, *((Terms("a", caller="flood"), job) for job in range(60)))
     await flood[40]
     await scheduler.submit(Terms("a", caller="little"), 99)
@@ -526,7 +562,7 @@ async def test_who_asks_for_little_is_not_kept_by_the_company_of_a_flood() -> No
 
 async def test_jobs_in_the_background_take_nobodys_room() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=1, bounds=Bounds(jobs=2, cost=4.0))
+    scheduler = Calls(gate, max_batch_size=1, bounds=Bounds(jobs=2, cost=4.0))
     scheduler.start()
     hidden = await _submitted(
         scheduler, *((Terms(f"b{number}", cost=1000.0, rank=BACKGROUND), number) for number in range(4))
@@ -540,14 +576,14 @@ async def test_jobs_in_the_background_take_nobodys_room() -> None:
     assert [item.answer for item in await asyncio.gather(*others)] == [0, 2]
     assert [item.answer for item in await asyncio.gather(*hidden)] == [0, 2, 4, 6]
     assert [bucket for bucket, _ in gate.batches] == ["b0", "a", "a", "b1", "b2", "b3"]
-    assert not any(str(bucket).startswith("b") for bucket, _ in scheduler._dispatcher._estimator._rates)
+    assert not any(str(bucket).startswith("b") for bucket, _ in scheduler._dispatcher._forecast._estimator._rates)
     await scheduler.close()
 
 
 async def test_whatever_comes_goes_before_the_rest_of_what_is_in_the_background() -> None:
     """Though nobody knows how long either takes, in all slots, and as often as it comes."""
     steps = Steps()
-    scheduler = Scheduler(steps, slots=2)
+    scheduler = Calls(steps, slots=2)
     scheduler.start()
     long = await _submitted(
         scheduler, *((Terms(f"b{k}", cost=50.0, caller=str(k), rank=BACKGROUND), f"long {k}") for k in range(2))
@@ -579,10 +615,16 @@ async def test_the_background_stands_aside_while_anything_else_is_computed() -> 
             rest()
         return list(jobs)
 
-    scheduler = Scheduler(compute, slots=2)
+    scheduler = Calls(compute, slots=2)
     scheduler.start()
+
+    def only_the_front_is_computed() -> bool:
+        with scheduler._dispatcher._changed:
+            device = scheduler._dispatcher._device
+            return bool(device.foreground) and all(run.resting == run.terms.background for run in device.runs)
+
     front = asyncio.create_task(scheduler.submit(Terms("front"), 1))
-    while scheduler.waiting:  # noqa: ASYNC110 - it is threads that work
+    while not only_the_front_is_computed():  # noqa: ASYNC110 - it is threads that work
         await asyncio.sleep(0.005)
     back = [asyncio.create_task(scheduler.submit(Terms("back", cost=99.0, rank=BACKGROUND), k)) for k in range(2)]
     for _ in range(4):
@@ -594,7 +636,7 @@ async def test_the_background_stands_aside_while_anything_else_is_computed() -> 
         await asyncio.sleep(0.001)
     again = asyncio.create_task(scheduler.submit(Terms("front"), 1))
     for _ in range(4):
-        while scheduler._dispatcher.sharing > 1:  # noqa: ASYNC110 - until what is in the background has come to a rest
+        while not only_the_front_is_computed():  # noqa: ASYNC110 - what is in the background comes to a rest first
             await asyncio.sleep(0.001)
         done = log.count("back")
         await asyncio.sleep(0.05)
@@ -607,7 +649,7 @@ async def test_the_background_stands_aside_while_anything_else_is_computed() -> 
 
 async def test_in_the_background_callers_take_turns_by_themselves() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=1)
+    scheduler = Calls(gate, max_batch_size=1)
     scheduler.start()
     hold = await _busy(gate, scheduler)
     background = [
@@ -622,7 +664,7 @@ async def test_in_the_background_callers_take_turns_by_themselves() -> None:
 
 async def test_jobs_share_batches_up_to_the_cost_that_they_say() -> None:
     gate = Gate()
-    scheduler = Scheduler(gate, max_batch_size=4)
+    scheduler = Calls(gate, max_batch_size=4)
     scheduler.start()
     hold = await _busy(gate, scheduler)
     tasks = await _submitted(
@@ -638,7 +680,7 @@ async def test_jobs_share_batches_up_to_the_cost_that_they_say() -> None:
 
 async def test_work_whose_callers_have_gone_ends_at_the_next_rest() -> None:
     steps = Steps()
-    scheduler = Scheduler(steps)
+    scheduler = Calls(steps)
     scheduler.start()
     task = asyncio.create_task(scheduler.submit(Terms("a"), "long"))
     assert await asyncio.to_thread(steps.asked.wait, 10)
@@ -652,7 +694,7 @@ async def test_work_whose_callers_have_gone_ends_at_the_next_rest() -> None:
 
 async def test_work_whose_deadline_has_passed_ends_at_the_next_rest() -> None:
     steps = Steps()
-    scheduler = Scheduler(steps)
+    scheduler = Calls(steps)
     scheduler.start()
     task = asyncio.create_task(scheduler.submit(Terms("a", timeout=0.05), "long"))
     assert await asyncio.to_thread(steps.asked.wait, 10)
@@ -670,10 +712,10 @@ async def test_a_job_that_could_not_be_done_in_time_is_refused_on_arrival() -> N
         return list(jobs)
 
     tally = Tally()
-    scheduler = Scheduler(compute, max_batch_size=2, observer=tally)
+    scheduler = Calls(compute, max_batch_size=2, observer=tally)
     scheduler.start()
     for size in (1, 2):
-        await scheduler.submit_all([(Terms("a"), job) for job in range(size)])
+        await scheduler.submit_together([(Terms("a"), job) for job in range(size)])
     patient = await _submitted(scheduler, *((Terms("a", caller="patient"), job) for job in range(20)))
     with pytest.raises(QueueFullError) as refused:
         await scheduler.submit(Terms("a", caller="patient", timeout=0.5), 0)
@@ -694,17 +736,17 @@ async def test_batches_are_no_longer_than_their_deadlines_bear() -> None:
         time.sleep(0.03 * len(jobs))
         return list(jobs)
 
-    scheduler = Scheduler(compute, max_batch_size=16)
+    scheduler = Calls(compute, max_batch_size=16)
     scheduler.start()
     for size in (1, 16):
-        await scheduler.submit_all([(Terms("a"), job) for job in range(size)])
+        await scheduler.submit_together([(Terms("a"), job) for job in range(size)])
     sizes.clear()
-    full = scheduler._dispatcher._estimator.seconds(("a", True), 16.0)
+    full = scheduler._dispatcher._forecast._estimator.seconds(("a", True), 16.0)
     assert full is not None
-    await scheduler.submit_all([(Terms("a", timeout=full / 0.53), job) for job in range(16)])
+    await scheduler.submit_together([(Terms("a", timeout=full / 0.53), job) for job in range(16)])
     assert max(sizes) < 16  # which take more than half of that
     sizes.clear()
-    await scheduler.submit_all([(Terms("a", timeout=60), job) for job in range(16)])
+    await scheduler.submit_together([(Terms("a", timeout=60), job) for job in range(16)])
     assert sizes == [16]
     await scheduler.close()
 
@@ -724,7 +766,7 @@ async def test_whatever_happens_every_job_gets_exactly_one_answer(seed: int) -> 
             raise TooLargeError("memory")
         return [ValueError() if job % 13 == 0 else 2 * job for job in jobs]
 
-    scheduler = Scheduler(compute, max_batch_size=8, slots=1 + seed % 2, bounds=Bounds(jobs=64), observer=tally)
+    scheduler = Calls(compute, max_batch_size=8, slots=1 + seed % 2, bounds=Bounds(jobs=64), observer=tally)
     scheduler.start()
 
     async def ask(job: int) -> str:

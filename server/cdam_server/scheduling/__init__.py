@@ -1,7 +1,8 @@
 """From single jobs to full batches, in turn and in time; knows neither torch nor grpc.
 
-`Scheduler` is the face: it admits, and waits for answers. `Queue` decides who is next, `Estimator` how long it will take, `Worker`
-computes and deals with what goes wrong.
+`Scheduler` is the face: it admits jobs, and waits for their answers; `Work` is what a job computes. The `Dispatcher` holds the lock under
+which the parts decide: `Admission` who is let in, `Queue` who is next, `Batching` who shares a batch, `Preemption` who interrupts one,
+`Ceilings` how large a batch may be, `Forecast` how long it takes. A `Worker` computes, and deals with what fails. `policy` has the numbers.
 """
 
 from cdam_server.scheduling.entry import (
@@ -17,14 +18,17 @@ from cdam_server.scheduling.entry import (
     TooLargeError,
 )
 from cdam_server.scheduling.room import Room
-from cdam_server.scheduling.scheduler import Observer, Rest, Scheduler, Ticket
+from cdam_server.scheduling.scheduler import Observer, Scheduler, Ticket
 from cdam_server.scheduling.turns import Pool
+from cdam_server.scheduling.work import Answer, Computed, Rest, Work
 
 __all__ = [
     "BACKGROUND",
     "AbandonedError",
+    "Answer",
     "Bounds",
     "ClosedError",
+    "Computed",
     "DeviceLostError",
     "Done",
     "ExpiredError",
@@ -37,4 +41,5 @@ __all__ = [
     "Terms",
     "Ticket",
     "TooLargeError",
+    "Work",
 ]

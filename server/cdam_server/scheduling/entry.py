@@ -1,23 +1,22 @@
-"""A job in the scheduler: its terms, its answer, and what can come in between.
+"""A job in the scheduler: its terms, its answer, and the errors that can take the answer's place.
 
 Exception
 ├── QueueFullError    refused on arrival: no room, or it could not be done in time
-├── ClosedError       refused on arrival: the scheduler is going down
+├── ClosedError       refused on arrival: the scheduler is closing
 ├── ExpiredError      let in, but its deadline passed before it was computed
 ├── DeviceLostError   let in, but nothing can be computed any more
-├── TooLargeError     raised by the compute function: the batch does not fit into memory
-└── AbandonedError    raised into the compute function: nobody waits for this any more
+├── TooLargeError     raised by `Work.run`: the batch does not fit into memory
+└── AbandonedError    raised by `Rest`: nobody waits for the batch any more
 """
 
 import asyncio
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeAlias
 
-Bucket = TypeVar("Bucket", bound=Hashable)
-Job = TypeVar("Job")
-Answer = TypeVar("Answer")
+from cdam_server.scheduling import policy
+from cdam_server.scheduling.work import Answer, Work
 
 BACKGROUND: Final = 2
 """Rank of jobs that are computed while there is nothing else to do, and that keep nothing else out.
@@ -25,14 +24,15 @@ BACKGROUND: Final = 2
 They count against no bound: whoever hands them in sees to it that they are few.
 """
 
-_LIGHT_COST: Final = 4.0
+Kind: TypeAlias = tuple[Hashable, bool]
 
 
 class QueueFullError(Exception):
     """There is no room for a job, or it would not be done in time.
 
     Attributes:
-        retry_after: Estimate, in seconds, of when it may go better.
+        reason: The bound that was hit (``jobs``, ``cost``, ``bytes``) or ``deadline``.
+        retry_after: Estimate, in seconds, of when another try may succeed.
     """
 
     def __init__(self, reason: str, message: str, retry_after: float) -> None:
@@ -58,7 +58,7 @@ class TooLargeError(Exception):
 
 
 class AbandonedError(Exception):
-    """All callers of a batch have gone, or their deadlines have passed."""
+    """All callers of a batch have left, or their deadlines have passed."""
 
 
 @dataclass(frozen=True)
@@ -77,27 +77,26 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Terms(Generic[Bucket]):
+class Terms:
     """What is known of a job when it arrives.
 
     Attributes:
         bucket: Only jobs of one bucket share a batch.
-        cost: Its work, in units that are the same for all jobs of a bucket: runs of the trunk for one image.
+        cost: Its work, in units that are the same for all jobs of a bucket: passes of the trunk for one image.
         bytes: Memory that it holds until it is answered.
         caller: Who asks; callers take turns.
         timeout: Seconds that the caller will wait, or None.
         rank: Jobs of lower rank go first.
-        light_cost: Jobs of the bucket that cost more share no batch: their inner work fills the device, and each can end
-            alone.
+        light_cost: Jobs of the bucket that cost more share no batch.
     """
 
-    bucket: Bucket
+    bucket: Hashable
     cost: float = 1.0
     bytes: int = 0
     caller: str = ""
     timeout: float | None = None
     rank: int = 0
-    light_cost: float = _LIGHT_COST
+    light_cost: float = policy.LIGHT_COST
 
     @property
     def light(self) -> bool:
@@ -109,13 +108,18 @@ class Terms(Generic[Bucket]):
         """Whether it is of rank `BACKGROUND`."""
         return self.rank >= BACKGROUND
 
+    @property
+    def kind(self) -> Kind:
+        """What its time is estimated by: jobs that share batches take another time than those that don't."""
+        return self.bucket, self.light
+
 
 @dataclass(frozen=True)
 class Done(Generic[Answer]):
     """An answer and how it came about.
 
     Attributes:
-        answer: What the compute function returned for the job.
+        answer: What `Work.run` returned for the job.
         queue_seconds: Time from submission to the start of its batch.
         batch_size: Number of jobs in its batch.
     """
@@ -126,29 +130,32 @@ class Done(Generic[Answer]):
 
 
 @dataclass(eq=False)
-class Entry(Generic[Bucket, Job, Answer]):
+class Entry:
     """A job that was let in. All times are of `time.monotonic`.
+
+    The type of its answer is known to the caller alone, who has a `Ticket` for it.
 
     Attributes:
         terms: Its terms.
-        arrived: When it was let in.
-        number: How many were let in before it.
-        seconds: Estimate of what it adds to the work.
-        job: The job itself, once it is submitted.
-        submitted: When that was.
+        arrived: When it arrived.
+        number: Larger than that of any job that arrived before it.
         answered: Where its answer goes; belongs to the event loop.
-        gone: Whether the caller has left.
+        seconds: Estimate of what it adds to the work.
+        submitted: When its work was there; infinity until then.
+        released: Whether the caller has an answer, or has left.
+        deadline: When its timeout is over.
+        work: What is to be computed; only once it is submitted.
     """
 
-    terms: Terms[Bucket]
+    terms: Terms
     arrived: float
     number: int
-    seconds: float
-    answered: "asyncio.Future[Done[Answer]]"
-    job: Job | None = None
+    answered: "asyncio.Future[Done[object]]"
+    seconds: float = 0.0
     submitted: float = math.inf
-    gone: bool = False
+    released: bool = False
     deadline: float = field(init=False)
+    work: Work[object] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         timeout = self.terms.timeout
@@ -161,4 +168,4 @@ class Entry(Generic[Bucket, Job, Answer]):
 
     def wanted(self, now: float) -> bool:
         """Whether an answer would still be read."""
-        return not self.gone and self.deadline > now
+        return not self.released and self.deadline > now

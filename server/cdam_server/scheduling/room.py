@@ -1,4 +1,4 @@
-"""Memory that several may fill together."""
+"""Memory that several share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 
 
 class Room:
-    """Bytes that messages may take while nothing else bounds them, whoever sent them; an empty room takes anything.
+    """Bytes that messages may take while nothing else bounds them, whoever sent them; one message may take more if it is alone.
 
     Args:
-        most: Bytes that it has.
+        most: Number of bytes.
     """
 
     def __init__(self, most: int) -> None:
@@ -18,19 +18,19 @@ class Room:
         self._freed = asyncio.Event()
 
     async def take(self, size: int) -> None:
-        """Wait until there is room, and have it."""
+        """Wait until so many bytes are free, and take them."""
         while not self.try_take(size):
             self._freed.clear()
             await self._freed.wait()
 
     def try_take(self, size: int) -> bool:
-        """Have it if there is room now; whether there was."""
+        """Take so many bytes if they are free now; whether they were."""
         if self._taken and self._taken + size > self._most:
             return False
         self._taken += size
         return True
 
     def give_back(self, size: int, _: object = None) -> None:
-        """Have it no more; what comes second is a task that is done."""
+        """Free so many bytes; the second argument lets it be the callback of a task."""
         self._taken -= size
         self._freed.set()

@@ -2,28 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
-from typing import Generic
+from typing import cast
 
+from cdam_server.scheduling import policy
 from cdam_server.scheduling.dispatcher import Dispatcher
-from cdam_server.scheduling.entry import (
-    Answer,
-    Bounds,
-    Bucket,
-    DeviceLostError,
-    Done,
-    Entry,
-    ExpiredError,
-    Job,
-    QueueFullError,
-    Terms,
-)
-from cdam_server.scheduling.queue import AnyEntry
-from cdam_server.scheduling.worker import Rest, Worker
+from cdam_server.scheduling.entry import Bounds, DeviceLostError, Done, Entry, ExpiredError, QueueFullError, Terms
+from cdam_server.scheduling.work import Answer, Work
+from cdam_server.scheduling.worker import Worker
 
-__all__ = ["Observer", "Rest", "Scheduler", "Ticket"]
+__all__ = ["Observer", "Scheduler", "Ticket"]
 
 
 class Observer:
@@ -39,42 +29,33 @@ class Observer:
         """A job that was let in was not answered: ``expired`` or ``cancelled``."""
 
 
-class Ticket(Generic[Bucket, Job, Answer]):
+class Ticket:
     """Room that a job has been given; from `Scheduler.admit`."""
 
-    def __init__(self, entry: Entry[Bucket, Job, Answer], dispatcher: Dispatcher) -> None:
-        self._entry = entry
+    def __init__(self, entry: Entry, dispatcher: Dispatcher) -> None:
+        self.entry = entry
         self._dispatcher = dispatcher
 
-    async def submit(self, job: Job) -> Done[Answer]:
-        """Wait for the job's answer; cancelling the wait withdraws the job.
+    async def submit(self, work: Work[Answer]) -> Done[Answer]:
+        """Wait for the work's answer; cancelling the wait withdraws it.
 
         Raises:
+            ValueError: The work is of another bucket than its terms say.
             ExpiredError: The deadline passed before it was computed.
             DeviceLostError: Nothing can be computed any more.
-            Exception: Whatever the compute function raised or returned for this job.
+            Exception: Whatever `Work.run` raised or returned for it.
         """
-        self._dispatcher.submit([self.ready(job)])
-        return await self.answered()
-
-    def ready(self, job: Job) -> Entry[Bucket, Job, Answer]:
-        """The entry, now that its job is there."""
-        self._entry.job, self._entry.submitted = job, time.monotonic()
-        return self._entry
-
-    async def answered(self) -> Done[Answer]:
-        """The answer, once the entry has been handed in; raises what `submit` raises."""
-        return await self._entry.answered
+        (done,) = await _submit(self._dispatcher, [(self.entry, work)])
+        return done
 
 
-class Scheduler(Generic[Bucket, Job, Answer]):
+class Scheduler:
     """Gathers jobs into batches and has them computed.
 
     Args:
-        compute: Called in a worker's thread with a bucket, its jobs and a `Rest`; see `Worker`.
         bounds: How much may be let in and not yet answered.
         max_batch_size: Largest number of jobs in a batch.
-        max_queue_delay: Longest time, in seconds, that a job waits for company while a worker is idle.
+        max_queue_delay: Longest time, in seconds, that a job waits for others to share its batch while a worker is idle.
         slots: Batches in work at once, on one device.
         observer: Told what becomes of jobs.
         on_failure: Called once in the event loop, with the reason, if nothing can be computed any more.
@@ -82,7 +63,6 @@ class Scheduler(Generic[Bucket, Job, Answer]):
 
     def __init__(
         self,
-        compute: Callable[[Bucket, Sequence[Job], Rest], Sequence[Answer | Exception]],
         *,
         bounds: Bounds = Bounds(),  # noqa: B008 - frozen
         max_batch_size: int = 16,
@@ -95,13 +75,11 @@ class Scheduler(Generic[Bucket, Job, Answer]):
         self._on_failure = on_failure
         self._numbers = count()
         self._failure: BaseException | None = None
-        self._held: set[AnyEntry] = set()
+        self._held: set[Entry] = set()
         self._empty = asyncio.Event()
         self._empty.set()
         self._dispatcher = Dispatcher(bounds, max_batch_size, max_queue_delay, slots, self._expire)
-        self._workers = [
-            Worker(self._dispatcher, compute, self._answer, self._fail_soon, number) for number in range(slots)
-        ]
+        self._workers = [Worker(self._dispatcher, self._answer, self._fail_soon, number) for number in range(slots)]
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -119,7 +97,7 @@ class Scheduler(Generic[Bucket, Job, Answer]):
         """How long the worker that is busy and has been silent for longest has been so."""
         return max(worker.silent_seconds for worker in self._workers)
 
-    def ceiling(self, bucket: Bucket) -> int:
+    def ceiling(self, bucket: Hashable) -> int:
         """Most jobs in a batch of a bucket, as far as memory is known to hold them."""
         return self._dispatcher.ceiling(bucket)
 
@@ -130,7 +108,7 @@ class Scheduler(Generic[Bucket, Job, Answer]):
             worker.start()
 
     @contextmanager
-    def admit(self, terms: Terms[Bucket]) -> Iterator[Ticket[Bucket, Job, Answer]]:
+    def admit(self, terms: Terms) -> Iterator[Ticket]:
         """Give a job room for as long as the block runs, before anything is spent on preparing it.
 
         Raises:
@@ -141,13 +119,9 @@ class Scheduler(Generic[Bucket, Job, Answer]):
         if self._failure is not None:
             raise DeviceLostError("nothing can be computed any more")
         assert self._loop is not None
-        answered: asyncio.Future[Done[Answer]] = self._loop.create_future()
-
-        def make(seconds: float) -> AnyEntry:
-            return Entry(terms, time.monotonic(), next(self._numbers), seconds, answered)
-
+        entry = Entry(terms, time.monotonic(), next(self._numbers), self._loop.create_future())
         try:
-            entry = self._dispatcher.admit(make, terms)
+            self._dispatcher.admit(entry)
         except QueueFullError as refusal:
             self._observer.refused(refusal.reason)
             raise
@@ -163,25 +137,22 @@ class Scheduler(Generic[Bucket, Job, Answer]):
             self._observer.dropped("expired")
             raise
         finally:
-            entry.gone = True
-            if not answered.cancel() and not answered.cancelled():
-                answered.exception()  # if nobody came to read it, asyncio need not complain
+            if not entry.answered.cancel() and not entry.answered.cancelled():
+                entry.answered.exception()  # if nobody came to read it, asyncio need not complain
             self._held.discard(entry)
             if not self._held:
                 self._empty.set()
             self._dispatcher.release(entry)
 
-    async def submit(self, terms: Terms[Bucket], job: Job) -> Done[Answer]:
-        """Let a job in that is ready, and wait for its answer; raises what `admit` and `Ticket.submit` raise."""
-        with self.admit(terms) as ticket:
-            return await ticket.submit(job)
+    async def submit_all(self, jobs: Sequence[tuple[Terms, Work[Answer]]]) -> list[Done[Answer]]:
+        """Let jobs in whose work is there, all or none, to be batched together, and wait for their answers.
 
-    async def submit_all(self, jobs: Sequence[tuple[Terms[Bucket], Job]]) -> list[Done[Answer]]:
-        """Let jobs in that are ready, all or none, to be batched together; raises what `submit` raises."""
+        Raises:
+            Exception: What `admit` and `Ticket.submit` raise.
+        """
         with ExitStack() as stack:
-            tickets = [(stack.enter_context(self.admit(terms)), job) for terms, job in jobs]
-            self._dispatcher.submit([ticket.ready(job) for ticket, job in tickets])
-            return [await ticket.answered() for ticket, _ in tickets]
+            admitted = [(stack.enter_context(self.admit(terms)).entry, work) for terms, work in jobs]
+            return await _submit(self._dispatcher, admitted)
 
     async def close(self) -> None:
         """Take no more jobs, wait until all that were let in are answered, and end the workers."""
@@ -189,7 +160,7 @@ class Scheduler(Generic[Bucket, Job, Answer]):
         await self._empty.wait()
         self.abandon()
         while self._failure is None and any(worker.is_alive() for worker in self._workers):  # noqa: ASYNC110 - it is threads that end
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(policy.CLOSE_POLL_SECONDS)
 
     def abandon(self) -> None:
         """End without waiting for what is being computed."""
@@ -202,19 +173,18 @@ class Scheduler(Generic[Bucket, Job, Answer]):
         self._failure = error
         self._dispatcher.end()
         for entry in self._held:
-            if not entry.answered.done():
-                entry.answered.set_exception(DeviceLostError("nothing can be computed any more"))
+            _set(entry, DeviceLostError("nothing can be computed any more"))
         self._on_failure(error)
 
     def _fail_soon(self, error: BaseException) -> None:
         self._call(self.fail, error)
 
-    def _expire(self, entries: Sequence[AnyEntry]) -> None:
+    def _expire(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             self._answer(entry, ExpiredError("the deadline passed while the request waited for its turn"))
 
-    def _answer(self, entry: AnyEntry, answer: Done[Answer] | Exception) -> None:
-        self._call(_set, entry.answered, answer)
+    def _answer(self, entry: Entry, answer: Done[object] | Exception) -> None:
+        self._call(_set, entry, answer)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         """Have a function called in the event loop, from any thread; not if the loop has ended."""
@@ -223,10 +193,26 @@ class Scheduler(Generic[Bucket, Job, Answer]):
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def _set(answered: "asyncio.Future[Done[Answer]]", answer: Done[Answer] | Exception) -> None:
-    if answered.done():  # the caller has gone
+async def _submit(dispatcher: Dispatcher, jobs: Sequence[tuple[Entry, Work[Answer]]]) -> list[Done[Answer]]:
+    """Hand jobs in to be batched together, and wait for their answers.
+
+    Raises:
+        ValueError: A work is of another bucket than its terms say; none is handed in.
+    """
+    for entry, work in jobs:
+        if work.bucket != entry.terms.bucket:
+            raise ValueError(f"the work is of bucket {work.bucket!r}; its terms say {entry.terms.bucket!r}")
+    for entry, work in jobs:
+        # Between here and the answer nothing depends on the answer's type.
+        entry.work, entry.submitted = cast("Work[object]", work), time.monotonic()
+    dispatcher.submit([entry for entry, _ in jobs])
+    return [cast("Done[Answer]", await entry.answered) for entry, _ in jobs]
+
+
+def _set(entry: Entry, answer: Done[object] | Exception) -> None:
+    if entry.answered.done():  # the caller has left
         return
     if isinstance(answer, Exception):
-        answered.set_exception(answer)
+        entry.answered.set_exception(answer)
     else:
-        answered.set_result(answer)
+        entry.answered.set_result(answer)

@@ -1,18 +1,18 @@
-"""What few can use at a time, callers in turn."""
+"""What only so many can use at a time, callers in turn."""
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar, TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
 
 class Turns:
-    """Lets so many in at once; those who wait go by callers in turn, so that one who floods keeps nobody else waiting.
+    """Gives so many places; those who wait go by callers in turn, so that one who asks for much keeps nobody else waiting.
 
     Belongs to one event loop.
 
@@ -51,14 +51,14 @@ class Turns:
             raise
 
     def leave(self) -> None:
-        """Hand the place on, or keep it free."""
+        """Give the place to the next, or keep it free."""
         while self._waiting:
             caller = next(iter(self._waiting))
             queue = self._waiting.pop(caller)
             turn = queue.popleft()
             if queue:
                 self._waiting[caller] = queue
-            if not turn.done():  # else whoever waited has gone
+            if not turn.done():  # else whoever waited has left
                 turn.set_result(None)
                 return
         self._free += 1
@@ -86,9 +86,9 @@ class Pool:
         work.add_done_callback(self._done)
         return await asyncio.shield(work)
 
-    def _done(self, work: "asyncio.Future[Any]") -> None:
+    def _done(self, work: "asyncio.Future[Result]") -> None:
         if not work.cancelled():
-            work.exception()  # whoever waited may have gone
+            work.exception()  # whoever waited may have left
         self._turns.leave()
 
     def close(self) -> None:
