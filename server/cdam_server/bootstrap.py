@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial
 from time import monotonic, perf_counter
 from typing import Any
@@ -59,7 +59,7 @@ _ARRIVALS_SECONDS = 0.2
 _SWITCH_SECONDS = 0.0005
 _HEARTBEAT_SECONDS = 0.2
 _STALL_SECONDS = 10.0
-_LAST_CALL_SECONDS = 1.0
+_GRACE_SECONDS = 1.0
 _log = structlog.get_logger("cdam.server")
 
 
@@ -83,24 +83,37 @@ class Application:
         self._settings = settings
         self._catalog = catalog
         self._telemetry = Telemetry()
-        self._tracing = Tracing(settings.tracing_endpoint)
         self._store = CachedStore(_store(settings), observer=self._telemetry)
         self._ready = self._accepting = self._warm = False
         self._draining = asyncio.Event()
         self._heartbeat = monotonic()
+        self._facts = Health(live=self._live, ready=lambda: self._ready, service=SERVICE)
+        self._health = health.aio.HealthServicer()
         self.address = ""
         self.failed = asyncio.Event()
 
     async def start(self) -> None:
-        """Open the ports, warm the models up, and only then report ready.
+        """Open the ports, warm the models up, and only then report ready; what fails leaves nothing open.
 
         Raises:
             OSError: A port is taken.
             StoreUnusableError: The store of concepts must not be used as it is.
-            ValueError: A model can't be used.
+            ValueError: A model can't be used, or tracing.
         """
+        async with AsyncExitStack() as resources:
+            await self._open(resources)
+            largest = min(self._settings.max_batch_size, self._settings.max_pending)
+            await warm_up(self._catalog, self._scheduler, largest)
+            self._warm = True
+            self._telemetry.jobs_admitted.reset()  # those were our own
+            self._ready = self._accepting = True
+            await self._facts.publish_to(self._health)
+            self._resources = resources.pop_all()
+        _log.info("ready", models=[served.loaded.name for served in self._catalog])
+
+    async def _open(self, resources: AsyncExitStack) -> None:
+        """Open all that must be closed. The admin port is among the first, so that it answers while the others close."""
         settings, telemetry = self._settings, self._telemetry
-        await self._store.open()
         self._loop = asyncio.get_running_loop()
         self._scheduler: Scheduler[Any, Any, Any] = Scheduler(
             self._compute,
@@ -112,23 +125,23 @@ class Application:
             observer=telemetry,
             on_failure=self._fail,
         )
-        self._decoders = Pool(_DECODERS, "decode")
         self._scheduler.start()
-        self._facts = Health(live=self._live, ready=lambda: self._ready, service=SERVICE)
-        self._admin = AdminServer(settings.admin_address, telemetry.registry, self._facts)
-        self._pulse = asyncio.create_task(self._beat(), name="heartbeat")
+        resources.callback(self._scheduler.abandon)
+        self._decoders = Pool(_DECODERS, "decode")
+        resources.callback(self._decoders.close)
         self._describe()
-        await self._serve()
-        _log.info("listening", address=self.address, admin_port=self._admin.port)
-        largest = min(settings.max_batch_size, settings.max_pending)
-        await warm_up(self._catalog, self._scheduler, largest)
-        self._warm = True
-        self._telemetry.jobs_admitted.reset()  # those were our own
-        # Compiling is silent for minutes, so nobody watched until now.
-        self._watchdog = Watchdog(lambda: self._scheduler.silent_seconds, settings.watchdog_seconds, self._give_up)
-        self._ready = self._accepting = True
-        await self._facts.publish_to(self._health)
-        _log.info("ready", models=[served.loaded.name for served in self._catalog])
+        admin = AdminServer(settings.admin_address, telemetry.registry, self._facts)
+        resources.callback(admin.close)
+        watchdog = Watchdog(self._silent_seconds, settings.watchdog_seconds, self._give_up)
+        resources.callback(watchdog.close)
+        self._tracing = Tracing(settings.tracing_endpoint)
+        resources.push_async_callback(asyncio.to_thread, self._tracing.close)
+        heartbeat = asyncio.create_task(self._beat(), name="heartbeat")
+        resources.push_async_callback(_cancel, heartbeat)
+        resources.push_async_callback(self._store.close)  # also what it had opened when it failed
+        await self._store.open()
+        await self._serve(resources)
+        _log.info("listening", address=self.address, admin_port=admin.port)
 
     async def stop(self) -> None:
         """Report NOT_SERVING, wait, refuse new requests, finish those in flight, close."""
@@ -147,25 +160,19 @@ class Application:
                 await self._interceptor.wait_until_idle()
                 await self._scheduler.close()
         await asyncio.sleep(_ARRIVALS_SECONDS)  # in which what had just arrived is told, too
-        await self._server.stop(grace=_LAST_CALL_SECONDS)
-        self._scheduler.abandon()
-        self._decoders.close()
-        await self._store.close()
-        self._pulse.cancel()
-        await asyncio.to_thread(self._tracing.close)
-        self._watchdog.close()
-        self._admin.close()
+        await self._resources.aclose()
         _log.info("stopped")
 
-    async def _serve(self) -> None:
+    async def _serve(self, resources: AsyncExitStack) -> None:
         settings = self._settings
         self._interceptor = RequestInterceptor(self._telemetry, lambda: self._accepting, self._tracing)
-        self._server = grpc.aio.server(
+        server = grpc.aio.server(
             interceptors=[self._interceptor],
             options=_options(settings),
             # A crowd that is being refused takes time and memory, too: of more, gRPC itself refuses, unread.
             maximum_concurrent_rpcs=_CROWD * settings.max_pending,
         )
+        resources.push_async_callback(server.stop, _GRACE_SECONDS)
         concepts = ConceptUseCase(self._catalog, self._store)
         explain = ExplainUseCase(
             self._catalog,
@@ -204,19 +211,18 @@ class Application:
             room=Room(settings.max_pending_mib * MIB // _EVALUATION_MEMORY),
         )
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
-            ExplainerServicer(explain, concepts, register, evaluate, limits, streams, evaluations), self._server
+            ExplainerServicer(explain, concepts, register, evaluate, limits, streams, evaluations), server
         )
-        self._health = health.aio.HealthServicer()
         await self._facts.publish_to(self._health)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
-            port = self._server.add_insecure_port(settings.address)
+            port = server.add_insecure_port(settings.address)
         except RuntimeError as error:
             raise OSError(f"can't listen on {settings.address} (address): is another server there?") from error
         host = settings.address.rpartition(":")[0]
         self.address = settings.address if settings.address.startswith("unix:") else f"{host}:{port}"
-        await self._server.start()
+        await server.start()
 
     def _describe(self) -> None:
         """Metrics that say what this server is, and those that are asked for only when they are read."""
@@ -295,6 +301,10 @@ class Application:
         """Whether the event loop turns and the workers work."""
         return monotonic() - self._heartbeat < _STALL_SECONDS and self._scheduler.alive
 
+    def _silent_seconds(self) -> float:
+        """For how long the computing has been silent; while the models warm up, compiling may take minutes."""
+        return self._scheduler.silent_seconds if self._warm else 0.0
+
     def _give_up(self) -> None:
         """The computing stands still; called in the watchdog's thread."""
         seconds = self._settings.watchdog_seconds
@@ -307,6 +317,12 @@ class Application:
         _log.critical("failed", exc_info=error)
         self._ready = self._accepting = False
         self.failed.set()
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    """Cancel a task, and wait until it has ended."""
+    task.cancel()
+    await asyncio.wait([task])
 
 
 def warn_of_unknown_variables() -> None:
@@ -382,6 +398,7 @@ async def serve(settings: Settings, catalog: Catalog) -> None:
     await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         _log.info("stopped before it was ready")
+        await _cancel(starting)
         return
     await starting
     failed = asyncio.create_task(application.failed.wait())
@@ -398,8 +415,8 @@ def serve_in_background(settings: Settings) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="server", daemon=True)
     thread.start()
-    application = Application(settings, catalog)
     try:
+        application = Application(settings, catalog)
         asyncio.run_coroutine_threadsafe(application.start(), loop).result()
         try:
             yield application.address
