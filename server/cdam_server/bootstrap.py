@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from functools import partial
 from time import monotonic, perf_counter
 from typing import Any
@@ -54,12 +54,12 @@ _REGISTRATIONS = 4  # of so many requests one
 _EVALUATIONS = 8  # likewise
 _EVALUATION_MEMORY = 4
 _CPU_SLOTS = 4
-_ARRIVALS_SECONDS = 0.2
+_ARRIVALS_SECONDS = 0.2  # in which calls that arrived with the last answer are refused, too
 # The event loop and the workers want the interpreter in turns, hundreds of times a batch.
 _SWITCH_SECONDS = 0.0005
-_HEARTBEAT_SECONDS = 0.2
-_STALL_SECONDS = 10.0
-_GRACE_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 0.2  # also how late gRPC health hears of a change
+_STALL_SECONDS = 10.0  # without a heartbeat, until the event loop counts as hanging
+_GRACE_SECONDS = 1.0  # for refusals and answers that are on their way when the API's port closes
 _log = structlog.get_logger("cdam.server")
 
 
@@ -105,14 +105,14 @@ class Application:
             largest = min(self._settings.max_batch_size, self._settings.max_pending)
             await warm_up(self._catalog, self._scheduler, largest)
             self._warm = True
-            self._telemetry.jobs_admitted.reset()  # those were our own
+            self._telemetry.jobs_admitted.reset()  # without those of the warm-up
             self._ready = self._accepting = True
             await self._facts.publish_to(self._health)
             self._resources = resources.pop_all()
         _log.info("ready", models=[served.loaded.name for served in self._catalog])
 
     async def _open(self, resources: AsyncExitStack) -> None:
-        """Open all that must be closed. The admin port is among the first, so that it answers while the others close."""
+        """Open all that must be closed; the admin port early, so that probes are answered while the rest closes."""
         settings, telemetry = self._settings, self._telemetry
         self._loop = asyncio.get_running_loop()
         self._scheduler: Scheduler[Any, Any, Any] = Scheduler(
@@ -127,18 +127,14 @@ class Application:
         )
         self._scheduler.start()
         resources.callback(self._scheduler.abandon)
-        self._decoders = Pool(_DECODERS, "decode")
-        resources.callback(self._decoders.close)
+        self._decoders = resources.enter_context(closing(Pool(_DECODERS, "decode")))
         self._describe()
-        admin = AdminServer(settings.admin_address, telemetry.registry, self._facts)
-        resources.callback(admin.close)
-        watchdog = Watchdog(self._silent_seconds, settings.watchdog_seconds, self._give_up)
-        resources.callback(watchdog.close)
+        admin = resources.enter_context(closing(AdminServer(settings.admin_address, telemetry.registry, self._facts)))
+        resources.enter_context(closing(Watchdog(self._silent_seconds, settings.watchdog_seconds, self._give_up)))
         self._tracing = Tracing(settings.tracing_endpoint)
         resources.push_async_callback(asyncio.to_thread, self._tracing.close)
-        heartbeat = asyncio.create_task(self._beat(), name="heartbeat")
-        resources.push_async_callback(_cancel, heartbeat)
-        resources.push_async_callback(self._store.close)  # also what it had opened when it failed
+        resources.push_async_callback(_cancel, asyncio.create_task(self._beat(), name="heartbeat"))
+        resources.push_async_callback(self._store.close)  # also where opening it fails half-way
         await self._store.open()
         await self._serve(resources)
         _log.info("listening", address=self.address, admin_port=admin.port)
@@ -146,21 +142,21 @@ class Application:
     async def stop(self) -> None:
         """Report NOT_SERVING, wait, refuse new requests, finish those in flight, close."""
         settings = self._settings
-        self._ready = False
-        await self._facts.publish_to(self._health)
-        _log.info("draining", wait_seconds=settings.drain_wait_seconds, seconds=settings.drain_seconds)
-        if not self.failed.is_set():
-            await asyncio.sleep(settings.drain_wait_seconds)
-        self._accepting = False
-        self._draining.set()
-        # gRPC's own stop drops calls that have arrived but not begun; until all others are answered, new ones are
-        # told UNAVAILABLE instead.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(settings.drain_seconds):
-                await self._interceptor.wait_until_idle()
-                await self._scheduler.close()
-        await asyncio.sleep(_ARRIVALS_SECONDS)  # in which what had just arrived is told, too
-        await self._resources.aclose()
+        async with self._resources:
+            self._ready = False
+            await self._facts.publish_to(self._health)
+            _log.info("draining", wait_seconds=settings.drain_wait_seconds, seconds=settings.drain_seconds)
+            if not self.failed.is_set():
+                await asyncio.sleep(settings.drain_wait_seconds)
+            self._accepting = False
+            self._draining.set()
+            # gRPC's own stop drops calls that have arrived but not begun; until all others are answered, new ones are
+            # told UNAVAILABLE instead.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(settings.drain_seconds):
+                    await self._interceptor.wait_until_idle()
+                    await self._scheduler.close()
+            await asyncio.sleep(_ARRIVALS_SECONDS)
         _log.info("stopped")
 
     async def _serve(self, resources: AsyncExitStack) -> None:
