@@ -105,6 +105,7 @@ class Application:
             largest = min(self._settings.max_batch_size, self._settings.max_pending)
             await warm_up(self._catalog, self._scheduler, largest)
             self._warm = True
+            self._watchdog.start()  # not before: compiling is silent for minutes
             self._telemetry.jobs_admitted.reset()  # without those of the warm-up
             self._ready = self._accepting = True
             await self._facts.publish_to(self._health)
@@ -130,7 +131,8 @@ class Application:
         self._decoders = resources.enter_context(closing(Pool(_DECODERS, "decode")))
         self._describe()
         admin = resources.enter_context(closing(AdminServer(settings.admin_address, telemetry.registry, self._facts)))
-        resources.enter_context(closing(Watchdog(self._silent_seconds, settings.watchdog_seconds, self._give_up)))
+        watchdog = Watchdog(lambda: self._scheduler.silent_seconds, settings.watchdog_seconds, self._give_up)
+        self._watchdog = resources.enter_context(closing(watchdog))
         self._tracing = Tracing(settings.tracing_endpoint)
         resources.push_async_callback(asyncio.to_thread, self._tracing.close)
         resources.push_async_callback(_cancel, asyncio.create_task(self._beat(), name="heartbeat"))
@@ -296,10 +298,6 @@ class Application:
     def _live(self) -> bool:
         """Whether the event loop turns and the workers work."""
         return monotonic() - self._heartbeat < _STALL_SECONDS and self._scheduler.alive
-
-    def _silent_seconds(self) -> float:
-        """For how long the computing has been silent; while the models warm up, compiling may take minutes."""
-        return self._scheduler.silent_seconds if self._warm else 0.0
 
     def _give_up(self) -> None:
         """The computing stands still; called in the watchdog's thread."""

@@ -10,7 +10,7 @@ _EXIT_SECONDS: Final = 10.0  # for answering all who wait, closing what is open,
 
 
 class Watchdog:
-    """Watches the workers from its own thread until closed.
+    """Watches the workers in a thread of its own, from `start` to `close`.
 
     Args:
         silent_seconds: Returns for how long the computing has been silent.
@@ -25,12 +25,16 @@ class Watchdog:
         self._on_stall = on_stall
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching, if it has begun."""
         self._closed.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
