@@ -1,45 +1,33 @@
-"""The admin port: plaintext metrics and probes over HTTP, and ``grpc.health.v1`` over gRPC; never the API.
+"""The admin port: plain HTTP with metrics and probes; never the API.
 
-It runs in threads of its own, so that neither a busy event loop nor load on the API can fail a probe.
-
-Kubernetes names a gRPC probe by its port alone, so that HTTP and gRPC share this one. A connection's first bytes tell
-them apart; gRPC's is handed on, byte by byte, to a server of its own that listens on the loopback interface and has
-nothing but health.
+It has threads of its own, so that neither a busy event loop nor load on the API can fail a probe. `prometheus_client`
+writes the metrics, and the standard library speaks HTTP, one request a connection.
 """
 
-import selectors
+import io
 import socket
-import struct
 import threading
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from collections.abc import Iterable
 from contextlib import suppress
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-import grpc
 import structlog
-from grpc_health.v1 import health_pb2_grpc
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from cdam_server.health import Health, HealthServicer
+from cdam_server.health import Health
 
-_PREFACE = b"PRI * HTTP/2.0"  # how every HTTP/2 client begins, and so every gRPC client
-_CONNECTIONS = 64
-_CALLS = 64
-_WATCHERS = 16  # who hold a call for good; the others are for Check
-_SILENCE_SECONDS = 5.0
-_LOOPBACK = "127.0.0.1"
-_T = TypeVar("_T")
+_CONNECTIONS: Final = 64  # far more than probes and scrapers need; each holds a thread
+_SILENCE_SECONDS: Final = 5.0  # as long as the most patient probe of deploy/ waits
+_POLL_SECONDS: Final = 0.1  # how long closing may wait for the accepting thread
 _log = structlog.get_logger("cdam.admin")
 
 
 class AdminServer:
-    """Serves ``/metrics``, ``/livez``, ``/readyz`` and ``grpc.health.v1`` on one port until closed.
+    """Serves ``/metrics``, ``/livez`` and ``/readyz`` until closed.
 
     Args:
         address: ``host:port``; port 0 takes a free one.
@@ -55,183 +43,126 @@ class AdminServer:
 
     def __init__(self, address: str, registry: CollectorRegistry, health: Health) -> None:
         try:
-            self._listener = _Listener(address, registry, health)
+            self._server = _Server(address, _application(registry, health))
         except OSError as error:
             raise OSError(f"can't listen on {address} (admin_address): {error.strerror or error}") from error
-        self.port: int = self._listener.server_address[1]
-        self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.1,), name="admin", daemon=True)
+        self.port = self._server.server_port
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_SECONDS,), name="admin", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
-        """Stop serving, and hang up on whoever is connected."""
-        self._listener.shutdown()
+        """Stop listening, and close every connection."""
+        self._server.shutdown()
         self._thread.join()
-        self._listener.close()
+        self._server.server_close()
 
 
-class _Listener(TCPServer):
-    """Gives each connection a thread, and to HTTP and gRPC what is theirs."""
+def _application(registry: CollectorRegistry, health: Health) -> WSGIApplication:
+    """What is answered to GET; HEAD is answered by the same headers, and all else is refused."""
+    metrics = make_wsgi_app(registry)  # answers GET alone
+    probes = {"/livez": health.live, "/readyz": health.ready}
+    paths = "".join(f"{path}\n" for path in ["/metrics", *probes])
 
-    allow_reuse_address = True
+    def get(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            page: Iterable[bytes] = metrics(environ, start_response)
+            return page
+        if path not in probes:
+            return _text(start_response, HTTPStatus.NOT_FOUND, paths)
+        if probes[path]():
+            return _text(start_response, HTTPStatus.OK, "ok\n")
+        return _text(start_response, HTTPStatus.SERVICE_UNAVAILABLE, "no\n")
+
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            match environ["REQUEST_METHOD"]:
+                case "GET":
+                    return get(environ, start_response)
+                case "HEAD":
+                    get(environ | {"REQUEST_METHOD": "GET"}, start_response)
+                    return iter([b""])  # of no known length: a list would be announced as an empty page
+            allowed = ("Allow", "GET, HEAD")
+            return _text(start_response, HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD\n", allowed)
+        except Exception:
+            _log.exception("admin request failed", path=environ["PATH_INFO"])
+            raise  # the library answers 500
+
+    return application
+
+
+def _text(start_response: StartResponse, status: HTTPStatus, body: str, *headers: tuple[str, str]) -> list[bytes]:
+    start_response(f"{status.value} {status.phrase}", [("Content-Type", "text/plain"), *headers])
+    return [body.encode()]
+
+
+class _Server(WSGIServer):
+    """Answers each connection in a thread of its own; a connection too many makes it close the oldest one."""
+
     request_queue_size = 128
 
-    def __init__(self, address: str, registry: CollectorRegistry, health: Health) -> None:
+    def __init__(self, address: str, application: WSGIApplication) -> None:
         host, _, port = address.rpartition(":")
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.registry = registry
-        self.health = health
         self._lock = threading.Lock()
-        self._connections: deque[socket.socket] = deque()  # the oldest first
-        self._threads: set[threading.Thread] = set()
-        super().__init__((host.strip("[]"), int(port)), _HttpHandler)
-        self._grpc = _HealthServer(health)
+        self._connections: dict[threading.Thread, socket.socket] = {}  # the oldest first
+        super().__init__((host.strip("[]"), int(port)), _RequestHandler)
+        self.set_app(application)
+
+    def server_bind(self) -> None:
+        """Bind; `HTTPServer` would also ask DNS for this host's name, which may take long and is not used."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # typed for Unix too
+        self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Talk to a client in a thread; if there are too many, the oldest makes room."""
+        """Start the connection's thread."""
         thread = threading.Thread(
-            target=self._converse, args=(request, client_address), name="admin-connection", daemon=True
+            target=self._answer, args=(request, client_address), name="admin-connection", daemon=True
         )
         with self._lock:
             if len(self._connections) >= _CONNECTIONS:
-                _hang_up(self._connections.popleft())
+                _disconnect(self._connections.pop(next(iter(self._connections))))
             thread.start()
-            self._threads.add(thread)
-            self._connections.append(request)
+            self._connections[thread] = request
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Answer, in the client's language."""
-        grpc_client = _speaks_http2(request)
-        request.settimeout(_SILENCE_SECONDS)
-        if grpc_client:
-            self._grpc.take(request)
-        else:
-            super().finish_request(request, client_address)
-
-    def close(self) -> None:
-        """Close the port, and end every conversation."""
-        self.server_close()
+    def server_close(self) -> None:
+        """Close the port and every connection."""
+        super().server_close()
         with self._lock:
-            threads = list(self._threads)
-            for connection in self._connections:
-                _hang_up(connection)
+            threads = list(self._connections)
+            for connection in self._connections.values():
+                _disconnect(connection)
         for thread in threads:
             thread.join(_SILENCE_SECONDS)
-        self._grpc.close()
 
-    def _converse(self, request: socket.socket, client_address: Any) -> None:
+    def _answer(self, request: socket.socket, client_address: Any) -> None:
         try:
-            with suppress(OSError):  # it is silent or gone, or was hung up on
+            request.settimeout(_SILENCE_SECONDS)
+            with suppress(OSError):  # the client is silent or gone, or was disconnected
                 self.finish_request(request, client_address)
         except Exception as error:  # noqa: BLE001 - one connection's failure is no other's
             _log.error("admin connection failed", exc_info=error)
         finally:
             with self._lock:
-                with suppress(ValueError):  # if it had to make room
-                    self._connections.remove(request)
-                self._threads.discard(threading.current_thread())
+                self._connections.pop(threading.current_thread(), None)  # unless it was the oldest of too many
             self.shutdown_request(request)
 
 
-class _HttpHandler(BaseHTTPRequestHandler):
-    server: _Listener
+class _RequestHandler(WSGIRequestHandler):
+    default_request_version = "HTTP/1.0"  # else clients of HTTP/2 are refused without a status, as by HTTP/0.9
 
-    def do_GET(self) -> None:
-        probes = {"/livez": self.server.health.live, "/readyz": self.server.health.ready}
-        path = urlsplit(self.path).path
-        if path == "/metrics":
-            self._answer(HTTPStatus.OK, generate_latest(self.server.registry), CONTENT_TYPE_LATEST)
-        elif path in probes:
-            well = probes[path]()
-            self._answer(HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE, b"ok\n" if well else b"no\n")
-        else:
-            self._answer(HTTPStatus.NOT_FOUND, "".join(f"{path}\n" for path in ["/metrics", *probes]).encode())
-
-    def _answer(self, status: HTTPStatus, body: bytes, kind: str = "text/plain") -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    def get_stderr(self) -> io.StringIO:
+        """Not standard error, which is the log's: the application logs its own failures."""
+        return io.StringIO()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Probes are not worth a line."""
 
 
-class _HealthServer:
-    """A gRPC server of health alone, reached by the connections that it is handed."""
-
-    def __init__(self, health: Health) -> None:
-        self._server = grpc.server(
-            _Threads(),  # type: ignore[arg-type]  # all that is used of a pool is `submit`
-            maximum_concurrent_rpcs=_CALLS,
-            options=[
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_concurrent_streams", 16),
-                ("grpc.max_receive_message_length", 4096),
-                # A peer that is idle, or gone without a word, is hung up on.
-                ("grpc.server_handshake_timeout_ms", int(1000 * _SILENCE_SECONDS)),
-                ("grpc.max_connection_idle_ms", 60_000),
-                ("grpc.keepalive_time_ms", 20_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-            ],
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(health, _WATCHERS), self._server)
-        self._port = self._server.add_insecure_port(f"{_LOOPBACK}:0")
-        self._server.start()
-
-    def take(self, client: socket.socket) -> None:
-        """Carry bytes to and fro until either side hangs up."""
-        with (
-            socket.create_connection((_LOOPBACK, self._port), timeout=_SILENCE_SECONDS) as server,
-            selectors.DefaultSelector() as selector,
-        ):
-            for source, sink in ((client, server), (server, client)):
-                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                selector.register(source, selectors.EVENT_READ, (source, sink))
-            while True:
-                for key, _ in selector.select():
-                    source, sink = key.data
-                    chunk = source.recv(65536)
-                    if not chunk:
-                        return
-                    sink.sendall(chunk)
-
-    def close(self) -> None:
-        """Cancel what is being answered, and stop."""
-        self._server.stop(None).wait()
-
-
-class _Threads(Executor):
-    """A thread for each call. Unlike those of a pool, none keeps a process that ends without `close` from ending."""
-
-    def submit(self, call: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
-        """Call it."""
-        future: Future[_T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(call(*args, **kwargs))
-            except Exception as error:  # noqa: BLE001 - the future's reader is told
-                future.set_exception(error)
-
-        threading.Thread(target=run, name="admin-grpc", daemon=True).start()
-        return future
-
-
-def _speaks_http2(connection: socket.socket) -> bool:
-    """Whether a connection begins as HTTP/2 does; what it sent is still there to be read.
-
-    Raises:
-        OSError: Nothing was sent for a while, or the client is gone.
-    """
-    # Python's own timeout would make the call return with the first byte, and peeking again would not wait for more.
-    timeout = struct.pack("ll", int(_SILENCE_SECONDS), int(_SILENCE_SECONDS % 1 * 1e6))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
-    connection.settimeout(None)
-    return connection.recv(len(_PREFACE), socket.MSG_PEEK | socket.MSG_WAITALL) == _PREFACE
-
-
-def _hang_up(connection: socket.socket) -> None:
-    """End a connection that another thread is reading, so that it wakes up."""
+def _disconnect(connection: socket.socket) -> None:
+    """End a connection that another thread reads, so that the thread ends."""
     with suppress(OSError):  # it is closed already
         connection.shutdown(socket.SHUT_RDWR)

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from functools import partial
 from time import monotonic
 
@@ -55,12 +55,12 @@ _REGISTRATIONS = 4  # of so many requests one
 _EVALUATIONS = 8  # likewise
 _EVALUATION_MEMORY = 4
 _CPU_SLOTS = 4
-_ARRIVALS_SECONDS = 0.2
+_ARRIVALS_SECONDS = 0.2  # in which calls that arrived with the last answer are refused, too
 # The event loop and the workers want the interpreter in turns, hundreds of times a batch.
 _SWITCH_SECONDS = 0.0005
-_HEARTBEAT_SECONDS = 0.2
-_STALL_SECONDS = 10.0
-_LAST_CALL_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 0.2  # also how late gRPC health hears of a change
+_STALL_SECONDS = 10.0  # without a heartbeat, until the event loop counts as hanging
+_GRACE_SECONDS = 1.0  # for refusals and answers that are on their way when the API's port closes
 _log = structlog.get_logger("cdam.server")
 
 
@@ -84,24 +84,37 @@ class Application:
         self._settings = settings
         self._catalog = catalog
         self._telemetry = Telemetry()
-        self._tracing = Tracing(settings.tracing_endpoint)
         self._store = CachedStore(_store(settings), observer=self._telemetry)
         self._ready = self._accepting = False
         self._draining = asyncio.Event()
         self._heartbeat = monotonic()
+        self._facts = Health(live=self._live, ready=lambda: self._ready, service=SERVICE)
+        self._health = health.aio.HealthServicer()
         self.address = ""
         self.failed = asyncio.Event()
 
     async def start(self) -> None:
-        """Open the ports, warm the models up, and only then report ready.
+        """Open the ports, warm the models up, and only then report ready; what fails leaves nothing open.
 
         Raises:
             OSError: A port is taken.
             StoreUnusableError: The store of concepts must not be used as it is.
-            ValueError: A model can't be used.
+            ValueError: A model can't be used, or tracing.
         """
+        async with AsyncExitStack() as resources:
+            await self._open(resources)
+            largest = min(self._settings.max_batch_size, self._settings.max_pending)
+            await warm_up(self._catalog, self._scheduler, largest)
+            self._watchdog.start()  # not before: compiling is silent for minutes
+            self._telemetry.jobs_admitted.reset()  # without those of the warm-up
+            self._ready = self._accepting = True
+            await self._facts.publish_to(self._health)
+            self._resources = resources.pop_all()
+        _log.info("ready", models=[served.loaded.name for served in self._catalog])
+
+    async def _open(self, resources: AsyncExitStack) -> None:
+        """Open all that must be closed; the admin port early, so that probes are answered while the rest closes."""
         settings, telemetry = self._settings, self._telemetry
-        await self._store.open()
         self._loop = asyncio.get_running_loop()
         self._scheduler = Scheduler(
             bounds=Bounds(settings.max_pending, settings.max_pending_passes, settings.max_pending_mib * MIB),
@@ -112,59 +125,66 @@ class Application:
             observer=telemetry,
             on_failure=self._fail,
         )
-        self._decoders = Pool(_DECODERS, "decode")
         self._scheduler.start()
-        self._facts = Health(live=self._live, ready=lambda: self._ready, service=SERVICE)
-        self._admin = AdminServer(settings.admin_address, telemetry.registry, self._facts)
-        self._pulse = asyncio.create_task(self._beat(), name="heartbeat")
+        resources.callback(self._scheduler.abandon)
+        self._decoders = resources.enter_context(closing(Pool(_DECODERS, "decode")))
         self._describe()
-        await self._serve()
-        _log.info("listening", address=self.address, admin_port=self._admin.port)
-        largest = min(settings.max_batch_size, settings.max_pending)
-        await warm_up(self._catalog, self._scheduler, largest)
-        self._telemetry.jobs_admitted.reset()  # those were our own
-        # Compiling is silent for minutes, so nobody watched until now.
-        self._watchdog = Watchdog(lambda: self._scheduler.silent_seconds, settings.watchdog_seconds, self._give_up)
-        self._ready = self._accepting = True
-        await self._facts.publish_to(self._health)
-        _log.info("ready", models=[served.loaded.name for served in self._catalog])
+        admin = resources.enter_context(closing(AdminServer(settings.admin_address, telemetry.registry, self._facts)))
+        watchdog = Watchdog(lambda: self._scheduler.silent_seconds, settings.watchdog_seconds, self._give_up)
+        self._watchdog = resources.enter_context(closing(watchdog))
+        self._tracing = Tracing(settings.tracing_endpoint)
+        resources.push_async_callback(asyncio.to_thread, self._tracing.close)
+        resources.push_async_callback(_cancel, asyncio.create_task(self._beat(), name="heartbeat"))
+        resources.push_async_callback(self._store.close)  # also where opening it fails half-way
+        await self._store.open()
+        await self._serve(resources)
+        _log.info("listening", address=self.address, admin_port=admin.port)
 
     async def stop(self) -> None:
         """Report NOT_SERVING, wait, refuse new requests, finish those in flight, close."""
         settings = self._settings
-        self._ready = False
-        await self._facts.publish_to(self._health)
-        _log.info("draining", wait_seconds=settings.drain_wait_seconds, seconds=settings.drain_seconds)
-        if not self.failed.is_set():
-            await asyncio.sleep(settings.drain_wait_seconds)
-        self._accepting = False
-        self._draining.set()
-        # gRPC's own stop drops calls that have arrived but not begun; until all others are answered, new ones are
-        # told UNAVAILABLE instead.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(settings.drain_seconds):
-                await self._interceptor.wait_until_idle()
-                await self._scheduler.close()
-        await asyncio.sleep(_ARRIVALS_SECONDS)  # in which what had just arrived is told, too
-        await self._server.stop(grace=_LAST_CALL_SECONDS)
-        self._scheduler.abandon()
-        self._decoders.close()
-        await self._store.close()
-        self._pulse.cancel()
-        await asyncio.to_thread(self._tracing.close)
-        self._watchdog.close()
-        self._admin.close()
+        async with self._resources:
+            self._ready = False
+            await self._facts.publish_to(self._health)
+            _log.info("draining", wait_seconds=settings.drain_wait_seconds, seconds=settings.drain_seconds)
+            if not self.failed.is_set():
+                await asyncio.sleep(settings.drain_wait_seconds)
+            self._accepting = False
+            self._draining.set()
+            # gRPC's own stop drops calls that have arrived but not begun; until all others are answered, new ones are
+            # told UNAVAILABLE instead.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(settings.drain_seconds):
+                    await self._interceptor.wait_until_idle()
+                    await self._scheduler.close()
+            await asyncio.sleep(_ARRIVALS_SECONDS)
         _log.info("stopped")
 
-    async def _serve(self) -> None:
+    async def _serve(self, resources: AsyncExitStack) -> None:
         settings = self._settings
         self._interceptor = RequestInterceptor(self._telemetry, lambda: self._accepting, self._tracing)
-        self._server = grpc.aio.server(
+        server = grpc.aio.server(
             interceptors=[self._interceptor],
             options=_options(settings),
             # A crowd that is being refused takes time and memory, too: of more, gRPC itself refuses, unread.
             maximum_concurrent_rpcs=_CROWD * settings.max_pending,
         )
+        resources.push_async_callback(server.stop, _GRACE_SECONDS)
+        explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(self._servicer(), server)
+        await self._facts.publish_to(self._health)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        try:
+            port = server.add_insecure_port(settings.address)
+        except RuntimeError as error:
+            raise OSError(f"can't listen on {settings.address} (address): is another server there?") from error
+        host = settings.address.rpartition(":")[0]
+        self.address = settings.address if settings.address.startswith("unix:") else f"{host}:{port}"
+        await server.start()
+
+    def _servicer(self) -> ExplainerServicer:
+        """The API over its use cases."""
+        settings = self._settings
         models = self._catalog.facts
         concepts = ConceptUseCase(models, self._store)
         resolver = Resolver(
@@ -195,30 +215,9 @@ class Application:
             max_items=settings.max_stream_items,
             room=Room(settings.max_pending_mib * MIB // _EVALUATION_MEMORY),
         )
-        explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(
-            ExplainerServicer(
-                models,
-                ExplainUseCase(resolver, images),
-                concepts,
-                register,
-                evaluate,
-                limits,
-                streams,
-                evaluations,
-            ),
-            self._server,
+        return ExplainerServicer(
+            models, ExplainUseCase(resolver, images), concepts, register, evaluate, limits, streams, evaluations
         )
-        self._health = health.aio.HealthServicer()
-        await self._facts.publish_to(self._health)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        try:
-            port = self._server.add_insecure_port(settings.address)
-        except RuntimeError as error:
-            raise OSError(f"can't listen on {settings.address} (address): is another server there?") from error
-        host = settings.address.rpartition(":")[0]
-        self.address = settings.address if settings.address.startswith("unix:") else f"{host}:{port}"
-        await self._server.start()
 
     def _describe(self) -> None:
         """Metrics that say what this server is, and those that are asked for only when they are read."""
@@ -267,6 +266,12 @@ class Application:
         _log.critical("failed", exc_info=error)
         self._ready = self._accepting = False
         self.failed.set()
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    """Cancel a task, and wait until it has ended."""
+    task.cancel()
+    await asyncio.wait([task])
 
 
 def warn_of_unknown_variables() -> None:
@@ -342,6 +347,7 @@ async def serve(settings: Settings, catalog: Catalog) -> None:
     await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         _log.info("stopped before it was ready")
+        await _cancel(starting)
         return
     await starting
     failed = asyncio.create_task(application.failed.wait())
@@ -358,8 +364,8 @@ def serve_in_background(settings: Settings) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="server", daemon=True)
     thread.start()
-    application = Application(settings, catalog)
     try:
+        application = Application(settings, catalog)
         asyncio.run_coroutine_threadsafe(application.start(), loop).result()
         try:
             yield application.address

@@ -26,6 +26,7 @@ from cdam_engine.preprocess import DataConfig
 from cdam_server import foreign
 from cdam_server.conversions import torchvision
 from cdam_server.conversions.converted import Converted, TextSide
+from cdam_server.demo import model as demo_model
 from cdam_server.load_error import LoadError, few, reason
 from cdam_server.output_names import imagenet_names, read_names
 from cdam_server.specs import DEMO, HUB, TORCHVISION, ModelSpec, Task, load_models_file, naming
@@ -235,10 +236,8 @@ class _Built:
 
 
 def _demo(spec: ModelSpec) -> nn.Module:
-    from cdam_server.demo import model
-
     try:
-        module: Any = model.load()
+        module: Any = demo_model.load()
     except OSError as error:
         raise LoadError("architecture", "the demo model's weights are not installed") from error
     if spec.num_outputs == 0:
@@ -498,9 +497,7 @@ def _default_names(spec: ModelSpec, built: _Built, count: int) -> list[str]:
     if spec.head is not None:
         return [] if built.trained is None else list(built.trained.outputs)
     if spec.architecture == DEMO:
-        from cdam_server.demo import model
-
-        return list(model.LABELS)
+        return list(demo_model.LABELS)
     if built.converted is not None:
         return list(built.converted.output_names) if count else []
     config: Mapping[str, Any] = getattr(built.module, "pretrained_cfg", None) or {}

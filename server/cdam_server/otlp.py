@@ -15,7 +15,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-from cdam_server.tracing import RequestSpan
+from cdam_server.spans import RequestSpan
 
 _FLUSH_SECONDS: Final = 3.0
 # Of a server's spans, by the semantic conventions; other codes are the caller's fault, or its wish.

@@ -5,26 +5,13 @@ OpenTelemetry makes and sends them. It is the extra ``tracing``, and imported on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
-
-class RequestSpan:
-    """The span of an RPC; this one, of an RPC that is not traced, does nothing."""
-
-    def ids(self) -> dict[str, str]:
-        """``trace_id`` and ``span_id`` for the log."""
-        return {}
-
-    def stage(self, name: str, started: float, seconds: float, attributes: Mapping[str, Any]) -> None:
-        """Add a stage that is over."""
-
-    def end(self, code: str, message: str | None) -> None:
-        """End it with what the caller is told, the code by its name."""
-
+from cdam_server.spans import RequestSpan
 
 _UNTRACED: Final = RequestSpan()
 _current: ContextVar[RequestSpan] = ContextVar("request_span", default=_UNTRACED)

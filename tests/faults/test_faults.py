@@ -14,7 +14,6 @@ import grpc
 import pytest
 import yaml
 from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
 
@@ -121,18 +120,16 @@ def test_an_image_that_does_not_fit_into_memory_is_refused_alone(
 
 def test_an_event_loop_that_stands_still(server: ServerProcess, stub: Stub) -> None:
     """The admin port says so while it lasts, since it has threads of its own; afterwards all is as before."""
-    admin = server.admin.removeprefix("http://")
-    with Innocents(server.address, count=2) as innocents, grpc.insecure_channel(admin) as channel:
-        health, ask = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest()
-        assert (server.get("/livez")[0], health.Check(ask, timeout=AT_ONCE).status) == (200, SERVING)
+    with Innocents(server.address, count=2) as innocents:
+        assert server.get("/livez")[0] == 200
         call = stub.Explain.future(raw_request(marked(noise(1002), Fault.STALL)), timeout=60)
         seen = set()
         while not call.done():
-            seen.add((server.get("/livez")[0], health.Check(ask, timeout=AT_ONCE).status))
+            seen.add(server.get("/livez")[0])
             time.sleep(0.1)
-        assert {(200, SERVING), (503, NOT_SERVING)} <= seen
+        assert seen == {200, 503}
         assert call.result().maps
-        assert (server.get("/livez")[0], health.Check(ask, timeout=AT_ONCE).status) == (200, SERVING)
+        assert server.get("/livez")[0] == 200
         stub.Explain(raw_request(noise(1)), timeout=AT_ONCE)
         innocents.wait_for_more()
     assert set(innocents.codes) == {"OK"}

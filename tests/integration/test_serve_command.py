@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from calls import method
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
-from processes import free_ports, serving
+from processes import ServerProcess, free_ports, serving
 
 SCENE = (files("cdam_server.demo") / "assets" / "samples" / "scene1.png").read_bytes()
 
@@ -21,6 +22,10 @@ SCENE = (files("cdam_server.demo") / "assets" / "samples" / "scene1.png").read_b
 def _request(**fields: object) -> explain_pb2.ExplainRequest:
     target = target_pb2.Target(output=target_pb2.OutputTarget(index=3))
     return explain_pb2.ExplainRequest(image=common_pb2.Image(encoded=SCENE), targets=[target], **fields)
+
+
+def _calls(server: ServerProcess) -> list[dict[str, object]]:
+    return [line for line in server.log_lines() if line["event"] == "rpc"]
 
 
 def test_log_metrics_and_probes(tmp_path: Path) -> None:
@@ -32,6 +37,9 @@ def test_log_metrics_and_probes(tmp_path: Path) -> None:
             stub.Explain(_request(methods=[method("input_x_gradient")]))
             with pytest.raises(grpc.RpcError):
                 stub.Explain(_request(model="nobody"))
+        until = time.monotonic() + 30
+        while len(_calls(server)) < 4 and time.monotonic() < until:  # a call is booked when its caller has been told
+            time.sleep(0.05)
         assert server.get("/livez")[0] == server.get("/readyz")[0] == 200
         assert server.get("/nothing")[0] == 404
         metrics = server.get("/metrics")[1]
@@ -52,7 +60,7 @@ def test_log_metrics_and_probes(tmp_path: Path) -> None:
         "cdam_pending_requests 0.0",
     ):
         assert line in metrics, metrics
-    calls = [line for line in server.log_lines() if line["event"] == "rpc"]
+    calls = _calls(server)
     assert [(line["method"], line["code"]) for line in calls] == [("Explain", "OK")] * 3 + [("Explain", "NOT_FOUND")]
     assert (calls[0]["request_id"], calls[0]["methods"]) == ("abc", ["cdam"])
     assert calls[1]["methods"] == ["cdam", "attention", "cdam"]

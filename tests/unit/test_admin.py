@@ -1,7 +1,9 @@
-"""The admin port: HTTP and gRPC health on one port, however badly its clients behave."""
+"""The admin port: metrics and probes over HTTP, however badly its clients behave."""
 
 from __future__ import annotations
 
+import gzip
+import http.client
 import socket
 import subprocess
 import sys
@@ -10,13 +12,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from structlog.testing import capture_logs
 
 from cdam.v1 import explainer_service_pb2_grpc, model_pb2
 from cdam_server import admin
@@ -24,7 +27,7 @@ from cdam_server.admin import AdminServer
 from cdam_server.health import Health
 
 SERVICE = "cdam.v1.ExplainerService"
-SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
+SERVING, NOT_SERVING = 1, 2
 
 
 @dataclass
@@ -41,9 +44,9 @@ class Admin:
     def __init__(self) -> None:
         self.facts = Facts()
         self.health = Health(lambda: self.facts.live, lambda: self.facts.ready, SERVICE)
-        registry = CollectorRegistry()
-        Counter("tests", "Counts tests.", registry=registry).inc(3)
-        self.server = AdminServer("127.0.0.1:0", registry, self.health)
+        self.registry = CollectorRegistry()
+        Counter("tests", "Counts tests.", registry=self.registry).inc(3)
+        self.server = AdminServer("127.0.0.1:0", self.registry, self.health)
         self.address = f"127.0.0.1:{self.server.port}"
 
     def get(self, path: str) -> tuple[int, str]:
@@ -54,15 +57,14 @@ class Admin:
             with error:
                 return error.code, error.read().decode()
 
-    def check(self, service: str) -> int:
-        """A check as the kubelet makes it, by a connection of its own."""
-        with self.channel() as channel:
-            request = health_pb2.HealthCheckRequest(service=service)
-            return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=30).status)
-
-    def channel(self) -> grpc.Channel:
-        # A pool of one's own: else a connection of an earlier channel is used again.
-        return grpc.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)])
+    def ask(self, verb: str, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of any request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=30)
+        connection.request(verb, path, headers=headers)
+        answer = connection.getresponse()
+        found = answer.status, dict(answer.getheaders()), answer.read()
+        connection.close()
+        return found
 
     def connect(self, *sent: bytes) -> socket.socket:
         """A bare connection that has sent this much."""
@@ -79,103 +81,71 @@ def served() -> Iterator[Admin]:
     served.server.close()
 
 
-def test_http_and_grpc_say_the_same(served: Admin) -> None:
+def test_the_probes_say_what_is_so_now(served: Admin) -> None:
     for live, ready in ((True, True), (True, False), (False, False), (False, True)):
         served.facts.live, served.facts.ready = live, ready
         assert (served.get("/livez")[0], served.get("/readyz")[0]) == (200 if live else 503, 200 if ready else 503)
-        assert served.check("") == (SERVING if live else NOT_SERVING)
-        assert served.check(SERVICE) == (SERVING if ready else NOT_SERVING)
     assert "tests_total 3.0" in served.get("/metrics")[1]
     assert served.get("/nothing") == (404, "/metrics\n/livez\n/readyz\n")
 
 
-def test_one_connection_hears_of_every_change(served: Admin) -> None:
-    with served.channel() as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        for ready in (True, False) * 20:
-            served.facts.ready = ready
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=SERVICE))
-            assert answer.status == (SERVING if ready else NOT_SERVING)
+def test_metrics_in_the_form_that_is_asked_for(served: Admin) -> None:
+    status, headers, plain = served.ask("GET", "/metrics")
+    assert (status, headers["Content-Type"].split(";")[0]) == (200, "text/plain")
+    assert int(headers["Content-Length"]) == len(plain)
+    _, headers, packed = served.ask("GET", "/metrics", **{"Accept-Encoding": "gzip"})
+    assert (headers["Content-Encoding"], gzip.decompress(packed)) == ("gzip", plain)
+    _, headers, other = served.ask("GET", "/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    assert headers["Content-Type"].startswith("application/openmetrics-text")
+    assert other.endswith(b"# EOF\n")
+    assert b"tests_total" not in served.ask("GET", "/metrics?name[]=nothing")[2]
 
 
-def test_an_unknown_service(served: Admin) -> None:
-    with pytest.raises(grpc.RpcError) as caught:
-        served.check("cdam.v1.Oracle")
-    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    with served.channel() as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        watched = stub.Watch(health_pb2.HealthCheckRequest(service="cdam.v1.Oracle"))
-        assert next(watched).status == SERVICE_UNKNOWN
-        watched.cancel()
-
-
-def test_the_list_of_services(served: Admin) -> None:
+@pytest.mark.parametrize("path", ["/metrics", "/livez", "/readyz", "/nothing"])
+def test_head_is_get_without_the_page(served: Admin, path: str) -> None:
     served.facts.ready = False
-    with served.channel() as channel:
-        answer = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
-    assert {name: item.status for name, item in answer.statuses.items()} == {"": SERVING, SERVICE: NOT_SERVING}
+    status, headers, page = served.ask("GET", path)
+    head_status, head_headers, head_page = served.ask("HEAD", path)
+    assert (head_status, head_headers["Content-Type"]) == (status, headers["Content-Type"])
+    assert (page != b"", head_page) == (True, b"")
+    assert "Content-Length" not in head_headers  # which would have to be the page's
 
 
-def test_a_watch_hears_of_a_drain_and_the_process_stays_live(served: Admin) -> None:
-    with served.channel() as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        ready = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=30)
-        live = stub.Watch(health_pb2.HealthCheckRequest(service=""), timeout=30)
-        assert next(ready).status == next(live).status == SERVING
-        served.facts.ready = False
-        assert next(ready).status == NOT_SERVING
-        served.facts.live = False  # had it heard of the drain, this would not be the next it hears
-        assert next(live).status == NOT_SERVING
-        served.facts.ready = True
-        assert next(ready).status == SERVING
+@pytest.mark.parametrize("verb", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "PRINT"])
+@pytest.mark.parametrize("path", ["/metrics", "/livez"])
+def test_other_verbs_are_refused(served: Admin, verb: str, path: str) -> None:
+    status, headers, _ = served.ask(verb, path)
+    assert (status, headers["Allow"]) == (405, "GET, HEAD")
 
 
-def test_watchers_leave_room_for_checks(served: Admin) -> None:
-    with served.channel() as first, served.channel() as second:
-        watches: list[Any] = []
-        for number in range(admin._WATCHERS):
-            stub = health_pb2_grpc.HealthStub((first, second)[number % 2])
-            watches.append(stub.Watch(health_pb2.HealthCheckRequest(service="")))
-            assert next(watches[-1]).status == SERVING
-        one_too_many = health_pb2_grpc.HealthStub(first).Watch(health_pb2.HealthCheckRequest(service=""))
-        with pytest.raises(grpc.RpcError) as caught:
-            next(one_too_many)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert served.check("") == SERVING
-        watches[0].cancel()  # and its place is free again
-
-        def watch_again() -> bool:
-            watch = health_pb2_grpc.HealthStub(first).Watch(health_pb2.HealthCheckRequest(service=""))
-            try:
-                return int(next(watch).status) == SERVING
-            except grpc.RpcError:
-                return False
-
-        _wait_until(watch_again)
-
-
-def test_neither_the_api_nor_metrics_over_grpc(served: Admin) -> None:
-    with served.channel() as channel:
-        with pytest.raises(grpc.RpcError) as caught:
-            explainer_service_pb2_grpc.ExplainerServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        for path in ("/metrics", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"):
+def test_it_speaks_no_grpc(served: Admin) -> None:
+    with grpc.insecure_channel(served.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        for call in (
+            lambda: explainer_service_pb2_grpc.ExplainerServiceStub(channel).ListModels(model_pb2.ListModelsRequest()),
+            lambda: health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()),
+        ):
             with pytest.raises(grpc.RpcError) as caught:
-                channel.unary_unary(path)(b"")
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+                call()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "http1" in caught.value.details()
+    assert served.get("/livez")[0] == 200
 
 
-@pytest.mark.parametrize("cut", [1, 3, 13, 14, 17])
-def test_a_preface_in_two_pieces(served: Admin, cut: int) -> None:
-    preface, settings = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", bytes(3) + b"\x04" + bytes(5)
-    with served.connect(preface[:cut]) as connection:
-        time.sleep(0.1)
-        connection.sendall(preface[cut:] + settings)
-        assert connection.recv(9)[3] == 4  # a SETTINGS frame: HTTP/2 answers
+def test_a_page_that_fails_is_logged_and_the_next_is_served(served: Admin, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> float:
+        raise ZeroDivisionError("of a metric")
+
+    Gauge("broken", "Can't be read.", registry=served.registry).set_function(fail)
+    with capture_logs() as lines:
+        assert served.get("/metrics")[0] == 500
+        _wait_until(lambda: not _threads("admin-connection"))
+    assert [(line["event"], line["path"]) for line in lines] == [("admin request failed", "/metrics")]
+    assert served.get("/livez") == (200, "ok\n")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_http_in_pieces_and_other_verbs(served: Admin) -> None:
-    for request, status in ((b"GET /livez HTTP/1.0\r\n\r\n", b"200"), (b"PRINT /livez HTTP/1.0\r\n\r\n", b"501")):
+    for request, status in ((b"GET /livez HTTP/1.0\r\n\r\n", b"200"), (b"PRINT /livez HTTP/1.0\r\n\r\n", b"405")):
         with served.connect() as connection:
             for byte in request:
                 connection.sendall(bytes([byte]))
@@ -189,7 +159,6 @@ def test_half_open_connections_are_borne(sent: bytes, monkeypatch: pytest.Monkey
     served = Admin()
     idle = [served.connect(sent) for _ in range(3 * admin._CONNECTIONS)]
     assert served.get("/livez")[0] == 200
-    assert served.check("") == served.check(SERVICE) == SERVING
     _wait_until(lambda: len(_threads("admin-connection")) <= admin._CONNECTIONS)
     for connection in idle:
         connection.close()
@@ -205,33 +174,55 @@ def test_the_silent_are_hung_up_on(served: Admin, sent: bytes, monkeypatch: pyte
             pass
 
 
-def test_garbage_after_the_preface_harms_nobody_else(served: Admin) -> None:
-    with served.channel() as channel:
-        watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
-        assert next(watched).status == SERVING
-        for number in range(20):
-            with served.connect(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([255 - number]) * 5000):
-                pass
-        assert served.check("") == SERVING
-        served.facts.ready = False
-        assert next(watched).status == NOT_SERVING
+def test_the_slow_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "_SILENCE_SECONDS", 1000)
+    served = Admin()
+    stop = threading.Event()
+    slow = [served.connect(b"GET /livez HTTP/1.1\r\nX: ") for _ in range(admin._CONNECTIONS)]
+
+    def send_byte_by_byte() -> None:
+        while not stop.wait(0.01):
+            for connection in slow:
+                with suppress(OSError):  # it had to make room
+                    connection.sendall(b"x")
+
+    sender = threading.Thread(target=send_byte_by_byte)
+    sender.start()
+    try:
+        assert [served.get("/livez")[0] for _ in range(10)] == [200] * 10
+        _wait_until(lambda: len(_threads("admin-connection")) <= admin._CONNECTIONS)
+    finally:
+        stop.set()
+        sender.join()
+        for connection in slow:
+            connection.close()
+        served.server.close()
+
+
+def test_who_does_not_read_is_disconnected(
+    served: Admin, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(admin, "_SILENCE_SECONDS", 0.2)
+    size = 30_000_000  # more than the system takes in for a client
+    Gauge("long", "A long page.", ["label"], registry=served.registry).labels("x" * size)
+    with served.connect(b"GET /metrics HTTP/1.0\r\n\r\n") as connection:
+        _wait_until(lambda: bool(_threads("admin-connection")))
+        _wait_until(lambda: not _threads("admin-connection"))
+        received = 0
+        while chunk := connection.recv(1_000_000):
+            received += len(chunk)
+    assert received < size
+    assert capfd.readouterr() == ("", "")
 
 
 def test_closing_leaves_no_thread_and_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admin, "_SILENCE_SECONDS", 1000)  # nobody goes by himself
     before = set(threading.enumerate())
     served = Admin()
-    channel = served.channel()
-    watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
-    assert next(watched).status == SERVING
-    idle = [served.connect(sent) for sent in (b"", b"P", b"GET /livez", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")]
+    idle = [served.connect(sent) for sent in (b"", b"P", b"GET /livez")]
     assert served.get("/livez")[0] == 200
     served.server.close()
-    with pytest.raises(grpc.RpcError):
-        next(watched)
-    channel.close()
-    assert not _threads("admin-connection")
-    _wait_until(lambda: set(threading.enumerate()) <= before)  # gRPC's threads need a moment
+    _wait_until(lambda: set(threading.enumerate()) <= before)
     with pytest.raises(ConnectionError):
         served.connect()
     for connection in idle:
@@ -245,23 +236,21 @@ def test_a_taken_port_is_named_and_leaves_nothing(served: Admin) -> None:
     _wait_until(lambda: threading.active_count() <= before)
 
 
-def test_a_watcher_keeps_no_process_that_fails() -> None:
+def test_no_connection_keeps_a_process_that_fails() -> None:
     code = """
-import threading
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+import socket, threading
 from prometheus_client import CollectorRegistry
-from cdam_server.admin import AdminServer
+from cdam_server import admin
 from cdam_server.health import Health
-server = AdminServer("127.0.0.1:0", CollectorRegistry(), Health(lambda: True, lambda: False, "service"))
-channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")
-watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-next(watched)
-print(sum(thread.name == "admin-grpc" for thread in threading.enumerate()), flush=True)
+admin._SILENCE_SECONDS = 1000
+server = admin.AdminServer("127.0.0.1:0", CollectorRegistry(), Health(lambda: True, lambda: False, "service"))
+idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+while sum(thread.name == "admin-connection" for thread in threading.enumerate()) < 2:
+    pass
 raise SystemExit(3)  # without closing anything
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout, done.stderr, done.returncode) == ("1\n", "", 3)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 3)
 
 
 async def test_the_apis_port_says_the_same() -> None:
@@ -287,16 +276,16 @@ async def test_the_apis_port_says_the_same() -> None:
 
 
 async def test_a_hanging_event_loop_holds_up_no_probe(served: Admin) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
 
     def probe() -> None:
         served.facts.live = False  # as a heartbeat that has stopped would say
-        seen.append((served.get("/livez")[0], served.check("")))
+        seen.append(served.get("/livez")[0])
 
     prober = threading.Thread(target=probe)
     prober.start()
     prober.join()  # in the event loop's thread, which does nothing else meanwhile
-    assert seen == [(503, NOT_SERVING)]
+    assert seen == [503]
 
 
 def _threads(name: str) -> list[threading.Thread]:

@@ -246,6 +246,10 @@ def test_without_a_server_nothing_is_tried_twice(run: Run, image: Path) -> None:
             "DNS resolution failed for far:1: C-ares status is not ARES_SUCCESS qtype=A name=far: Domain name not found]",
             "no host has this name",
         ),
+        (
+            "last error: UNAVAILABLE: ipv4:1.2.3.4:8002: Trying to connect an http1.x server (HTTP status 505)",
+            "this port does not serve cdam's API; is it the admin port? The API's is 8001 if it was not told otherwise",
+        ),
         ("Ssl handshake failed: WRONG_VERSION_NUMBER: OK", "no server answers there (Ssl handshake failed: {})"),
     ],
 )

@@ -339,6 +339,9 @@ def _explain_all(images: Sequence[Path], server: Server, request: dict[str, Any]
     return failed
 
 
+_OTHER_PORT = (
+    "this port does not serve cdam's API; is it the admin port? The API's is 8001 if it was not told otherwise"
+)
 _OPTIONS = {
     "targets": "--target",
     "methods": "--method",
@@ -377,9 +380,7 @@ def describe(error: cdam.RpcError, request: dict[str, Any] | None = None) -> str
 
 def _said(error: cdam.RpcError, request: dict[str, Any]) -> str:
     if isinstance(error, cdam.Unimplemented) and not error.reason:
-        return (
-            "this port does not serve cdam's API; is it the admin port? The API's is 8001 if it was not told otherwise"
-        )
+        return _OTHER_PORT
     line = _first_line(error) or error.code.name.lower().replace("_", " ")
     if found := re.match(r"([\w.[\]]+): ", line):  # the path of a field
         return _blamed(found[1], line[found.end() :], request)
@@ -420,6 +421,8 @@ def _nobody(error: cdam.RpcError) -> str:
         return f"no server answers there ({found[1]}); start one: cdam serve"
     if "Domain name not found" in line:
         return "no host has this name"
+    if "http1.x server" in line:
+        return _OTHER_PORT
     return f"no server answers there ({line})"
 
 

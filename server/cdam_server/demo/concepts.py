@@ -1,7 +1,7 @@
 """Concepts of the demo: scenes that show one, and whether concept CDAM points at it.
 
 Examples are scenes of one digit from training sources, maps are measured on scenes of two digits from test sources.
-`python -m cdam_server.demo.figures` measures and prints all of it.
+`tools/demo_figures.py` measures and prints all of it.
 """
 
 from collections.abc import Callable, Iterator, Sequence

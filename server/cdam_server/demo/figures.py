@@ -1,13 +1,10 @@
 """Held-out figures of a demo model: does it see the digits, and do its CDAM maps point at the right ones?
 
-`python -m cdam_server.demo.figures` measures the shipped weights on scenes of test sources only, and its concepts.
+`tools/demo_figures.py` measures the shipped weights on scenes of test sources only, and their concepts.
 """
 
-import argparse
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +13,6 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from cdam_engine import Explainer, Output
-from cdam_server.demo import model as demo_model
 from cdam_server.demo.scenes import Scene, Split, draw_scene
 
 SEED = 1_000_000
@@ -140,26 +136,3 @@ def batches(scenes: Sequence[Scene]) -> Iterator[Sequence[Scene]]:
     """The scenes, so many at a time as are explained at once."""
     for start in range(0, len(scenes), _BATCH):
         yield scenes[start : start + _BATCH]
-
-
-def main() -> None:
-    """Prints the shipped model's figures as JSON, and its concepts' as a table."""
-    from cdam_server.demo import concepts
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
-    parser.add_argument("--write", action="store_true", help="put them in the place of the shipped ones, too")
-    arguments = parser.parse_args()
-    split: Split = arguments.split
-    model = demo_model.load()
-    held_out = asdict(measure(model, split))
-    print(json.dumps(held_out, indent=2))
-    of_concepts = concepts.measure(Explainer(model), split)
-    print(concepts.table(of_concepts))
-    if arguments.write:
-        shipped = demo_model.shipped_figures() | {"held_out": held_out, "concepts": asdict(of_concepts)}
-        (Path(__file__).parent / "assets" / "figures.json").write_text(json.dumps(shipped, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -65,7 +65,7 @@ def load() -> VisionTransformer:
 
 
 def shipped_figures() -> dict[str, Any]:
-    """The held-out figures of the shipped weights, as `cdam_server.demo.figures` measured them.
+    """The held-out figures of the shipped weights, as `tools/demo_figures.py` measured them.
 
     Raises:
         FileNotFoundError: if the installation lacks them.

@@ -1,4 +1,4 @@
-"""Draws pictures of the demo model's maps: `python -m cdam_server.demo.gallery`.
+"""Draws pictures of the demo model's maps: `python tools/demo_gallery.py`.
 
 By default a sample scene, explained by every method for two of its digits; also prints how alike each method's two maps
 are: their correlation over the patches. With `--concepts`, the concept "loops" in all sample scenes that have a digit
