@@ -37,7 +37,7 @@ MAX_BATCH_STRETCH: Final = 1.5
 # --- Memory
 
 # Full batches. So many are computed before a lowered ceiling is raised, and twice as many each time that it is lowered again.
-RAISE_AFTER_BATCHES: Final = 32
+RAISE_AFTER_BATCHES: Final = 64
 # Full batches. The most that it may come to: another program may have had the memory, and have given it back.
 MAX_RAISE_AFTER_BATCHES: Final = 4096
 # Ratio. What is added to a ceiling at a time; little, since a batch that is too large is computed twice.
