@@ -37,7 +37,7 @@ def test_estimates_grow_with_the_cost_and_are_cautious_about_what_is_not_known()
     assert estimator.seconds("b", 1.0) is None
 
 
-def test_estimates_follow_and_shrug_off_a_moment_of_standstill() -> None:
+def test_estimates_follow_and_a_single_standstill_changes_them_little() -> None:
     estimator = Estimator()
     for _ in range(10):
         estimator.observe("a", 1.0, 0.010)
