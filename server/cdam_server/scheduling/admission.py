@@ -24,8 +24,8 @@ class Admission:
         Raises:
             QueueFullError: With how long it should wait before it comes again.
         """
-        # In which about half of what is to be done will be.
-        retry_after = max(policy.MIN_RETRY_SECONDS, (self._forecast.running(now) + self._queue.work) / 2)
+        work = self._forecast.running(now) + self._queue.work
+        retry_after = max(policy.MIN_RETRY_SECONDS, policy.RETRY_SHARE * work)
         self._queue.check_room(terms, retry_after)
         late = self._late(terms, now)
         if late <= 0:

@@ -13,6 +13,8 @@ DEADLINE_MARGIN: Final = 1.5
 TRIAL_SECONDS: Final = 2.0
 # Ratio. A caller holds at most so many times what would be left free, so that others find room while it sends as much as it can.
 MAX_SHARE_OF_FREE: Final = 8
+# Ratio. A refused caller is told to come back when this part of what there is to do will be done.
+RETRY_SHARE: Final = 0.5
 # Seconds. The shortest wait that a refused caller is told, so that it does not come back at once.
 MIN_RETRY_SECONDS: Final = 0.05
 
