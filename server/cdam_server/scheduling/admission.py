@@ -1,7 +1,6 @@
 """Who is let in."""
 
 import math
-import time
 
 from cdam_server.scheduling import policy
 from cdam_server.scheduling.entry import Kind, QueueFullError, Terms
@@ -19,17 +18,16 @@ class Admission:
         self._forecast = forecast
         self._tested: dict[Kind, float] = {}  # when a job of each kind was computed, or let in to be
 
-    def check(self, terms: Terms) -> None:
+    def check(self, terms: Terms, now: float) -> None:
         """Refuse a job that finds no room, or that, as far as can be told, would not be done in time.
 
         Raises:
             QueueFullError: With how long it should wait before it comes again.
         """
-        # In which about half of what is to be done will be.
-        retry_after = max(policy.MIN_RETRY_SECONDS, (self._forecast.running() + self._queue.work) / 2)
+        work = self._forecast.running(now) + self._queue.work
+        retry_after = max(policy.MIN_RETRY_SECONDS, policy.RETRY_SHARE * work)
         self._queue.check_room(terms, retry_after)
-        late = self._late(terms)
-        now = time.monotonic()
+        late = self._late(terms, now)
         if late <= 0:
             return
         if now - self._tested.get(terms.kind, -math.inf) > policy.TRIAL_SECONDS:
@@ -42,7 +40,7 @@ class Admission:
         """The estimate of a kind is being compared with the time that a batch takes."""
         self._tested[kind] = now
 
-    def _late(self, terms: Terms) -> float:
+    def _late(self, terms: Terms, now: float) -> float:
         """Seconds that a job would be late, at least."""
         own = self._forecast.seconds(terms, terms.cost)
         if terms.timeout is None or own is None or not self._queue.held:  # an idle server tries
@@ -53,4 +51,4 @@ class Admission:
         work = ahead + own - batch + batch * self._device.slots
         if terms.light and any(not run.terms.light for run in self._device.foreground):
             work /= 1 - policy.MIN_SPEED
-        return policy.DEADLINE_MARGIN * (self._forecast.until_free(terms) + work) - terms.timeout
+        return policy.DEADLINE_MARGIN * (self._forecast.until_free(terms, now) + work) - terms.timeout

@@ -36,8 +36,8 @@ class Batching:
         bucket = oldest.terms.bucket
         if sum(entry.terms.bucket == bucket for entry in entries) >= self._device.ceilings.jobs(bucket):
             return 0.0
-        longest = min(entry.deadline - entry.arrived for entry in entries)
-        return oldest.submitted + min(self._max_queue_delay, policy.MAX_BATCH_SHARE * longest) - now
+        delay = min(self._max_queue_delay, policy.MAX_BATCH_SHARE * _shortest_timeout(entries))
+        return oldest.submitted + delay - now
 
     def take(self) -> list[Entry]:
         """The next batch for an idle worker; empty if none may begin now."""
@@ -56,11 +56,10 @@ class Batching:
             return seconds <= most
         if self.is_behind(first, [last]):
             most = min(most, policy.MAX_BATCH_STRETCH * (self._forecast.batch([first]) or math.inf))
-        least = min(entry.deadline - entry.arrived for entry in entries)
-        return seconds <= min(most, policy.MAX_BATCH_SHARE * least / self._device.slots)
+        return seconds <= min(most, policy.MAX_BATCH_SHARE * _shortest_timeout(entries) / self._device.slots)
 
     def is_behind(self, entry: Entry, others: Sequence[Entry]) -> bool:
-        """Whether its caller has had less than each of the others' by more than a batch, as two who ask for much never have."""
+        """Whether its caller has had less than each of the others', by more than a full batch: two who ask for much never differ so."""
         return self._queue.lag(entry, others) > self._device.ceilings.max_batch_size
 
     def _is_late(self, entry: Entry, now: float) -> bool:
@@ -71,3 +70,7 @@ class Batching:
         if alone is None or self._queue.waiting_with(entry.terms) <= 1 or not entry.terms.light:
             return False
         return now + alone * self._device.slots > entry.deadline
+
+
+def _shortest_timeout(entries: Sequence[Entry]) -> float:
+    return min(entry.deadline - entry.arrived for entry in entries)

@@ -51,7 +51,10 @@ class Ceilings:
 
     def lower(self, bucket: Hashable, size: int) -> None:
         """So many jobs did not fit into memory together."""
-        ceiling = self._lowered.setdefault(bucket, Ceiling(self.max_batch_size))
+        ceiling = self._lowered.get(bucket)
+        if ceiling is None:
+            self._lowered[bucket] = Ceiling(size // 2)
+            return
         ceiling.jobs = min(ceiling.jobs, size // 2)
         ceiling.raise_after = min(2 * ceiling.raise_after, policy.MAX_RAISE_AFTER_BATCHES)
         ceiling.full = 0

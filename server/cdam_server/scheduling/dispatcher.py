@@ -70,7 +70,7 @@ class Dispatcher:
         with self._changed:
             if self._closed:
                 raise ClosedError
-            self._admission.check(entry.terms)
+            self._admission.check(entry.terms, time.monotonic())
             entry.seconds = self._forecast.share(entry.terms)
             self._queue.hold(entry)
 
@@ -99,7 +99,7 @@ class Dispatcher:
                 return run
 
     def interrupt(self, run: Run) -> Run | None:
-        """A batch that goes before the rest of one that is being computed, if there is any."""
+        """A batch that interrupts one that is being computed, if there is any."""
         with self._changed:
             now = time.monotonic()
             batch = self._preemption.take(run, now)

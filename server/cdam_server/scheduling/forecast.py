@@ -1,7 +1,6 @@
 """How long jobs and batches will take, and when the device will be free; estimates in seconds."""
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -76,14 +75,14 @@ class Forecast:
         jobs = max(1, int(jobs * self.longest_batch(terms) / full))
         return (self.seconds(terms, jobs * terms.cost) or 0.0) / jobs
 
-    def running(self) -> float:
+    def running(self, now: float) -> float:
         """What is left of all batches in work but those in the background."""
-        now, sharing = time.monotonic(), self._device.sharing
+        sharing = self._device.sharing
         return sum(run.remaining(now, sharing) / sharing for run in self._device.foreground)
 
-    def until_free(self, terms: Terms) -> float:
+    def until_free(self, terms: Terms, now: float) -> float:
         """Until a slot is free for a job; one is as good as free if all that is computed in it gives way to the job."""
-        now, sharing = time.monotonic(), self._device.sharing
+        sharing = self._device.sharing
         slots: defaultdict[Run, float] = defaultdict(float)
         for run in self._device.runs:
             gives_way = (run.terms.background and not terms.background) or (terms.light and not run.terms.light)

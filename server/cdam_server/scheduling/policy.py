@@ -13,6 +13,8 @@ DEADLINE_MARGIN: Final = 1.5
 TRIAL_SECONDS: Final = 2.0
 # Ratio. A caller holds at most so many times what would be left free, so that others find room while it sends as much as it can.
 MAX_SHARE_OF_FREE: Final = 8
+# Ratio. A refused caller is told to come back when this part of what there is to do will be done.
+RETRY_SHARE: Final = 0.5
 # Seconds. The shortest wait that a refused caller is told, so that it does not come back at once.
 MIN_RETRY_SECONDS: Final = 0.05
 
@@ -37,7 +39,7 @@ MAX_BATCH_STRETCH: Final = 1.5
 # --- Memory
 
 # Full batches. So many are computed before a lowered ceiling is raised, and twice as many each time that it is lowered again.
-RAISE_AFTER_BATCHES: Final = 32
+RAISE_AFTER_BATCHES: Final = 64
 # Full batches. The most that it may come to: another program may have had the memory, and have given it back.
 MAX_RAISE_AFTER_BATCHES: Final = 4096
 # Ratio. What is added to a ceiling at a time; little, since a batch that is too large is computed twice.

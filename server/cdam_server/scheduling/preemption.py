@@ -10,7 +10,7 @@ from cdam_server.scheduling.run import Device, Run
 
 
 class Preemption:
-    """Takes batches from the queue that go before the rest of one that is being computed."""
+    """Takes batches from the queue that interrupt one that is being computed."""
 
     def __init__(self, queue: Queue, device: Device, batching: Batching) -> None:
         self._queue = queue
@@ -19,8 +19,8 @@ class Preemption:
 
     def take(self, run: Run, now: float) -> list[Entry]:
         """The batch that interrupts one now; empty if none may."""
-        rested_enough = run.rested * policy.MIN_SPEED > run.computed(now) * (1 - policy.MIN_SPEED)
-        if not self._queue.waiting or (rested_enough and not run.terms.background):
+        slowed_enough = run.rested * policy.MIN_SPEED > run.computed(now) * (1 - policy.MIN_SPEED)
+        if not self._queue.waiting or (slowed_enough and not run.terms.background):
             return []
         # No longer than the rest of it: else it is soon its turn anyway.
         sharing = self._device.sharing
@@ -28,7 +28,7 @@ class Preemption:
         rank = min(entry.terms.rank for entry in run.entries)
 
         def may_interrupt(entry: Entry) -> bool:
-            if entry.terms.rank == rank and (rested_enough or not self._goes_before_equals(entry, run)):
+            if entry.terms.rank == rank and (slowed_enough or not self._interrupts_equals(entry, run)):
                 return False
             return entry.terms.rank <= rank and self._batching.fits([entry], most)
 
@@ -36,7 +36,7 @@ class Preemption:
             self._device.ceilings.jobs, lambda entries: self._batching.fits(entries, most), may_interrupt
         )
 
-    def _goes_before_equals(self, entry: Entry, run: Run) -> bool:
+    def _interrupts_equals(self, entry: Entry, run: Run) -> bool:
         """Whether a job interrupts a batch of its own rank."""
         # Interruptions in the background are not nested: what is not in the background must still find a place.
         if run.terms.background and run.interrupts is not None:

@@ -57,7 +57,17 @@ class _Caller:
 
     @property
     def idle(self) -> bool:
+        """Whether it has no jobs."""
         return not (self.held["jobs"] or self.held["background"])
+
+    def ahead(self, terms: Terms) -> tuple[float, float]:
+        """The backlog that a job waits for: of better rank, and of its own. A light one interrupts those that are not."""
+        better = same = 0.0
+        for (rank, light), seconds in self.backlog.items():
+            if light or not terms.light:
+                better += seconds * (rank < terms.rank)
+                same += seconds * (rank == terms.rank)
+        return better, same
 
 
 class Queue:
@@ -205,24 +215,18 @@ class Queue:
         """Estimated seconds of work that will be done before a job that comes now, its own not counted.
 
         All that is of better rank; of equal rank its caller's own, and as much of each other caller's, since they take turns, and
-        what those have had less. A light job does not wait for those that are not, since it may interrupt them.
+        what those have had less.
         """
-        light_or_not = (True,) if terms.light else (True, False)
-        own_key = _key(terms)
-        caller = self._callers.get(own_key)
-        before = 0.0 if caller is None else sum(caller.backlog[terms.rank, light] for light in light_or_not)
-        served = self._groups[terms.background].least_served if caller is None else caller.served
+        own = self._callers.get(_key(terms))
+        _, before = (0.0, 0.0) if own is None else own.ahead(terms)
+        served = self._groups[terms.background].least_served if own is None else own.served
         rate = own_seconds / terms.cost
         total = before
-        for key, other in self._callers.items():
-            total += sum(
-                seconds
-                for (rank, light), seconds in other.backlog.items()
-                if rank < terms.rank and light in light_or_not
-            )
-            if key != own_key:
-                turns = before + own_seconds + max(0.0, served - other.served) * rate
-                total += min(sum(other.backlog[terms.rank, light] for light in light_or_not), turns)
+        for caller in self._callers.values():
+            better, same = caller.ahead(terms)
+            total += better
+            if caller is not own:
+                total += min(same, before + own_seconds + max(0.0, served - caller.served) * rate)
         return total
 
     @property

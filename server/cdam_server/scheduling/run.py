@@ -34,7 +34,7 @@ class Run:
 
     @property
     def terms(self) -> Terms:
-        """Terms of its first job; whether they are light, and in the background, is the same for all."""
+        """Terms of its first job, which stand for all."""
         return self.entries[0].terms
 
     @property

@@ -27,7 +27,7 @@ class Computed:
 
 
 class Work(Protocol[Answer]):
-    """One piece of work. Pieces of one bucket are of one class, and may share a batch.
+    """One piece of work. Pieces of one bucket may share a batch; whichever comes first must be able to run and book all of it.
 
     Only the structure counts: a dataclass whose field is `bucket` can't inherit from it, since the field would hide a property.
     """

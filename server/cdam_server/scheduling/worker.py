@@ -42,12 +42,12 @@ class Worker(threading.Thread):
         self._answer = answer
         self._failed = failed
         self._depth = 0
-        self._beat = time.monotonic()
+        self._last_rest = time.monotonic()
 
     @property
     def silent_seconds(self) -> float:
         """How long it has been since it last came to a place to rest; 0 while it has nothing to do."""
-        return time.monotonic() - self._beat if self._depth else 0.0
+        return time.monotonic() - self._last_rest if self._depth else 0.0
 
     def run(self) -> None:
         """Work until there is no more; to be called by `start` alone."""
@@ -61,7 +61,7 @@ class Worker(threading.Thread):
             self._failed(error)
 
     def _work(self, run: Run) -> None:
-        self._beat = time.monotonic()
+        self._last_rest = time.monotonic()
         self._depth += 1
         computed = False
         try:
@@ -127,7 +127,7 @@ class Worker(threading.Thread):
 
     def _rest(self, run: Run, entries: Sequence[Entry]) -> int:
         while True:
-            self._beat = started = time.monotonic()
+            self._last_rest = started = time.monotonic()
             if not any(entry.wanted(started) for entry in entries):
                 raise AbandonedError
             other = self._dispatcher.interrupt(run) if self._depth <= policy.MAX_DEPTH else None
@@ -135,7 +135,7 @@ class Worker(threading.Thread):
                 self._work(other)
             rested = self._dispatcher.pause(run) or other is not None
             if rested:
-                self._beat = time.monotonic()
-                run.rested += self._beat - started
+                self._last_rest = time.monotonic()
+                run.rested += self._last_rest - started
             if not (run.terms.background and rested):
                 return self._dispatcher.sharing

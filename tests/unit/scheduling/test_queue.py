@@ -1,12 +1,10 @@
-"""The queue's order and its book-keeping, and the estimates; without threads."""
+"""The queue's order and its book-keeping."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
 from collections import Counter
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,24 +12,8 @@ from hypothesis import strategies as st
 
 from cdam_server.scheduling import BACKGROUND, Bounds, QueueFullError, Terms
 from cdam_server.scheduling.entry import Entry
-from cdam_server.scheduling.forecast import Estimator
 from cdam_server.scheduling.queue import Queue
-
-LOOP = asyncio.new_event_loop()
-LOOP.close()
-
-
-def entry(number: int, seconds: float = 1.0, **terms: Any) -> Entry:
-    future: asyncio.Future[Any] = asyncio.Future(loop=LOOP)
-    return Entry(Terms(**{"bucket": "a", **terms}), float(number), number, future, seconds, submitted=float(number))
-
-
-def queue_of(entries: list[Entry]) -> Queue:
-    queue = Queue(Bounds(10_000, 1e9, 1 << 40), credit=8.0)
-    for item in entries:
-        queue.hold(item)
-        queue.push(item)
-    return queue
+from jobs import entry, queue_of
 
 
 def take(queue: Queue, size: int = 1) -> list[int]:
@@ -160,26 +142,3 @@ def test_what_will_be_done_before() -> None:
     assert queue.backlog(Terms("a", caller="own"), 0.5) == pytest.approx(1 + 1.5 + 2)
     assert queue.backlog(Terms("a", caller="own", cost=500.0), 0.5) == pytest.approx(1 + 1.5 + 1.5 + 2)
     assert queue.backlog(Terms("a", caller="own", rank=1), 0.5) == pytest.approx(1 + 5 + 2 + 0.5)
-
-
-def test_estimates_grow_with_the_cost_and_are_cautious_about_what_is_not_known() -> None:
-    estimator = Estimator()
-    assert estimator.seconds("a", 1.0) is None
-    for cost, seconds in ((1.0, 0.010), (16.0, 0.040)):
-        estimator.observe("a", cost, seconds)
-    assert estimator.seconds("a", 1.0) == pytest.approx(0.010)
-    assert estimator.seconds("a", 16.0) == pytest.approx(0.040)
-    assert estimator.seconds("a", 4.0) == pytest.approx(0.040)  # no better than single ones
-    assert estimator.seconds("a", 64.0) == pytest.approx(0.160)
-    assert estimator.seconds("b", 1.0) is None
-
-
-def test_estimates_follow_and_shrug_off_a_moment_of_standstill() -> None:
-    estimator = Estimator()
-    for _ in range(10):
-        estimator.observe("a", 1.0, 0.010)
-    estimator.observe("a", 1.0, 30.0)
-    assert estimator.seconds("a", 1.0) == pytest.approx(0.016)
-    for _ in range(60):
-        estimator.observe("a", 1.0, 0.100)
-    assert estimator.seconds("a", 1.0) == pytest.approx(0.100, rel=0.01)

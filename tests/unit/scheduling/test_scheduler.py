@@ -5,11 +5,11 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import pytest
+from structlog.testing import capture_logs
 
 from cdam_server.scheduling import (
     BACKGROUND,
@@ -17,7 +17,6 @@ from cdam_server.scheduling import (
     ClosedError,
     Computed,
     DeviceLostError,
-    Done,
     ExpiredError,
     Observer,
     QueueFullError,
@@ -26,38 +25,7 @@ from cdam_server.scheduling import (
     Terms,
     TooLargeError,
 )
-
-Compute = Callable[[Any, Sequence[Any], Rest], Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """Work that a function does, given the bucket, the batch's jobs and where to rest."""
-
-    compute: Compute
-    bucket: Hashable
-    job: object
-
-    def run(self, batch: "Sequence[Call]", rest: Rest) -> Sequence[Any]:
-        return self.compute(self.bucket, [work.job for work in batch], rest)
-
-    def book(self, batch: "Sequence[Call]", answers: Sequence[Any], computed: Computed) -> None:
-        pass
-
-
-class Calls(Scheduler):
-    """A scheduler whose jobs one function computes."""
-
-    def __init__(self, compute: Compute, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._compute = compute
-
-    async def submit(self, terms: Terms, job: object) -> Done[Any]:
-        with self.admit(terms) as ticket:
-            return await ticket.submit(Call(self._compute, terms.bucket, job))
-
-    async def submit_together(self, jobs: Sequence[tuple[Terms, object]]) -> list[Done[Any]]:
-        return await self.submit_all([(terms, Call(self._compute, terms.bucket, job)) for terms, job in jobs])
+from jobs import Call, Calls
 
 
 class Gate:
@@ -194,7 +162,7 @@ async def test_jobs_handed_in_together_share_a_batch_at_once() -> None:
         (Bounds(bytes=3000), Terms("a", bytes=1000), "bytes"),
     ],
 )
-async def test_a_full_house_refuses_at_once_and_says_when_to_come_back(
+async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(
     bounds: Bounds, terms: Terms, reason: str
 ) -> None:
     gate, tally = Gate(), Tally()
@@ -212,7 +180,7 @@ async def test_a_full_house_refuses_at_once_and_says_when_to_come_back(
     await scheduler.close()
 
 
-async def test_whatever_its_size_a_job_may_come_into_an_empty_house() -> None:
+async def test_whatever_its_size_a_job_that_is_alone_is_let_in() -> None:
     gate = Gate()
     gate.open.set()
     scheduler = Calls(gate, bounds=Bounds(jobs=1, cost=1, bytes=1))
@@ -354,7 +322,103 @@ async def test_a_compute_function_that_answers_too_little_is_an_error_for_everyo
     await scheduler.close()
 
 
-async def test_a_batch_that_memory_cannot_hold_is_halved_and_the_ceiling_remembered_until_it_creeps_up() -> None:
+@dataclass(frozen=True)
+class Booked(Call):
+    """Work that notes which batches are booked."""
+
+    booked: list[tuple[list[object], list[object], Computed]] = field(default_factory=list)
+
+    def book(self, batch: Sequence[Call], answers: Sequence[object], computed: Computed) -> None:
+        self.booked.append(([work.job for work in batch], list(answers), computed))
+
+
+async def test_what_was_computed_at_once_is_booked_once_without_what_raised() -> None:
+    error = ValueError("one")
+
+    def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
+        if 2 in jobs:
+            raise ZeroDivisionError
+        return [error if job == 1 else 2 * job for job in jobs]
+
+    scheduler = Scheduler(max_batch_size=4, max_queue_delay=30.0)
+    scheduler.start()
+    works = [Booked(compute, "a", job) for job in range(4)]
+    answers = await asyncio.gather(
+        *(scheduler.submit_all([(Terms("a"), work)]) for work in works), return_exceptions=True
+    )
+    await scheduler.close()
+    assert answers[1] is error
+    assert isinstance(answers[2], ZeroDivisionError)
+    assert [work.booked[0][:2] for work in works if work.booked] == [([0, 1], [0, error]), ([3], [6])]
+    assert [computed.fill for work in works for *_, computed in work.booked] == [2 / 4, 1 / 4]
+
+
+async def test_the_time_in_which_a_batch_rests_is_not_booked() -> None:
+    def compute(bucket: str, jobs: Sequence[str], rest: Rest) -> list[str | Exception]:
+        if bucket == "short":
+            time.sleep(0.2)
+        else:
+            entered.set()
+            assert go.wait(10)
+            rest()
+        return list(jobs)
+
+    entered, go = threading.Event(), threading.Event()
+    scheduler = Scheduler()
+    scheduler.start()
+    long, short = Booked(compute, "long", "long"), Booked(compute, "short", "short")
+    started = time.monotonic()
+    first = asyncio.create_task(scheduler.submit_all([(Terms("long", cost=100.0), long)]))
+    assert await asyncio.to_thread(entered.wait, 10)
+    second = asyncio.create_task(scheduler.submit_all([(Terms("short", rank=-1), short)]))
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.gather(first, second)
+    elapsed = time.monotonic() - started
+    ((_, _, computed),) = long.booked
+    assert computed.seconds <= elapsed - 0.2
+    ((_, _, computed),) = short.booked
+    assert computed.seconds >= 0.2
+    await scheduler.close()
+
+
+async def test_an_error_of_the_booking_is_logged_and_loses_no_answer() -> None:
+    class Wrong(Call):
+        def book(self, batch: Sequence[Call], answers: Sequence[object], computed: Computed) -> None:
+            raise ZeroDivisionError
+
+    scheduler = Scheduler()
+    scheduler.start()
+    with capture_logs() as logs:
+        done = await scheduler.submit_all(
+            [(Terms("a"), Wrong(lambda bucket, jobs, rest: jobs, "a", job)) for job in range(3)]
+        )
+    assert [item.answer for item in done] == [0, 1, 2]
+    assert [(line["event"], line["log_level"]) for line in logs] == [("a batch could not be booked", "error")]
+    assert scheduler.alive
+    await scheduler.close()
+
+
+async def test_work_of_another_bucket_than_its_terms_say_is_refused_and_nothing_is_computed() -> None:
+    gate = Gate()
+    gate.open.set()
+    scheduler = Scheduler(bounds=Bounds(jobs=2))
+    scheduler.start()
+    right, wrong = Call(gate, "a", 1), Call(gate, "b", 2)
+    with scheduler.admit(Terms("a")) as ticket:
+        with pytest.raises(ValueError, match="the work is of bucket 'b'; its terms say 'a'"):
+            await ticket.submit(wrong)
+        assert (await ticket.submit(right)).answer == 2
+    with pytest.raises(ValueError, match="bucket 'b'"):
+        await scheduler.submit_all([(Terms("a"), right), (Terms("a"), wrong)])
+    done = await scheduler.submit_all([(Terms("a"), right), (Terms("b"), wrong)])  # there is room again
+    assert [item.answer for item in done] == [2, 4]
+    assert gate.batches == [("a", [1]), ("a", [1]), ("b", [2])]
+    assert scheduler._dispatcher._queue.work == 0
+    await scheduler.close()
+
+
+async def test_a_batch_that_memory_cannot_hold_is_halved_and_the_ceiling_remembered_until_it_is_raised_again() -> None:
     limit, sizes = 5, []
 
     def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
@@ -733,20 +797,19 @@ async def test_batches_are_no_longer_than_their_deadlines_bear() -> None:
 
     def compute(bucket: str, jobs: Sequence[int], rest: Rest) -> list[int | Exception]:
         sizes.append(len(jobs))
-        time.sleep(0.03 * len(jobs))
         return list(jobs)
 
     scheduler = Calls(compute, max_batch_size=16)
     scheduler.start()
-    for size in (1, 16):
-        await scheduler.submit_together([(Terms("a"), job) for job in range(size)])
-    sizes.clear()
-    full = scheduler._dispatcher._forecast._estimator.seconds(("a", True), 16.0)
+    estimator = scheduler._dispatcher._forecast._estimator
+    for size in (1.0, 16.0):  # as if that many had taken so long
+        estimator.observe(("a", True), size, 3.0 * size)
+    full = estimator.seconds(("a", True), 16.0)
     assert full is not None
     await scheduler.submit_together([(Terms("a", timeout=full / 0.53), job) for job in range(16)])
     assert max(sizes) < 16  # which take more than half of that
     sizes.clear()
-    await scheduler.submit_together([(Terms("a", timeout=60), job) for job in range(16)])
+    await scheduler.submit_together([(Terms("a", timeout=6000), job) for job in range(16)])
     assert sizes == [16]
     await scheduler.close()
 
