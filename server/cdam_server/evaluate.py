@@ -18,18 +18,7 @@ from PIL import Image
 
 from cdam.statistics import CORRELATED, Statistics, Table
 from cdam_engine import Method, UnsupportedMethodError
-from cdam_engine.evaluation import (
-    BoxSensitivity,
-    ClassDiscrimination,
-    Evaluator,
-    Fidelity,
-    InsertionDeletion,
-    Localisation,
-    Measured,
-    Metric,
-    Protocol,
-    Sample,
-)
+from cdam_engine.evaluation import Evaluator, Geometry, Measured, Metric, ParameterError, Protocol, Sample
 from cdam_engine.preprocess import Resize, prepare
 from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, OverloadedError
 from cdam_server.explain import (
@@ -154,10 +143,13 @@ class EvaluateUseCase:
         """
         model = self._explain.catalog.get(plan.model)
         input_size = self._explain.input_size(model, plan.input_size, "protocol.preprocessing.input_size")
-        protocol = _resolved(model, plan.protocol, input_size)
-        _check_levels(protocol)
-        _check_resamples(protocol, plan.resamples)
-        self._check_images(protocol)
+        vit = model.explainer.vit
+        geometry = Geometry(input_size, vit.patch_size, vit.grid(input_size))
+        protocol = _resolved(model, plan.protocol, geometry)
+        cost = protocol.cost(geometry)
+        _check_levels(cost.levels)
+        _check_resamples(protocol, cost.levels, plan.resamples)
+        self._check_images(cost.images)
         evaluator = await asyncio.to_thread(_evaluator, model, protocol, input_size)
         passes = math.ceil(times_larger(model, input_size) * evaluator.passes())
         if passes > self._max_passes:
@@ -177,9 +169,8 @@ class EvaluateUseCase:
                 self._explain, self._scheduler, self._decoders, self._telemetry, model, plan, terms, window
             )
 
-    def _check_images(self, protocol: Protocol) -> None:
+    def _check_images(self, images: int) -> None:
         """Refuse what would take long even to list; an image that several methods share is listed for each."""
-        images = len(protocol.methods) * sum(map(_images, protocol.metrics))
         most = _LISTED * self._max_passes
         if images > most:
             message = f"are of {images} perturbed images a sample, those of each method counted; at most {most}"
@@ -291,76 +282,41 @@ class Evaluation:
 # --- the plan
 
 
-def _resolved(model: ServedModel, protocol: Protocol, input_size: tuple[int, int]) -> Protocol:
+def _resolved(model: ServedModel, protocol: Protocol, geometry: Geometry) -> Protocol:
     """The protocol with what the model and its input decide, its methods such as the model can serve."""
     methods = tuple(
         resolve_method(model, method, f"protocol.methods[{i}].method") if isinstance(method, Method) else method
         for i, method in enumerate(protocol.methods)
     )
     metrics = tuple(
-        _resolved_metric(model, metric, input_size, f"protocol.metrics[{i}].{metric.kind}")
+        _resolved_metric(model, metric, geometry, f"protocol.metrics[{i}].{metric.kind}")
         for i, metric in enumerate(protocol.metrics)
     )
     return replace(protocol, methods=methods, metrics=metrics)
 
 
-def _resolved_metric(model: ServedModel, metric: Metric, input_size: tuple[int, int], field: str) -> Metric:
-    match metric:
-        case BoxSensitivity():
-            return _resolved_boxes(metric, input_size, field)
-        case ClassDiscrimination(box_sensitivity=boxes):
-            return replace(metric, box_sensitivity=_resolved_boxes(boxes, input_size, f"{field}.box_sensitivity"))
-        case InsertionDeletion(steps=steps):
-            grid = model.explainer.vit.grid(input_size)
-            return replace(metric, steps=steps or grid.h * grid.w, activation=ACTIVATIONS[model.loaded.task])
-        case _:
-            return metric
-
-
-def _resolved_boxes(metric: BoxSensitivity, input_size: tuple[int, int], field: str) -> BoxSensitivity:
+def _resolved_metric(model: ServedModel, metric: Metric, geometry: Geometry, field: str) -> Metric:
     try:
-        return replace(metric, box_sizes=metric.sizes(input_size))
-    except ValueError as error:
-        raise InvalidArgumentError(f"{field}.box_sizes", str(error).removeprefix("box_sizes: ")) from error
+        return metric.resolved(geometry, ACTIVATIONS[model.loaded.task])
+    except ParameterError as error:
+        raise InvalidArgumentError(f"{field}.{error.field}", error.reason) from error
 
 
-def _check_levels(protocol: Protocol) -> None:
+def _check_levels(levels: int) -> None:
     """Refuse boxes that take long to draw: they take no pass, which would bound them."""
-    levels = len(protocol.methods) * sum(map(_levels, protocol.metrics))
     if levels > _MAX_LEVELS:
         message = f"draw boxes at {levels} levels a sample, those of each method counted; at most {_MAX_LEVELS}"
         raise InvalidArgumentError("protocol.metrics", message)
 
 
-def _check_resamples(protocol: Protocol, resamples: int) -> None:
+def _check_resamples(protocol: Protocol, levels: int, resamples: int) -> None:
     """Refuse a bootstrap that takes too much memory, or a table that takes too long."""
-    rows = len(protocol.methods) * sum(
-        len(metric.quantities) + 3 * (set(CORRELATED) <= set(metric.quantities)) + _levels(metric)
-        for metric in protocol.metrics
+    rows = levels + len(protocol.methods) * sum(
+        len(metric.quantities) + 3 * (set(CORRELATED) <= set(metric.quantities)) for metric in protocol.metrics
     )
     if rows * resamples > _MAX_NUMBERS:
         message = f"{resamples} of {rows} rows; at most {_MAX_NUMBERS // rows} are allowed"
         raise InvalidArgumentError("protocol.bootstrap_resamples", message)
-
-
-def _levels(metric: Metric) -> int:
-    """How many levels a metric draws boxes at, for one method."""
-    return metric.points if isinstance(metric, Localisation) else 0
-
-
-def _images(metric: Metric) -> int:
-    """How many perturbed images a metric asks about, for one method."""
-    match metric:
-        case Fidelity(points=points):
-            return 2 * points
-        case BoxSensitivity(box_sizes=sizes, boxes=boxes):
-            return len(sizes) * boxes
-        case ClassDiscrimination(fidelity=fidelity, box_sensitivity=boxes):
-            return 2 * _images(fidelity) + _images(boxes)
-        case InsertionDeletion(steps=int(steps)):
-            return 2 * steps
-        case _:
-            return 0
 
 
 def _evaluator(model: ServedModel, protocol: Protocol, input_size: tuple[int, int]) -> Evaluator:
