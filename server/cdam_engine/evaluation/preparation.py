@@ -52,7 +52,7 @@ class Preparation:
             explainer.check(method)
         self._required = protocol.required()
         self._compares = "wrong_target" in self._required
-        self._randomises = self._methods and any(metric.randomised for metric in protocol.metrics)
+        self._randomises = any(metric.randomised for metric in protocol.metrics)
         self._randomised = RandomisedModels(explainer, protocol.seed)
         self._activations = frozenset(metric.activation for metric in protocol.metrics)
 
@@ -155,8 +155,6 @@ class Preparation:
 
     def _maps(self, subject: Subject) -> dict[MapOf, Scores]:
         sample = subject.sample
-        if not self._methods:
-            return {}
         both = [sample.target, sample.wrong_target] if self._compares else [sample.target]
         return self._explained(self._explainer, subject, [target for target in both if target is not None], learn=True)
 
@@ -164,6 +162,8 @@ class Preparation:
         self, explainer: Explainer, subject: Subject, wanted: list[Scalar], *, learn: bool = False
     ) -> dict[MapOf, Scores]:
         """The methods' maps, of one sample alone so that they are the same whatever else is evaluated."""
+        if not self._methods:
+            return {}
         (explanation,) = explainer.explain(subject.pixels[None], [wanted], [self._methods])
         if learn:
             latent, logits = (
