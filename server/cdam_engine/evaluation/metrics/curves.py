@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self, get_args
@@ -18,8 +19,24 @@ from cdam_engine.methods.base import at_least_one
 from cdam_engine.methods.prediction import Activation
 
 
+class _OfRanks(ABC):
+    """What a metric is that perturbs the image in the order of the scores, along two curves."""
+
+    @abstractmethod
+    def _curves(self, its: MapOf, geometry: Geometry) -> tuple[list[Perturbation], list[Perturbation]]: ...
+
+    def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:
+        """See `Metric`."""
+        one, other = self._curves(its, geometry)
+        return one + other
+
+    def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
+        """See `Metric`."""
+        return ()
+
+
 @dataclass(frozen=True)
-class Fidelity(Metric):
+class Fidelity(_OfRanks, Metric):
     """The target's value f as more and more of the image is blurred, most (MIF) or least (LIF) important first.
 
     Source: Brocki, Binda and Chung (TMLR 2024), correctness; after Samek et al. (2017).
@@ -61,15 +78,6 @@ class Fidelity(Metric):
         """See `Metric`."""
         return Cost(images=2 * self.points)
 
-    def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:
-        """See `Metric`."""
-        most, least = self._curves(its, geometry)
-        return most + least
-
-    def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
-        """See `Metric`."""
-        return ()
-
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
         """See `Metric`."""
         percent = 100 * np.arange(self.points) / (self.points - 1)
@@ -88,21 +96,13 @@ class Fidelity(Metric):
         """The images of both curves, the most and the least important part blurred first."""
         total = _total(self.unit, geometry)
         counts = _counts(total, self.points - 1)
-        most, least = (
-            ranked(
-                _order(its, self.unit, self.enlargement, least_first=least_first),
-                counts,
-                total,
-                first=float(self.blur_sigma),
-                rest="clean",
-            )
-            for least_first in (False, True)
-        )
+        orders = (_order(its, self.unit, self.enlargement, least_first=least) for least in (False, True))
+        most, least = (ranked(order, counts, total, first=float(self.blur_sigma), rest="clean") for order in orders)
         return most, least
 
 
 @dataclass(frozen=True)
-class InsertionDeletion(Metric):
+class InsertionDeletion(_OfRanks, Metric):
     """The target's probability as the most important parts are inserted into a blurred image, or deleted.
 
     Source: Petsiuk, Das and Saenko (RISE, 2018).
@@ -144,15 +144,6 @@ class InsertionDeletion(Metric):
     def cost(self, geometry: Geometry) -> Cost:
         """See `Metric`."""
         return Cost(images=2 * self._steps(geometry))
-
-    def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:
-        """See `Metric`."""
-        insertion, deletion = self._curves(its, geometry)
-        return insertion + deletion
-
-    def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
-        """See `Metric`."""
-        return ()
 
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
         """See `Metric`."""
