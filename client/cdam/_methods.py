@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 Quadrature: TypeAlias = Literal["riemann_right", "gauss_legendre"]
 """How a path integral is approximated: by a right-hand Riemann sum, as in the papers, or by Gauss-Legendre nodes."""
@@ -213,23 +213,7 @@ Method: TypeAlias = (
 MethodLike: TypeAlias = MethodKind | Method
 """A method, or the name of one with its defaults."""
 
-METHODS: dict[str, type[Method]] = {
-    method.kind: method
-    for method in (
-        Cdam,
-        SmoothCdam,
-        IntegratedCdam,
-        Attention,
-        AttentionRollout,
-        RelevancePropagation,
-        PartialLrp,
-        InputXGradient,
-        SmoothGrad,
-        IntegratedGradients,
-        TokenAblation,
-        PatchMaskPrediction,
-    )
-}
+METHODS: dict[str, type[Method]] = {method.kind: method for method in get_args(Method)}
 """Every method, by name."""
 
 

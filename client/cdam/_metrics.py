@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import ClassVar, Literal, TypeAlias, cast
+from typing import ClassVar, Literal, TypeAlias, cast, get_args
 
 from cdam._methods import Method, MethodKind, MethodLike, as_method
 from cdam.statistics import CORRELATION, PEAK
@@ -263,21 +263,7 @@ Evaluated: TypeAlias = Method | Anchor
 EvaluatedLike: TypeAlias = MethodKind | AnchorName | Evaluated
 """A method or an anchor, or the name of one."""
 
-METRICS: dict[str, type[Metric]] = {
-    metric.kind: metric
-    for metric in (
-        Fidelity,
-        BoxSensitivity,
-        ClassDiscrimination,
-        Compactness,
-        MaskAgreement,
-        InsertionDeletion,
-        Sparseness,
-        Randomisation,
-        Counterfactual,
-        Localisation,
-    )
-}
+METRICS: dict[str, type[Metric]] = {metric.kind: metric for metric in get_args(Metric)}
 """Every metric, by name."""
 
 BETTER: Mapping[str, Better | None] = MappingProxyType(

@@ -17,18 +17,7 @@ from PIL import Image
 
 from cdam.statistics import CORRELATED, Statistics, Table
 from cdam_engine import Method, UnsupportedMethodError
-from cdam_engine.evaluation import (
-    BoxSensitivity,
-    ClassDiscrimination,
-    Evaluated,
-    Fidelity,
-    InsertionDeletion,
-    Localisation,
-    Measured,
-    Metric,
-    Protocol,
-    Sample,
-)
+from cdam_engine.evaluation import Evaluated, Geometry, Measured, Metric, ParameterError, Protocol, Sample
 from cdam_engine.preprocess import Resize, prepare
 from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, within
 from cdam_server.facts import ModelFacts
@@ -152,10 +141,13 @@ class EvaluateUseCase:
         resolver = self._tools.resolver
         model = resolver.models.get(plan.model)
         input_size = resolver.input_size(model, plan.input_size)
-        protocol = _resolved(model, plan.protocol, input_size)
-        _check_levels(protocol)
-        _check_resamples(protocol, plan.resamples)
-        self._check_images(protocol)
+        sizes = model.explained.sizes
+        geometry = Geometry(input_size, sizes.patch_size, sizes.grid(input_size))
+        protocol = _resolved(model, plan.protocol, geometry)
+        cost = protocol.cost(geometry)
+        _check_levels(cost.levels)
+        _check_resamples(protocol, cost.levels, plan.resamples)
+        self._check_images(cost.images)
         bucket = EvaluationBucket(model.name, input_size, protocol)
         with self._tools.works.evaluation(bucket) as held:
             facts = await asyncio.to_thread(_facts, held, model)
@@ -177,9 +169,8 @@ class EvaluateUseCase:
                 window = max(_LEAST_WINDOW, int(self._max_pending_passes / _SHARE / terms.cost))
                 yield Evaluation(self._tools, model, plan, bucket, terms, facts.required, window)
 
-    def _check_images(self, protocol: Protocol) -> None:
+    def _check_images(self, images: int) -> None:
         """Refuse what would take long even to list; an image that several methods share is listed for each."""
-        images = len(protocol.methods) * sum(map(_images, protocol.metrics))
         most = _LISTED * self._max_passes
         if images > most:
             message = f"are of {images} perturbed images a sample, those of each method counted; at most {most}"
@@ -276,76 +267,41 @@ class Evaluation:
 # --- the plan
 
 
-def _resolved(model: ModelFacts, protocol: Protocol, input_size: tuple[int, int]) -> Protocol:
+def _resolved(model: ModelFacts, protocol: Protocol, geometry: Geometry) -> Protocol:
     """The protocol with what the model and its input decide, its methods such as the model can serve."""
     methods: list[Evaluated] = []
     for position, method in enumerate(protocol.methods):
         with within(f"methods[{position}]"):
             methods.append(resolve_method(model, method) if isinstance(method, Method) else method)
     metrics = tuple(
-        _resolved_metric(model, metric, input_size, f"metrics[{i}].{metric.kind}")
+        _resolved_metric(model, metric, geometry, f"metrics[{i}].{metric.kind}")
         for i, metric in enumerate(protocol.metrics)
     )
     return replace(protocol, methods=tuple(methods), metrics=metrics)
 
 
-def _resolved_metric(model: ModelFacts, metric: Metric, input_size: tuple[int, int], field: str) -> Metric:
-    match metric:
-        case BoxSensitivity():
-            return _resolved_boxes(metric, input_size, field)
-        case ClassDiscrimination(box_sensitivity=boxes):
-            return replace(metric, box_sensitivity=_resolved_boxes(boxes, input_size, f"{field}.box_sensitivity"))
-        case InsertionDeletion(steps=steps):
-            steps = steps or model.patches(input_size)
-            return replace(metric, steps=steps, activation=ACTIVATIONS[model.task])
-        case _:
-            return metric
-
-
-def _resolved_boxes(metric: BoxSensitivity, input_size: tuple[int, int], field: str) -> BoxSensitivity:
+def _resolved_metric(model: ModelFacts, metric: Metric, geometry: Geometry, field: str) -> Metric:
     try:
-        return replace(metric, box_sizes=metric.sizes(input_size))
-    except ValueError as error:
-        raise InvalidArgumentError(f"{field}.box_sizes", str(error).removeprefix("box_sizes: ")) from error
+        return metric.resolved(geometry, ACTIVATIONS[model.task])
+    except ParameterError as error:
+        raise InvalidArgumentError(f"{field}.{error.field}", error.reason) from error
 
 
-def _check_levels(protocol: Protocol) -> None:
+def _check_levels(levels: int) -> None:
     """Refuse boxes that take long to draw: they take no pass, which would bound them."""
-    levels = len(protocol.methods) * sum(map(_levels, protocol.metrics))
     if levels > _MAX_LEVELS:
         message = f"draw boxes at {levels} levels a sample, those of each method counted; at most {_MAX_LEVELS}"
         raise InvalidArgumentError("metrics", message)
 
 
-def _check_resamples(protocol: Protocol, resamples: int) -> None:
+def _check_resamples(protocol: Protocol, levels: int, resamples: int) -> None:
     """Refuse a bootstrap that takes too much memory, or a table that takes too long."""
-    rows = len(protocol.methods) * sum(
-        len(metric.quantities) + 3 * (set(CORRELATED) <= set(metric.quantities)) + _levels(metric)
-        for metric in protocol.metrics
+    rows = levels + len(protocol.methods) * sum(
+        len(metric.quantities) + 3 * (set(CORRELATED) <= set(metric.quantities)) for metric in protocol.metrics
     )
     if rows * resamples > _MAX_NUMBERS:
         message = f"{resamples} of {rows} rows; at most {_MAX_NUMBERS // rows} are allowed"
         raise InvalidArgumentError("resamples", message)
-
-
-def _levels(metric: Metric) -> int:
-    """How many levels a metric draws boxes at, for one method."""
-    return metric.points if isinstance(metric, Localisation) else 0
-
-
-def _images(metric: Metric) -> int:
-    """How many perturbed images a metric asks about, for one method."""
-    match metric:
-        case Fidelity(points=points):
-            return 2 * points
-        case BoxSensitivity(box_sizes=sizes, boxes=boxes):
-            return len(sizes) * boxes
-        case ClassDiscrimination(fidelity=fidelity, box_sensitivity=boxes):
-            return 2 * _images(fidelity) + _images(boxes)
-        case InsertionDeletion(steps=int(steps)):
-            return 2 * steps
-        case _:
-            return 0
 
 
 def _facts(held: Evaluations, model: ModelFacts) -> EvaluationFacts:

@@ -1015,7 +1015,7 @@ def test_every_metric_has_a_message_and_says_what_is_better() -> None:
 
 
 def test_metrics_are_the_engines() -> None:
-    from cdam_engine.evaluation.protocol import METRICS
+    from cdam_engine.evaluation import METRICS
 
     assert {kind: tuple(metric.quantities) for kind, metric in cdam.METRICS.items()} == {
         kind: metric.quantities for kind, metric in METRICS.items()

@@ -305,6 +305,12 @@ def test_a_map_of_no_target_does_not_discriminate() -> None:
     assert (values(result) == 0).all()
 
 
+def test_an_anchor_does_not_depend_on_the_model() -> None:
+    protocol = Protocol((Anchor.RANDOM, Anchor.MASK), (Randomisation(),))
+    (result,) = Evaluator(explainer(), protocol).evaluate([sample(0)])
+    np.testing.assert_allclose(values(result), 1.0)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = vit()
     before = {name: parameter.clone() for name, parameter in model.state_dict().items()}

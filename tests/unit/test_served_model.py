@@ -109,7 +109,9 @@ def test_methods_that_it_cannot_serve_are_refused(served: ServedModel) -> None:
     assert other.facts.refusals["attention"].reason == "UNKNOWN_ATTENTION"
     resolve_method(other.facts, Cdam())
     for method in (Cdam(parts=True), Attention()):
-        with pytest.raises(FailedPreconditionError, match=r"^methods\[0\]\.\w+: model 'dwee'.*DiffAttention") as refused:
+        with pytest.raises(
+            FailedPreconditionError, match=r"^methods\[0\]\.\w+: model 'dwee'.*DiffAttention"
+        ) as refused:
             resolve_methods(other.facts, [method])
         assert refused.value.reason == "UNKNOWN_ATTENTION"
         assert refused.value.metadata == {"model": "dwee", "method": method.kind}

@@ -1,26 +1,26 @@
 """How true a map is: the papers' metrics, measured on samples."""
 
+from cdam_engine.evaluation.evaluated import Anchor, Evaluated
 from cdam_engine.evaluation.evaluator import Evaluator
-from cdam_engine.evaluation.protocol import (
+from cdam_engine.evaluation.geometry import Enlargement, Geometry
+from cdam_engine.evaluation.metrics import (
     METRICS,
-    Anchor,
     BoxSensitivity,
     ClassDiscrimination,
     Compactness,
     Counterfactual,
-    Enlargement,
-    Evaluated,
     Fidelity,
     InsertionDeletion,
     Localisation,
     MaskAgreement,
     Metric,
     Normalisation,
-    Protocol,
+    ParameterError,
     Randomisation,
     Sparseness,
-    Unit,
 )
+from cdam_engine.evaluation.perturbation import Unit
+from cdam_engine.evaluation.protocol import Protocol
 from cdam_engine.evaluation.sample import Measured, Sample, SampleError, Value
 
 __all__ = [
@@ -34,12 +34,14 @@ __all__ = [
     "Evaluated",
     "Evaluator",
     "Fidelity",
+    "Geometry",
     "InsertionDeletion",
     "Localisation",
     "MaskAgreement",
     "Measured",
     "Metric",
     "Normalisation",
+    "ParameterError",
     "Protocol",
     "Randomisation",
     "Sample",

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from cdam_engine.evaluation import measures
 from cdam_engine.evaluation.forwards import Forwards
 from cdam_engine.evaluation.geometry import Geometry
-from cdam_engine.evaluation.perturbation import Perturbation
+from cdam_engine.evaluation.metrics.base import Metric
+from cdam_engine.evaluation.perturbation import MapOf, Perturbation
 from cdam_engine.evaluation.preparation import Preparation
 from cdam_engine.evaluation.protocol import Protocol
 from cdam_engine.evaluation.sample import Measured, Sample, SampleError, Value
@@ -57,7 +57,9 @@ class Evaluator:
         self.input_size = input_size or vit.input_size
         self._geometry = Geometry(self.input_size, vit.patch_size, vit.grid(self.input_size))
         for metric in protocol.metrics:
-            measures.check(metric, self._geometry)
+            if not isinstance(metric, Metric):
+                raise TypeError(f"a metric is one of cdam_engine's, such as Fidelity(), not {metric!r}")
+            metric.resolved(self._geometry)  # refuses what does not fit
         self._explainer = explainer.uncached()
         self._batch_size = batch_size
         self._preparation = Preparation(self._explainer, protocol, self._geometry)
@@ -65,7 +67,7 @@ class Evaluator:
             image
             for metric in dict.fromkeys(protocol.metrics)
             for evaluated in dict.fromkeys(protocol.methods)
-            for image in measures.images_of_map(metric, evaluated, self._geometry)
+            for image in metric.images_of_map(MapOf(evaluated), self._geometry)
         ]
 
     @property
@@ -111,7 +113,7 @@ class Evaluator:
         images = [
             image
             for metric in dict.fromkeys(self.protocol.metrics)
-            for image in measures.images_of_sample(metric, self.protocol.seed, sample, self._geometry)
+            for image in metric.images_of_sample(self.protocol.seed, sample, self._geometry)
         ]
         return list(dict.fromkeys(self._images_of_maps + images))
 
@@ -121,7 +123,7 @@ class Evaluator:
                 Value(m, k, quantity, found.value, found.curve)
                 for m, evaluated in enumerate(self.protocol.methods)
                 for k, metric in enumerate(self.protocol.metrics)
-                for quantity, found in measures.measure(metric, evaluated, self.protocol.seed, subject).items()
+                for quantity, found in metric.measure(MapOf(evaluated), self.protocol.seed, subject).items()
             )
         except SampleError as error:
             return error

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdam_engine.evaluation.protocol import Enlargement
 from cdam_engine.families import Grid
+
+Enlargement = Literal["bilinear", "nearest"]
+"""How a map over the patch grid becomes one over the input's pixels."""
 
 
 @dataclass(frozen=True)

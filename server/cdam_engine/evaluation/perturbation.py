@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from cdam_engine.evaluation.protocol import Anchor, Enlargement, Evaluated, Unit
+from cdam_engine.evaluation.evaluated import Anchor, Evaluated
+from cdam_engine.evaluation.geometry import Enlargement
+
+Unit = Literal["pixel", "patch"]
+"""What is ranked and perturbed."""
 
 Picture = Literal["clean", "mean_colour", "counterfactual"] | float
 """A sample's image; the model's mean colour; the sample without its object; or, a number, the image blurred that much."""

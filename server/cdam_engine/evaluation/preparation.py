@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,18 +11,10 @@ from torch import Tensor
 
 from cdam_engine import targets
 from cdam_engine.evaluation.draws import generator
+from cdam_engine.evaluation.evaluated import Anchor
 from cdam_engine.evaluation.geometry import Geometry
 from cdam_engine.evaluation.perturbation import CLEAN, MapOf
-from cdam_engine.evaluation.protocol import (
-    Anchor,
-    ClassDiscrimination,
-    Counterfactual,
-    InsertionDeletion,
-    Localisation,
-    MaskAgreement,
-    Protocol,
-    Randomisation,
-)
+from cdam_engine.evaluation.protocol import Protocol
 from cdam_engine.evaluation.randomisation import RandomisedModels
 from cdam_engine.evaluation.sample import Sample, SampleError
 from cdam_engine.evaluation.subject import Scores, Subject
@@ -59,11 +50,11 @@ class Preparation:
                 raise TypeError(f"a method is one of cdam_engine's, such as Cdam(), or an anchor, not {other!r}")
         for method in self._methods:
             explainer.check(method)
-        self._compares = any(isinstance(metric, ClassDiscrimination) for metric in protocol.metrics)
-        self._randomises = self._methods and any(isinstance(metric, Randomisation) for metric in protocol.metrics)
+        self._required = protocol.required()
+        self._compares = "wrong_target" in self._required
+        self._randomises = any(metric.randomised for metric in protocol.metrics)
         self._randomised = RandomisedModels(explainer, protocol.seed)
-        self._required = _requirements(protocol, compares=self._compares)
-        self._activations = frozenset(its.activation for its in protocol.metrics if isinstance(its, InsertionDeletion))
+        self._activations = frozenset(metric.activation for metric in protocol.metrics)
 
     @property
     def required(self) -> frozenset[str]:
@@ -110,9 +101,9 @@ class Preparation:
 
     def _check(self, sample: Sample) -> None:
         wanted = {"target": sample.target} | ({"wrong_target": sample.wrong_target} if self._compares else {})
-        for field, by in self._required.items():
-            if getattr(sample, field) is None:
-                raise SampleError(field, f"is required by {by}")
+        for required, by in self._required.items():
+            if getattr(sample, required) is None:
+                raise SampleError(required, f"is required by {by}")
         for field, target in wanted.items():
             self._check_target(field, target)
         if self._compares and sample.wrong_target == sample.target:
@@ -136,7 +127,7 @@ class Preparation:
         if mask.shape != self._geometry.input_size or mask.dtype != np.bool_:
             size = " x ".join(map(str, self._geometry.input_size))
             raise SampleError(field, f"of shape {mask.shape} and type {mask.dtype}, not {size} and bool")
-        judges = any(isinstance(metric, MaskAgreement | Localisation) for metric in self._protocol.metrics)
+        judges = any("mask" in metric.requires for metric in self._protocol.metrics)
         if field == "mask" and judges and mask.all() == mask.any():
             raise SampleError(field, "is full: nothing lies outside" if mask.any() else "is empty: nothing lies inside")
 
@@ -164,8 +155,6 @@ class Preparation:
 
     def _maps(self, subject: Subject) -> dict[MapOf, Scores]:
         sample = subject.sample
-        if not self._methods:
-            return {}
         both = [sample.target, sample.wrong_target] if self._compares else [sample.target]
         return self._explained(self._explainer, subject, [target for target in both if target is not None], learn=True)
 
@@ -173,6 +162,8 @@ class Preparation:
         self, explainer: Explainer, subject: Subject, wanted: list[Scalar], *, learn: bool = False
     ) -> dict[MapOf, Scores]:
         """The methods' maps, of one sample alone so that they are the same whatever else is evaluated."""
+        if not self._methods:
+            return {}
         (explanation,) = explainer.explain(subject.pixels[None], [wanted], [self._methods])
         if learn:
             latent, logits = (
@@ -192,27 +183,6 @@ class Preparation:
         assert mask is not None
         shares = self._geometry.shares(mask)
         return shares if anchor is Anchor.MASK else 1 - shares
-
-
-def _requirements(protocol: Protocol, *, compares: bool) -> Mapping[str, str]:
-    """The optional fields of a sample that must be there, and what requires each."""
-    required: dict[str, str] = {}
-    for metric in protocol.metrics:
-        match metric:
-            case ClassDiscrimination():
-                required.setdefault("wrong_target", metric.kind)
-            case MaskAgreement() | Localisation():
-                required.setdefault("mask", metric.kind)
-            case Counterfactual():
-                required.setdefault("counterfactual", metric.kind)
-            case _:
-                pass
-    for anchor in (Anchor.MASK, Anchor.INVERTED_MASK):
-        if anchor in protocol.methods:
-            required.setdefault("mask", anchor.value)
-            if compares:
-                required.setdefault("wrong_mask", anchor.value)
-    return required
 
 
 def _difference(sample: Sample) -> NDArray[np.bool_]:

@@ -13,11 +13,6 @@ import torch
 from torch import nn
 
 from cdam_engine.evaluation.draws import generator
-from cdam_engine.evaluation.found import Found
-from cdam_engine.evaluation.numerics import curve, spearman
-from cdam_engine.evaluation.perturbation import MapOf
-from cdam_engine.evaluation.protocol import Anchor, Randomisation
-from cdam_engine.evaluation.subject import Subject
 from cdam_engine.explainer import Explainer
 
 # By model: the seed asked for last, and its models.
@@ -77,20 +72,3 @@ class RandomisedModels:
         normal = generator(self._seed, "", "weights", name).standard_normal(true.shape)
         drawn = torch.as_tensor(np.asarray(true.mean() + true.std() * normal))
         return nn.Parameter(drawn.to(parameter.device, parameter.dtype), requires_grad=parameter.requires_grad)
-
-
-def randomisation(metric: Randomisation, subject: Subject, its: MapOf) -> dict[str, Found]:
-    """See `Randomisation`.
-
-    Args:
-        metric: The protocol.
-        subject: The sample, with the maps of the randomised models.
-        its: The map.
-    """
-    true = subject.maps[its]
-    others = [true if isinstance(its.evaluated, Anchor) else maps[its] for maps in subject.randomised]
-    taken = (np.abs(scores) if metric.absolute else scores for scores in others)
-    mine = np.abs(true) if metric.absolute else true
-    rho = np.array([spearman(mine, scores) for scores in taken])
-    found = curve(np.arange(1.0, len(rho) + 1), rho)
-    return {"randomisation_mean": Found(float(rho.mean()), found), "randomisation_all": Found(float(rho[-1]))}

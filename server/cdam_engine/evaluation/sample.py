@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cdam_engine.targets import Scalar
+
+Field = Literal["wrong_target", "mask", "counterfactual", "wrong_mask"]
+"""What a sample may have beside its image and target."""
 
 
 class SampleError(ValueError):

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdam_engine.evaluation.blur import blurred
-from cdam_engine.evaluation.geometry import Geometry
+from cdam_engine.evaluation.geometry import Enlargement, Geometry
 from cdam_engine.evaluation.perturbation import MapOf, Order, Perturbation, Picture
-from cdam_engine.evaluation.protocol import Enlargement
 from cdam_engine.evaluation.sample import Sample, SampleError
 from cdam_engine.methods.prediction import Activation
 from cdam_engine.targets import Output

@@ -1,37 +1,16 @@
 """From the API's messages to the use cases' words; every complaint names the field."""
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
 from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cdam.v1 import common_pb2, explain_pb2, method_pb2, target_pb2
-from cdam_engine import (
-    Attention,
-    AttentionRollout,
-    Cdam,
-    Concept,
-    InputXGradient,
-    IntegratedCdam,
-    IntegratedGradients,
-    Method,
-    Noise,
-    Output,
-    PartialLrp,
-    PatchMaskPrediction,
-    RelevancePropagation,
-    SmoothCdam,
-    SmoothGrad,
-    TokenAblation,
-    TopK,
-)
-from cdam_engine.methods import Quadrature
+from cdam.v1 import common_pb2, explain_pb2, target_pb2
+from cdam_engine import Cdam, Concept, Method, Output, TopK
 from cdam_engine.preprocess import Resize
 from cdam_engine.targets import Similarity
 from cdam_server.concepts import ConceptId, ConceptName
@@ -40,15 +19,14 @@ from cdam_server.explain import Command
 from cdam_server.images import Picture
 from cdam_server.resolve import ConceptSelected, ContrastNamed, OutputNamed, Side, Wanted
 from cdam_server.rpc.images import ImageLimits, decode_image
+from cdam_server.rpc.methods import decode_method
 
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{0,128}")
 _CONCEPT_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_METHODS = 16
 _MAX_NAME = 256
-# Numbers beyond these overflow in float32, where the squares of a thousand of them are summed.
-_MAX_NOISE = 1e6
-_MAX_VECTOR = 1e15
+_MAX_VECTOR = 1e15  # beyond it numbers overflow in float32, where the squares of a thousand of them are summed
 _RANK = {
     explain_pb2.PRIORITY_UNSPECIFIED: 0,
     explain_pb2.PRIORITY_LOW: 1,
@@ -65,11 +43,6 @@ _SIMILARITY: Mapping[int, Similarity] = {
     target_pb2.SIMILARITY_DOT: "dot",
     target_pb2.SIMILARITY_COSINE: "cosine",
     target_pb2.SIMILARITY_L2: "l2",
-}
-_QUADRATURE: Mapping[int, Quadrature] = {
-    method_pb2.QUADRATURE_UNSPECIFIED: "riemann_right",
-    method_pb2.QUADRATURE_RIEMANN_RIGHT: "riemann_right",
-    method_pb2.QUADRATURE_GAUSS_LEGENDRE: "gauss_legendre",
 }
 
 
@@ -267,109 +240,6 @@ def _methods(request: explain_pb2.ExplainRequest, limits: Limits) -> tuple[Metho
         raise InvalidArgumentError("methods", f"{len(request.methods)} methods; at most {_MAX_METHODS} a request")
     methods = (decode_method(method, f"methods[{i}]", limits.max_samples) for i, method in enumerate(request.methods))
     return tuple(methods) or (Cdam(),)
-
-
-def decode_method(method: method_pb2.Method, field: str, max_samples: int) -> Method:
-    """The method.
-
-    Args:
-        method: The message.
-        field: Its path from the request's root, for errors.
-        max_samples: Largest number of draws, or of points on a path.
-
-    Raises:
-        InvalidArgumentError: It is none, or a parameter is out of bounds.
-    """
-    kind = method.WhichOneof("kind")
-    if kind is None:
-        raise InvalidArgumentError(field, "is empty: set the kind of method")
-    return _METHODS[kind](getattr(method, kind), f"{field}.{kind}", max_samples)
-
-
-def _cdam(method: method_pb2.CdamMethod, field: str, most: int) -> Cdam:  # noqa: ARG001 - as all of the table
-    return Cdam(parts=method.parts)
-
-
-def _smooth_cdam(method: method_pb2.SmoothCdamMethod, field: str, most: int) -> SmoothCdam:
-    return SmoothCdam(**_draws(method, field, most))
-
-
-def _integrated_cdam(method: method_pb2.IntegratedCdamMethod, field: str, most: int) -> IntegratedCdam:
-    if method.HasField("tolerance") and not 0 < method.tolerance < math.inf:
-        raise InvalidArgumentError(f"{field}.tolerance", f"must be finite and more than 0, not {method.tolerance:g}")
-    tolerance = method.tolerance if method.HasField("tolerance") else None
-    return IntegratedCdam(**_path(method, field, most), tolerance=tolerance)
-
-
-def _attention(method: method_pb2.AttentionMethod, field: str, most: int) -> Attention:  # noqa: ARG001 - likewise
-    heads = tuple(method.heads)
-    if len(set(heads)) < len(heads):
-        raise InvalidArgumentError(f"{field}.heads", "names a head twice")
-    return Attention(heads=heads)
-
-
-def _smooth_grad(method: method_pb2.SmoothGradMethod, field: str, most: int) -> SmoothGrad:
-    return SmoothGrad(**_draws(method, field, most))
-
-
-def _integrated_gradients(method: method_pb2.IntegratedGradientsMethod, field: str, most: int) -> IntegratedGradients:
-    return IntegratedGradients(**_path(method, field, most))
-
-
-def _plain(method: type[Method]) -> Callable[[Any, str, int], Method]:
-    """The decoder of a method that has no parameters in the API."""
-    return lambda _message, _field, _most: method()
-
-
-# By the names of the API's oneof; the last argument is the largest number of draws or steps.
-_METHODS: Final[Mapping[str, Callable[[Any, str, int], Method]]] = {
-    "cdam": _cdam,
-    "smooth_cdam": _smooth_cdam,
-    "integrated_cdam": _integrated_cdam,
-    "attention": _attention,
-    "attention_rollout": _plain(AttentionRollout),
-    "relevance_propagation": _plain(RelevancePropagation),
-    "partial_lrp": _plain(PartialLrp),
-    "input_x_gradient": _plain(InputXGradient),
-    "smooth_grad": _smooth_grad,
-    "integrated_gradients": _integrated_gradients,
-    "token_ablation": _plain(TokenAblation),
-    "patch_mask_prediction": _plain(PatchMaskPrediction),
-}
-
-
-def _draws(method: method_pb2.SmoothCdamMethod | method_pb2.SmoothGradMethod, field: str, most: int) -> dict[str, Any]:
-    """What is said about draws; the rest is left to the engine's defaults."""
-    said: dict[str, Any] = {}
-    if method.HasField("samples"):
-        said["samples"] = _number(method.samples, f"{field}.samples", most)
-    if method.HasField("seed"):
-        said["seed"] = method.seed
-    level = method.noise.WhichOneof("level")
-    if level is not None:
-        value = getattr(method.noise, level)
-        if not 0 <= value <= _MAX_NOISE:
-            raise InvalidArgumentError(f"{field}.noise.{level}", f"must be from 0 to {_MAX_NOISE:g}, not {value:g}")
-        said["noise"] = Noise(value, relative=level == "relative")
-    return said
-
-
-def _path(
-    method: method_pb2.IntegratedCdamMethod | method_pb2.IntegratedGradientsMethod, field: str, most: int
-) -> dict[str, Any]:
-    """What is said about the path of an integral; the rest is left to the engine's defaults."""
-    if method.quadrature not in _QUADRATURE:
-        raise InvalidArgumentError(f"{field}.quadrature", f"{method.quadrature} is not a quadrature")
-    said: dict[str, Any] = {"quadrature": _QUADRATURE[method.quadrature]}
-    if method.HasField("steps"):
-        said["steps"] = _number(method.steps, f"{field}.steps", most)
-    return said
-
-
-def _number(value: int, field: str, most: int) -> int:
-    if not 1 <= value <= most:
-        raise InvalidArgumentError(field, f"must be from 1 to {most}, not {value}")
-    return value
 
 
 # --- preprocessing

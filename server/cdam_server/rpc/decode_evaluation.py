@@ -1,67 +1,29 @@
 """From the messages of an evaluation to the use case's words; every complaint names the field."""
 
 import unicodedata
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from PIL import Image
 
 from cdam.v1 import common_pb2, evaluation_pb2
 from cdam_engine import TopK
-from cdam_engine.evaluation import (
-    Anchor,
-    BoxSensitivity,
-    ClassDiscrimination,
-    Compactness,
-    Counterfactual,
-    Enlargement,
-    Evaluated,
-    Fidelity,
-    InsertionDeletion,
-    Localisation,
-    MaskAgreement,
-    Metric,
-    Normalisation,
-    Protocol,
-    Randomisation,
-    Sparseness,
-    Unit,
-)
+from cdam_engine.evaluation import Evaluated, Protocol
 from cdam_server.errors import InvalidArgumentError
 from cdam_server.evaluate import Plan, SampleOrder
 from cdam_server.resolve import WantedScalar
-from cdam_server.rpc.decode import Limits, check_name, decode_method, decode_target, input_size, resize
+from cdam_server.rpc.decode import Limits, check_name, decode_target, input_size, resize
 from cdam_server.rpc.images import ImageLimits, decode_image, decode_mask
+from cdam_server.rpc.methods import decode_method
+from cdam_server.rpc.metrics import ANCHORS, decode_metric
 
 _MAX_METHODS = 32
 _MAX_METRICS = 32
-_MAX_POINTS = 1001
-_MAX_LEVELS = 1000
-_MAX_BOXES = 10_000
-_MAX_BOX_SIZES = 64
-_MAX_STEPS = 10_000
 _MAX_RESAMPLES = 10_000
 _RESAMPLES = 1000
 _MAX_SAMPLE_ID = 256
-_BLUR_SIGMA = (0.01, 1000.0)  # beyond these a Gaussian's taps are not told apart from none, or from a mean
-_ANCHOR: Mapping[int, Anchor] = {
-    evaluation_pb2.ANCHOR_RANDOM: Anchor.RANDOM,
-    evaluation_pb2.ANCHOR_MASK: Anchor.MASK,
-    evaluation_pb2.ANCHOR_INVERTED_MASK: Anchor.INVERTED_MASK,
-}
-_UNIT: Mapping[int, Unit] = {
-    evaluation_pb2.PERTURBATION_UNIT_PIXEL: "pixel",
-    evaluation_pb2.PERTURBATION_UNIT_PATCH: "patch",
-}
-_NORMALISATION: Mapping[int, Normalisation] = {
-    evaluation_pb2.MAP_NORMALISATION_MAX: "max",
-    evaluation_pb2.MAP_NORMALISATION_MIN_MAX: "min_max",
-}
-_ENLARGEMENT: Mapping[int, Enlargement] = {
-    evaluation_pb2.ENLARGEMENT_BILINEAR: "bilinear",
-    evaluation_pb2.ENLARGEMENT_NEAREST: "nearest",
-}
+_ANCHOR = {value: anchor for anchor, value in ANCHORS.items()}
 
 
 def plan(protocol: evaluation_pb2.EvaluationProtocol, limits: Limits, caller: str) -> Plan:
@@ -85,7 +47,7 @@ def plan(protocol: evaluation_pb2.EvaluationProtocol, limits: Limits, caller: st
     methods = tuple(
         _evaluated(item, f"protocol.methods[{i}]", limits.max_samples) for i, item in enumerate(protocol.methods)
     )
-    metrics = tuple(_metric(item, f"protocol.metrics[{i}]") for i, item in enumerate(protocol.metrics))
+    metrics = tuple(decode_metric(item, f"protocol.metrics[{i}]") for i, item in enumerate(protocol.metrics))
     resamples = protocol.bootstrap_resamples if protocol.HasField("bootstrap_resamples") else _RESAMPLES
     if resamples > _MAX_RESAMPLES:
         raise InvalidArgumentError("protocol.bootstrap_resamples", f"is {resamples}; at most {_MAX_RESAMPLES}")
@@ -165,132 +127,3 @@ def _evaluated(item: evaluation_pb2.EvaluatedMethod, field: str, max_samples: in
             raise InvalidArgumentError(f"{field}.anchor", f"{item.anchor} is not an anchor")
         case _:
             raise InvalidArgumentError(field, "is empty: set method or anchor")
-
-
-# --- metrics
-
-
-def _metric(metric: evaluation_pb2.Metric, field: str) -> Metric:
-    kind = metric.WhichOneof("kind")
-    if kind is None:
-        raise InvalidArgumentError(field, "is empty: set the kind of metric")
-    return _METRICS[kind](getattr(metric, kind), f"{field}.{kind}")
-
-
-def _fidelity(metric: evaluation_pb2.FidelityMetric, field: str) -> Fidelity:
-    said = {**_unit(metric, field), **_enlargement(metric, field), **_blur_sigma(metric, field)}
-    return Fidelity(**said, **_number(metric, "points", field, least=2, most=_MAX_POINTS))
-
-
-def _box_sensitivity(metric: evaluation_pb2.BoxSensitivityMetric, field: str) -> BoxSensitivity:
-    sizes = tuple(metric.box_sizes)
-    if len(sizes) > _MAX_BOX_SIZES:
-        raise InvalidArgumentError(f"{field}.box_sizes", f"{len(sizes)} sizes; at most {_MAX_BOX_SIZES} are allowed")
-    if any(size < 1 for size in sizes) or list(sizes) != sorted(set(sizes)):
-        raise InvalidArgumentError(f"{field}.box_sizes", "must be at least 1, distinct, and in ascending order")
-    said = {**_enlargement(metric, field), **_blur_sigma(metric, field)}
-    return BoxSensitivity(box_sizes=sizes, **said, **_number(metric, "boxes", field, least=2, most=_MAX_BOXES))
-
-
-def _class_discrimination(metric: evaluation_pb2.ClassDiscriminationMetric, field: str) -> ClassDiscrimination:
-    return ClassDiscrimination(
-        _fidelity(metric.fidelity, f"{field}.fidelity"),
-        _box_sensitivity(metric.box_sensitivity, f"{field}.box_sensitivity"),
-    )
-
-
-def _compactness(metric: evaluation_pb2.CompactnessMetric, field: str) -> Compactness:
-    if not metric.HasField("threshold"):
-        return Compactness(absolute=metric.absolute)
-    if not 0 <= metric.threshold < 1:
-        raise InvalidArgumentError(f"{field}.threshold", f"must be from 0 to less than 1, not {metric.threshold:g}")
-    return Compactness(threshold=metric.threshold, absolute=metric.absolute)
-
-
-def _mask_agreement(metric: evaluation_pb2.MaskAgreementMetric, field: str) -> MaskAgreement:
-    return MaskAgreement(**_enlargement(metric, field))
-
-
-def _localisation(metric: evaluation_pb2.LocalisationMetric, field: str) -> Localisation:
-    said = {**_enlargement(metric, field), **_number(metric, "points", field, least=1, most=_MAX_LEVELS)}
-    if metric.normalisation:
-        if metric.normalisation not in _NORMALISATION:
-            raise InvalidArgumentError(f"{field}.normalisation", f"{metric.normalisation} is not a normalisation")
-        said["normalisation"] = _NORMALISATION[metric.normalisation]
-    for name in ("threshold", "iou"):
-        if metric.HasField(name):
-            said[name] = value = getattr(metric, name)
-            if not 0 < value <= 1:
-                raise InvalidArgumentError(f"{field}.{name}", f"must be greater than 0 and at most 1, not {value:g}")
-    return Localisation(all_components=metric.all_components, **said)
-
-
-def _insertion_deletion(metric: evaluation_pb2.InsertionDeletionMetric, field: str) -> InsertionDeletion:
-    said = {**_unit(metric, field), **_enlargement(metric, field), **_blur_sigma(metric, field)}
-    return InsertionDeletion(**said, **_number(metric, "steps", field, least=1, most=_MAX_STEPS))
-
-
-def _sparseness(metric: evaluation_pb2.SparsenessMetric, field: str) -> Sparseness:  # noqa: ARG001 - as all of the table
-    return Sparseness()
-
-
-def _randomisation(metric: evaluation_pb2.RandomisationMetric, field: str) -> Randomisation:  # noqa: ARG001 - likewise
-    return Randomisation(absolute=metric.absolute)
-
-
-def _counterfactual(metric: evaluation_pb2.CounterfactualMetric, field: str) -> Counterfactual:  # noqa: ARG001 - likewise
-    return Counterfactual()
-
-
-# By the names of the API's oneof.
-_METRICS: Final[Mapping[str, Callable[[Any, str], Metric]]] = {
-    "fidelity": _fidelity,
-    "box_sensitivity": _box_sensitivity,
-    "class_discrimination": _class_discrimination,
-    "compactness": _compactness,
-    "mask_agreement": _mask_agreement,
-    "localisation": _localisation,
-    "insertion_deletion": _insertion_deletion,
-    "sparseness": _sparseness,
-    "randomisation": _randomisation,
-    "counterfactual": _counterfactual,
-}
-
-
-# What is said about a parameter; the rest is left to the engine's defaults.
-
-
-def _unit(metric: Any, field: str) -> dict[str, Any]:
-    if not metric.unit:
-        return {}
-    if metric.unit not in _UNIT:
-        raise InvalidArgumentError(f"{field}.unit", f"{metric.unit} is not a unit")
-    return {"unit": _UNIT[metric.unit]}
-
-
-def _enlargement(metric: Any, field: str) -> dict[str, Any]:
-    if not metric.enlargement:
-        return {}
-    if metric.enlargement not in _ENLARGEMENT:
-        raise InvalidArgumentError(f"{field}.enlargement", f"{metric.enlargement} is not an enlargement")
-    return {"enlargement": _ENLARGEMENT[metric.enlargement]}
-
-
-def _blur_sigma(metric: Any, field: str) -> dict[str, Any]:
-    if not metric.HasField("blur_sigma"):
-        return {}
-    least, most = _BLUR_SIGMA
-    if not least <= metric.blur_sigma <= most:
-        raise InvalidArgumentError(
-            f"{field}.blur_sigma", f"must be from {least:g} to {most:g}, not {metric.blur_sigma:g}"
-        )
-    return {"blur_sigma": metric.blur_sigma}
-
-
-def _number(metric: Any, name: str, field: str, *, least: int, most: int) -> dict[str, Any]:
-    if not metric.HasField(name):
-        return {}
-    value = getattr(metric, name)
-    if not least <= value <= most:
-        raise InvalidArgumentError(f"{field}.{name}", f"must be from {least} to {most}, not {value}")
-    return {name: value}

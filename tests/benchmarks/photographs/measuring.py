@@ -49,7 +49,6 @@ from cdam_engine.evaluation import (
     Sample,
     Sparseness,
 )
-from cdam_engine.evaluation.boxes import box_images
 from cdam_engine.evaluation.forwards import Forwards
 from cdam_engine.evaluation.perturbation import CLEAN, MapOf, Perturbation, Ranked, map_of
 from cdam_engine.evaluation.subject import Subject
@@ -222,7 +221,7 @@ class Measuring:
             outputs = explainer.outputs(x).logits[0]
             length = norms(explainer, x)[0].cpu()
         (boxed,) = (metric for metric in self.evaluator.protocol.metrics if isinstance(metric, BoxSensitivity))
-        boxes = [CLEAN, *box_images(boxed, self.evaluator.protocol.seed, its.id, self.evaluator.input_size)]
+        boxes = boxed.images_of_sample(self.evaluator.protocol.seed, its.id, turns[0].geometry)
         return {
             "id": its.id,
             "classes": list(chosen.classes),

@@ -21,10 +21,8 @@ from benchmarks.verdicts import Estimate, Floats, estimate
 from cdam.statistics import PEAKED, Statistics
 from cdam_engine import Output
 from cdam_engine.evaluation import Anchor, BoxSensitivity, Metric, Sample
-from cdam_engine.evaluation import measures as engine
-from cdam_engine.evaluation.boxes import box_images
 from cdam_engine.evaluation.geometry import Geometry
-from cdam_engine.evaluation.perturbation import CLEAN, MapOf
+from cdam_engine.evaluation.perturbation import MapOf
 from cdam_engine.evaluation.subject import Subject
 from cdam_engine.families import Grid
 from real.backbone import INPUT
@@ -103,12 +101,12 @@ class Record:
         """
         sample = Sample(self.id, torch.empty(0), Output(0), mask=self.masks[turn])
         subject = Subject(sample, GEOMETRY, torch.empty(0), frozenset())
-        its = Recorded()
-        subject.maps[MapOf(its)] = scores
-        asked = [CLEAN, *box_images(boxes, _SEED, self.id, INPUT)]
+        its = MapOf(Recorded())
+        subject.maps[its] = scores
+        asked = boxes.images_of_sample(_SEED, self.id, GEOMETRY)
         answers = torch.from_numpy(self.boxes[turn].astype(np.float64))[:, None]
         subject.answer(asked, answers, answers)
-        return {quantity: found.value for quantity, found in engine.measure(metric, its, _SEED, subject).items()}
+        return {quantity: found.value for quantity, found in metric.measure(its, _SEED, subject).items()}
 
 
 Turns = Callable[[Record], Sequence[int]]
