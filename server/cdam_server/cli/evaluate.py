@@ -16,7 +16,7 @@ from typing import Any, Final, Self, get_args
 import click
 
 import cdam
-from cdam._images import encode_image, encode_mask, open_image, open_mask
+from cdam.render import upright, upright_mask
 from cdam_server.cli.evaluation import files, terminal
 from cdam_server.cli.evaluation.about import About, resolved
 from cdam_server.cli.evaluation.dataset import Dataset, check_there, digest, open_dataset
@@ -504,7 +504,7 @@ def _examples(about: About, journal: Journal, client: cdam.Client, count: int) -
 def _example(about: About, client: cdam.Client, sample: cdam.Sample) -> Example:
     methods = [method for method in about.methods if not isinstance(method, cdam.Anchor)]
     places = [index for index in range(len(about.methods)) if not about.is_anchor(index)]
-    image = picture(open_image(encode_image(sample.image)))
+    image = picture(upright(sample.image))
     # Without a method there is still the target's probability to be told.
     settings: dict[str, Any] = {"model": about.model.name, "resize": about.resize, "input_size": about.input_size}
     explanation = client.explain(sample.image, sample.target, methods=methods or (cdam.Cdam(),), **settings)
@@ -514,7 +514,7 @@ def _example(about: About, client: cdam.Client, sample: cdam.Sample) -> Example:
         target=target.label,
         probability=target.probability,
         image=image,
-        mask=None if sample.mask is None else outside_faded(image, open_mask(encode_mask(sample.mask))),
+        mask=None if sample.mask is None else outside_faded(image, upright_mask(sample.mask)),
         maps={place: relevance.overlay(image) for place, relevance in zip(places, explanation.maps, strict=False)},
     )
 
