@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 import cdam
 from cdam.v1 import explain_pb2
-from cdam_server.cli.explain import Failure, Server, connection_options, describe, server_from
+from cdam_server.cli.connections import Server, connection_options, server_from
+from cdam_server.cli.failures import Failure, describe
 from cdam_server.cli.images import find_images
 from cdam_server.cli.load import OK, ClosedLoop, Load, OpenLoop, generate, summary
 from cdam_server.cli.report import columns

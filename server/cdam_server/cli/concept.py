@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 import cdam
 from cdam_images.folders import once, walk
 from cdam_server.cli import concept_report
-from cdam_server.cli.explain import Aborted, Failure, Server, connection_options, describe, server_from
-from cdam_server.cli.hints import hint
+from cdam_server.cli.connections import Server, connection_options, failures, server_from
+from cdam_server.cli.failures import Aborted, Failure, describe
 from cdam_server.cli.images import digests, find_images, some, tell_left_out
 from cdam_server.cli.report import safe
 from cdam_server.cli.spelling import CONCEPT_ID, CONCEPT_NAME, WHOLE_ID, model_option, parse_size
@@ -93,25 +93,6 @@ def concept() -> None:
     A concept is a named direction in a model's latent space, made from example images or, for CLIP and SigLIP, from
     texts. `cdam explain -t concept:NAME` shows where in an image it is.
     """
-
-
-@contextmanager
-def failures(server: Server, request: dict[str, Any] | None = None) -> Iterator[None]:
-    """Ends the run with one line that says what is wrong."""
-    try:
-        yield
-    except cdam.NotFound as error:
-        with server.client() as client:
-            meant = hint(client, error, (request or {}).get("model", ""))
-        raise Failure(describe(error, request) + meant) from error
-    except (cdam.Unavailable, cdam.Unauthenticated, cdam.PermissionDenied) as error:
-        raise Failure(f"{server.address}: {describe(error)}") from error
-    except cdam.RpcError as error:
-        raise Failure(describe(error, request)) from error
-    except cdam.CdamError as error:
-        raise Failure(str(error)) from error
-    except OSError as error:
-        raise Failure(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
 
 
 def _labels(_context: click.Context, _parameter: click.Parameter, words: Sequence[str]) -> dict[str, str]:

@@ -1,11 +1,9 @@
 """`cdam evaluate`."""
 
-import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -17,14 +15,14 @@ import click
 
 import cdam
 from cdam.render import upright, upright_mask
+from cdam_server.cli.connections import Server, connection_options, failures, server_from
 from cdam_server.cli.evaluation import files, terminal
 from cdam_server.cli.evaluation.about import About, resolved
 from cdam_server.cli.evaluation.dataset import Dataset, check_there, digest, open_dataset
 from cdam_server.cli.evaluation.journal import FILE, Journal, Record
 from cdam_server.cli.evaluation.page import Example, outside_faded, picture, write_page
 from cdam_server.cli.evaluation.results import Results, gather
-from cdam_server.cli.explain import Aborted, Failure, Server, connection_options, describe, server_from
-from cdam_server.cli.hints import hint
+from cdam_server.cli.failures import Aborted, Failure, describe
 from cdam_server.cli.report import printable
 from cdam_server.cli.spelling import model_option, parse_evaluated, parse_metric, parse_size, spelled
 
@@ -151,7 +149,7 @@ def evaluate(
     request: dict[str, Any] = {"model": model}
     if len(servers) > 1:
         servers = _answering_first(servers, model)
-    with _failures(servers[0], request), servers[0].client() as client:
+    with failures(servers[0], request), servers[0].client() as client:
         samples = open_dataset(dataset, client.model(model), _finder(client, model), limit)
         about = _about(samples, client.model(model), methods, metrics, settings)
         about = replace(about, command=_command(about, out, examples, addresses))
@@ -409,8 +407,8 @@ def _code(error: Exception) -> str:
 
 def _said(error: Exception) -> str:
     match error:
-        case cdam.RpcError():  # the sample's fields speak for themselves
-            return re.sub(r"^sample\.(\w+)(?:\.encoded|\.raw)?(?=[.:\[])", r"\1", describe(error))
+        case cdam.RpcError():
+            return describe(error)
         case OSError():
             return f"{error.filename}: {error.strerror}" if error.filename else str(error)
         case UnicodeEncodeError():
@@ -528,22 +526,3 @@ def _write(out: Path, about: About, journal: Journal, results: Results, examples
     files.write_summary(out / "summary.json", about, results, journal.seconds)
     write_page(out / "report.html", about, results, examples, journal.seconds)
     return written
-
-
-@contextmanager
-def _failures(server: Server, request: dict[str, Any]) -> Iterator[None]:
-    """Ends the run with one line that says what is wrong."""
-    try:
-        yield
-    except cdam.NotFound as error:
-        with server.client() as client:
-            meant = hint(client, error, request["model"])
-        raise Failure(describe(error, request) + meant) from error
-    except (cdam.Unavailable, cdam.Unauthenticated, cdam.PermissionDenied) as error:
-        raise Failure(f"{server.address}: {describe(error)}") from error
-    except cdam.RpcError as error:
-        raise Failure(describe(error, request)) from error
-    except cdam.CdamError as error:
-        raise Failure(str(error)) from error
-    except OSError as error:
-        raise Failure(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
