@@ -44,7 +44,6 @@ class AsyncTransport(Transport):
     _channels: Mapping[asyncio.AbstractEventLoop, grpc.aio.Channel] = MappingProxyType({})
 
     def channel(self) -> grpc.aio.Channel:
-        """As `Transport.channel`: that of the running loop."""
         loop = asyncio.get_running_loop()
         with self._lock:
             self.check_open()
@@ -54,7 +53,6 @@ class AsyncTransport(Transport):
             return self._channels[loop]
 
     async def close(self) -> None:
-        """As `Transport.close`."""
         with self._lock:
             self._closed = True
             channels, self._channels = self._channels, {}
@@ -65,27 +63,21 @@ class AsyncTransport(Transport):
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(channel.close(), loop))
 
     async def response(self, call: Any) -> Any:
-        """As `Transport.response`."""
         return await call
 
     async def pause(self, seconds: float) -> None:
-        """As `Transport.pause`."""
         await asyncio.sleep(seconds)
 
     async def work(self, function: Callable[[], T]) -> T:
-        """As `Transport.work`."""
         return await asyncio.to_thread(function)
 
     async def take(self, items: Items) -> tuple[Any, ...]:
-        """As `Transport.take`."""
         return await _take(items)
 
     def iterator(self, items: Iterable[Any] | AsyncIterable[Any]) -> Items:
-        """As `Transport.iterator`."""
         return aiter(items) if isinstance(items, AsyncIterable) else iter(items)
 
     def streams(self, starts: Sequence[Start]) -> Streams:
-        """As `Transport.streams`."""
         return _AsyncStreams(starts)
 
 
@@ -117,7 +109,6 @@ class _AsyncStreams(Streams):
         self._streams[server].requests.put_nowait(None)
 
     async def event(self, items: Items | None = None, seconds: float | None = None) -> Event | None:
-        """As `Streams.event`; while an item is waited for, answers are received."""
         awaited: set[asyncio.Task[Any]] = {self._read(stream) for stream in self._streams if stream.call is not None}
         if items is not None:
             self._taking = self._taking or asyncio.create_task(_take(items))

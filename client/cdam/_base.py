@@ -105,7 +105,7 @@ class BaseClient:
         if isinstance(items, str | bytes | bytearray | memoryview):
             raise TypeError("a stream takes several images: put a single one in a list, or explain it alone")
         job = Items(targets, methods, max_message_bytes=self._max_message_bytes, **settings)
-        return Results(job, self._transport, items, [self._transport.start(job, timeout)])
+        return Results(job, self._transport, items, [job.start(self._transport, timeout)])
 
     def _evaluate(
         self,
@@ -131,7 +131,7 @@ class BaseClient:
             **settings,
         )
         transports = [client._transport for client in clients]  # noqa: SLF001 - of the same class
-        starts = [transport.start(job, timeout) for transport in transports]
+        starts = [job.start(transport, timeout) for transport in transports]
         made = [client._transport for client in clients[1:] if client not in servers]  # noqa: SLF001 - likewise
         return job, Results(job, self._transport, samples, starts, made)
 

@@ -42,43 +42,35 @@ class BlockingTransport(Transport):
     _channel: grpc.Channel | None = None
 
     def channel(self) -> grpc.Channel:
-        """As `Transport.channel`."""
         with self._lock:
             self.check_open()
             self._channel = self._channel or self.connection.channel()
             return self._channel
 
     async def close(self) -> None:
-        """As `Transport.close`."""
         with self._lock:
             self._closed = True
             if self._channel is not None:
                 self._channel.close()
 
     async def response(self, call: Any) -> Any:
-        """As `Transport.response`: grpc has waited for it."""
-        return call
+        return call  # grpc has waited for it
 
     async def pause(self, seconds: float) -> None:
-        """As `Transport.pause`."""
         time.sleep(seconds)  # noqa: ASYNC251 - nothing runs beside this coroutine
 
     async def work(self, function: Callable[[], T]) -> T:
-        """As `Transport.work`."""
         return function()
 
     async def take(self, items: Items) -> tuple[Any, ...]:
-        """As `Transport.take`."""
         return _take(items)
 
     def iterator(self, items: Iterable[Any] | AsyncIterable[Any]) -> Iterator[Any]:
-        """As `Transport.iterator`."""
         if isinstance(items, AsyncIterable) and not isinstance(items, Iterable):
             raise TypeError("items that come asynchronously are for AsyncClient")
         return iter(items)
 
     def streams(self, starts: Sequence[Start]) -> Streams:
-        """As `Transport.streams`."""
         return _BlockingStreams(starts)
 
 

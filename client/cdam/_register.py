@@ -5,7 +5,7 @@ from collections.abc import AsyncIterable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,8 @@ from cdam._transport import Answer, Calls, Ended, Transport
 from cdam.v1 import common_pb2, concept_pb2
 
 Images: TypeAlias = Iterable[ImageLike] | AsyncIterable[ImageLike]
+
+_UPLOAD = f"/{SERVICE}/ConceptRegisterStream"
 
 # What travels in one message, and can be repeated whatever it came from.
 _MOST_IMAGES = 64
@@ -71,12 +73,6 @@ class _Picture:
         return request
 
 
-class _UploadMethod:
-    path: ClassVar[str] = f"/{SERVICE}/ConceptRegisterStream"
-    serialise = staticmethod(concept_pb2.ConceptRegisterStreamRequest.SerializeToString)
-    parse = staticmethod(concept_pb2.ConceptRegisterStreamResponse.FromString)
-
-
 class Registering:
     """The registration of a concept: in one call if it is small enough, else on as many streams as it takes."""
 
@@ -84,7 +80,9 @@ class Registering:
         self._registration = registration
         self._transport = transport
         self._calls = Calls(transport, timeout)
-        self._streams = transport.streams([transport.start(_UploadMethod(), timeout)])
+        request, response = concept_pb2.ConceptRegisterStreamRequest, concept_pb2.ConceptRegisterStreamResponse
+        start = transport.start(_UPLOAD, request.SerializeToString, response.FromString, timeout)
+        self._streams = transport.streams([start])
         sides = {"example": registration.examples, "negative": registration.negatives}
         self._sides = [_Side(field, images, transport) for field, images in sides.items()]
         self._head: list[_Picture] = []  # kept, so that it can be sent again whatever it came from

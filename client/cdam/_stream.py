@@ -57,6 +57,10 @@ class Job(ABC):
         if self.window < 1 or self.retries < 0:
             raise ValueError(f"window is at least 1 and retries 0, got {self.window} and {self.retries}")
 
+    def start(self, transport: Transport, timeout: float | None) -> Start:
+        """What begins the job's streams to a server."""
+        return transport.start(self.path, self.serialise, self.parse, timeout)
+
     @abstractmethod
     def serialise(self, request: Any) -> bytes:
         """A request as it travels."""

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -70,20 +70,6 @@ Event: TypeAlias = Answer | Ended | Taken
 
 
 # --- what a client is made of
-
-
-class StreamMethod(Protocol):
-    """A streaming method of the API, and how its messages travel."""
-
-    @property
-    def path(self) -> str:
-        """The method's full path."""
-
-    def serialise(self, request: Any) -> bytes:
-        """A request as it travels."""
-
-    def parse(self, data: bytes) -> Any:
-        """An answer."""
 
 
 class Streams(ABC):
@@ -171,12 +157,14 @@ class Transport(ABC):
     def streams(self, starts: Sequence[Start]) -> Streams:
         """Streams that are begun so, one for each server."""
 
-    def start(self, method: StreamMethod, timeout: float | None) -> Start:
-        """What begins a stream to this server; the timeout is that of all its streams."""
+    def start(
+        self, path: str, serialise: Callable[[Any], bytes], parse: Callable[[bytes], Any], timeout: float | None
+    ) -> Start:
+        """What begins a stream to this server, of a method by its full path; the timeout is that of all its streams."""
         deadline = None if timeout is None else self.deadline(timeout)
 
         def start(requests: Any) -> Any:
-            call = self.channel().stream_stream(method.path, method.serialise, method.parse)
+            call = self.channel().stream_stream(path, serialise, parse)
             return call(requests, timeout=_remaining(deadline), metadata=self.connection.metadata)
 
         return start

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 import cdam
 from cdam.v1 import explain_pb2
 from cdam_server.cli.connections import Server, connection_options, server_from
-from cdam_server.cli.failures import Failure, describe
+from cdam_server.cli.failures import Failure, describe, describe_os
 from cdam_server.cli.images import find_images
 from cdam_server.cli.load import OK, ClosedLoop, Load, OpenLoop, generate, summary
 from cdam_server.cli.report import columns
@@ -196,7 +196,7 @@ def bench(
     except cdam.ImageError as error:
         raise Failure(str(error)) from error
     except OSError as error:
-        raise Failure(f"{error.filename}: {error.strerror}") from error
+        raise Failure(describe_os(error)) from error
     result = asyncio.run(_measure(server, plan, requests))
     click.echo(result.text(server.address, model))
     if output is not None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import numpy as np
@@ -20,7 +20,7 @@ from cdam_server.cli.connections import Server, connection_options, failures, se
 from cdam_server.cli.failures import Aborted, Failure, describe
 from cdam_server.cli.images import digests, find_images, some, tell_left_out
 from cdam_server.cli.report import safe
-from cdam_server.cli.spelling import CONCEPT_ID, CONCEPT_NAME, WHOLE_ID, model_option, parse_size
+from cdam_server.cli.spelling import CONCEPT_ID, CONCEPT_NAME, WHOLE_ID, model_option, preprocessing_options
 
 _SUFFIX = ".safetensors"
 _ONE_MESSAGE = 64  # images that the client sends in one message, at most
@@ -141,17 +141,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print everything t
 @model_option
 @click.option("--description", default="", help="For people.")
 @label_option("For finding it again; repeatable.")
-@click.option(
-    "--resize",
-    type=click.Choice(get_args(cdam.Resize)),
-    help="model: as it was evaluated, mostly the centre of each image; squash: all of it.",
-)
-@click.option(
-    "--input-size",
-    metavar="HxW",
-    callback=lambda _ctx, _param, text: parse_size(text) if text else None,
-    help="The model's input in pixels, where it is flexible; `cdam explain` may use another.",
-)
+@preprocessing_options("each image", "; `cdam explain` may use another")
 @replace_option
 @expected_version_option
 @connection_options

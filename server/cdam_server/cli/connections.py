@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 import cdam
-from cdam_server.cli.failures import Failure, describe
+from cdam_server.cli.failures import Failure, describe, describe_os
 from cdam_server.cli.hints import hint
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,7 +32,7 @@ class Server:
         except ValueError as error:
             raise click.UsageError(str(error)) from error
         except OSError as error:
-            raise Failure(f"{error.filename}: {error.strerror}") from error
+            raise Failure(describe_os(error)) from error
 
 
 def connection_options(command: Command, *, several: bool = False) -> Command:
@@ -116,7 +116,7 @@ def failures(server: Server, request: dict[str, Any] | None = None) -> Iterator[
     except cdam.CdamError as error:
         raise Failure(str(error)) from error
     except OSError as error:
-        raise Failure(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+        raise Failure(describe_os(error)) from error
 
 
 @contextmanager

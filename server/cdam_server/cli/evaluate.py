@@ -9,7 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Self, get_args
+from typing import Any, Final, Self
 
 import click
 
@@ -22,9 +22,10 @@ from cdam_server.cli.evaluation.dataset import Dataset, check_there, digest, ope
 from cdam_server.cli.evaluation.journal import FILE, Journal, Record
 from cdam_server.cli.evaluation.page import Example, outside_faded, picture, write_page
 from cdam_server.cli.evaluation.results import Results, gather
-from cdam_server.cli.failures import Aborted, Failure, describe
+from cdam_server.cli.failures import Aborted, Failure, describe, describe_os
+from cdam_server.cli.interrupts import uninterrupted
 from cdam_server.cli.report import printable
-from cdam_server.cli.spelling import model_option, parse_evaluated, parse_metric, parse_size, spelled
+from cdam_server.cli.spelling import model_option, parse_evaluated, parse_metric, preprocessing_options, spelled
 
 _METHODS: Final = (cdam.Cdam(), cdam.SmoothCdam(), cdam.IntegratedCdam(), cdam.Attention(), cdam.Anchor.RANDOM)
 _FEWER_BOXES: Final = cdam.ClassDiscrimination(box_sensitivity=cdam.BoxSensitivity(boxes=25))
@@ -104,17 +105,7 @@ Exits with 1 if no sample could be measured. Ctrl-C keeps what was measured.
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take the first N samples.")
 @model_option
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all that is random.")
-@click.option(
-    "--resize",
-    type=click.Choice(get_args(cdam.Resize)),
-    help="model: as it was evaluated, mostly the centre of the image; squash: all of it.",
-)
-@click.option(
-    "--input-size",
-    metavar="HxW",
-    callback=lambda _ctx, _param, text: parse_size(text) if text else None,
-    help="The model's input in pixels, where it is flexible.",
-)
+@preprocessing_options()
 @click.option(
     "--resamples",
     type=click.IntRange(1, 100_000),
@@ -327,8 +318,9 @@ class _Measuring:
                 for result in evaluation:
                     self._note(evaluation)
                     record = _record(result, self._digests.pop(result.id))
-                    self._journal.add(record, time.monotonic() - start)
-                    self._progress.done(failed=record.failed)
+                    with uninterrupted():  # else what is kept and what is counted could differ
+                        self._journal.add(record, time.monotonic() - start)
+                        self._progress.done(failed=record.failed)
         except KeyboardInterrupt:
             raise Aborted(self._kept() or "nothing was measured") from None
         except (cdam.RpcError, cdam.MalformedResponse) as error:
@@ -410,7 +402,7 @@ def _said(error: Exception) -> str:
         case cdam.RpcError():
             return describe(error)
         case OSError():
-            return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            return describe_os(error)
         case UnicodeEncodeError():
             return "its name is not UTF-8; give the file another"
         case _:

@@ -4,7 +4,7 @@ import glob
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
@@ -20,7 +20,7 @@ from cdam_server.cli.spelling import (
     method_option,
     model_option,
     parse_minus,
-    parse_size,
+    preprocessing_options,
     target_option,
     targets_or_default,
 )
@@ -79,17 +79,7 @@ Examples
     "-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.  [.; with --json: none]"
 )
 @model_option
-@click.option(
-    "--resize",
-    type=click.Choice(get_args(cdam.Resize)),
-    help="model: as it was evaluated, mostly the centre of the image; squash: all of it.",
-)
-@click.option(
-    "--input-size",
-    metavar="HxW",
-    callback=lambda _ctx, _param, text: parse_size(text) if text else None,
-    help="The model's input in pixels, where it is flexible.",
-)
+@preprocessing_options()
 @click.option("--shared-scale", is_flag=True, help="One scale of colours for all maps of an image, to compare them.")
 @click.option("--blocks", is_flag=True, help="Show each patch as a block instead of a smooth map.")
 @click.option(

@@ -57,6 +57,11 @@ def describe(error: cdam.RpcError, request: Mapping[str, Any] | None = None) -> 
             return _said(error)
 
 
+def describe_os(error: OSError) -> str:
+    """One line for people: what is wrong with which file."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
 def _said(error: cdam.RpcError) -> str:
     if isinstance(error, cdam.Unimplemented) and not error.reason:
         return (
