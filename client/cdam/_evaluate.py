@@ -142,33 +142,34 @@ class Evaluate(Job):
 
     def result(self, item: PreparedItem, answer: evaluation_pb2.EvaluateResponse) -> SampleResult | RpcError:
         """The sample's result; or the server's word that it can't take it now."""
-        result = answer.result
-        if result.WhichOneof("outcome") == "error":
-            error = decode_error(result.error)
+        if answer.result.WhichOneof("outcome") == "error":
+            error = decode_error(answer.result.error)
             if is_passing(error):
                 return error
-            came = SampleResult(item.id, error=error)
+            result = SampleResult(item.id, error=error)
         else:
             try:
-                came = SampleResult(item.id, decode_values(result.measured, len(self.methods), self.metrics))
+                values = decode_values(answer.result.measured, len(self.methods), self.metrics)
+                result = SampleResult(item.id, values)
             except MalformedResponse as malformed:
-                came = SampleResult(item.id, error=malformed)
+                result = SampleResult(item.id, error=malformed)
         self._answered += 1
-        return came
+        return result
 
     def _check_same(self, server: int, started: evaluation_pb2.EvaluationStarted) -> None:
         """Check that a server measures what the first one does."""
         assert self._first is not None
-        first, said = self._first
-        ours, theirs = said.model_fingerprint, started.model_fingerprint
-        if ours == theirs and _essence(started.protocol) == _essence(said.protocol):
+        first_server, first = self._first
+        fingerprints = first.model_fingerprint, started.model_fingerprint
+        is_same_model = fingerprints[0] == fingerprints[1]
+        if is_same_model and _measured(started.protocol) == _measured(first.protocol):
             return
-        both = self.servers[server]
-        both = f"{self.servers[first]} and {both}" if server != first else f"{both}, before and after it was away,"
-        if ours == theirs:
+        name, first_name = self.servers[server], self.servers[first_server]
+        both = f"{first_name} and {name}" if server != first_server else f"{name}, before and after it was away,"
+        if is_same_model:
             message = f"{both} would not measure the same: they fill in different defaults"
         else:
-            message = f"{both} have different models: their fingerprints are {ours} and {theirs}"
+            message = f"{both} have different models: their fingerprints are {' and '.join(fingerprints)}"
         error = FailedPrecondition(message, code=grpc.StatusCode.FAILED_PRECONDITION)
         error.reason = "SERVERS_DIFFER"
         raise error
@@ -227,10 +228,10 @@ def decode_started(
     """
     protocol = started.protocol
     try:
-        said = tuple(map(_decode_evaluated, protocol.methods)), tuple(map(_decode_metric, protocol.metrics))
+        answered = tuple(map(_decode_evaluated, protocol.methods)), tuple(map(_decode_metric, protocol.metrics))
     except (KeyError, TypeError, ValueError) as error:
         raise MalformedResponse(f"an evaluation of something unknown: {error}") from error
-    for asked, found in zip((methods, metrics), said, strict=True):
+    for asked, found in zip((methods, metrics), answered, strict=True):
         if [one.kind for one in asked] != [one.kind for one in found]:
             raise MalformedResponse(f"an evaluation of {found}, where {asked} was asked for")
     prepared = protocol.preprocessing
@@ -240,8 +241,8 @@ def decode_started(
         model=started.model,
         fingerprint=started.model_fingerprint,
         protocol=EvaluationProtocol(
-            methods=said[0],
-            metrics=said[1],
+            methods=answered[0],
+            metrics=answered[1],
             seed=protocol.seed,
             resize=resize,
             input_size=size,
@@ -307,10 +308,10 @@ def _encode_target(target: TargetLike) -> target_pb2.Target:
     return encode_target(meant)
 
 
-def _essence(protocol: evaluation_pb2.EvaluationProtocol) -> evaluation_pb2.EvaluationProtocol:
-    """What measured values depend on."""
-    essence = evaluation_pb2.EvaluationProtocol()
-    essence.CopyFrom(protocol)
+def _measured(protocol: evaluation_pb2.EvaluationProtocol) -> evaluation_pb2.EvaluationProtocol:
+    """The part of a protocol that measured values depend on."""
+    part = evaluation_pb2.EvaluationProtocol()
+    part.CopyFrom(protocol)
     for name in ("model", "expected_samples"):
-        essence.ClearField(name)
-    return essence
+        part.ClearField(name)
+    return part
