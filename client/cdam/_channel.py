@@ -79,16 +79,22 @@ class Connection:
         return f"Connection({self.address!r})"  # the metadata is secret
 
     def channel(self, *options: tuple[str, Any]) -> grpc.Channel:
-        """A new channel, which is the caller's to close; further options come last."""
+        """A new channel, which is the caller's to close.
+
+        Args:
+            options: More of grpc's channel options, or others in place of the client's.
+        """
+        merged = tuple((dict(self.options) | dict(options)).items())
         if self.credentials is None:
-            return grpc.insecure_channel(self.address, (*self.options, *options))
-        return grpc.secure_channel(self.address, self.credentials, (*self.options, *options))
+            return grpc.insecure_channel(self.address, merged)
+        return grpc.secure_channel(self.address, self.credentials, merged)
 
     def aio_channel(self, *options: tuple[str, Any]) -> grpc.aio.Channel:
         """As `channel`, for the running event loop."""
+        merged = tuple((dict(self.options) | dict(options)).items())
         if self.credentials is None:
-            return grpc.aio.insecure_channel(self.address, (*self.options, *options))
-        return grpc.aio.secure_channel(self.address, self.credentials, (*self.options, *options))
+            return grpc.aio.insecure_channel(self.address, merged)
+        return grpc.aio.secure_channel(self.address, self.credentials, merged)
 
 
 def connection(

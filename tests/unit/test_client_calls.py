@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2 as details
 
 import cdam
 from cdam._channel import is_local, service_config
+from cdam.v1 import explainer_service_pb2_grpc, model_pb2
 from scripted_server import Failure, Script, scores, serving
 
 Call = Callable[..., Any]
@@ -207,6 +208,26 @@ def test_headers(script: Script, call: Call) -> None:
     assert metadata["authorization"] == "Bearer s3cret"
     assert metadata["x-team"] == "vision"
     assert metadata["user-agent"].startswith("cdam-python/")
+
+
+def test_generated_stubs_speak_as_the_client_does(script: Script) -> None:
+    request, others = model_pb2.GetModelRequest(name="second"), {"token": "s3cret"}
+
+    async def asynchronous() -> model_pb2.GetModelResponse:
+        connection = cdam.AsyncClient(script.address, **others).connection
+        async with connection.aio_channel(("grpc.primary_user_agent", "mine/1")) as channel:
+            stub = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
+            return await stub.GetModel(request, timeout=connection.timeout, metadata=connection.metadata)
+
+    connection = cdam.Client(script.address, **others).connection
+    with connection.channel() as channel:
+        stub = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
+        answer = stub.GetModel(request, timeout=connection.timeout, metadata=connection.metadata)
+    assert answer.model.name == asyncio.run(asynchronous()).model.name == "second"
+    assert [metadata["authorization"] for metadata in script.metadata] == ["Bearer s3cret"] * 2
+    agents = [metadata["user-agent"].partition(" ")[0].partition("/")[0] for metadata in script.metadata]
+    assert agents == ["cdam-python", "mine"]
+    assert "s3cret" not in repr(connection)
 
 
 def test_unix_sockets(tmp_path: Path, call: Call) -> None:

@@ -225,6 +225,16 @@ def test_wrong_fields_are_named_as_the_command_line_does(
     assert result.stderr == f"Error: {image}: {said}\n"
 
 
+def test_whatever_is_about_a_field_names_it_as_the_command_line_does(run: Run, script: Script, image: Path) -> None:
+    violation = details.BadRequest.FieldViolation(field="targets[1].output.name", description="there is no output 'b'")
+    about = [details.BadRequest(field_violations=[violation])]
+    what = details.ResourceInfo(resource_type="cdam.v1.output", resource_name="b")
+    for code, more in ((grpc.StatusCode.NOT_FOUND, [what]), (grpc.StatusCode.FAILED_PRECONDITION, [])):
+        script.failures = [Failure(code, "targets[1].output.name: there is no output 'b'", [*about, *more])]
+        result = run(explain, image, "-t", "a", "-t", "b")
+        assert (result.exit_code, result.stderr) == (1, "Error: --target b: there is no output 'b'\n")
+
+
 def test_without_a_server_nothing_is_tried_twice(run: Run, image: Path) -> None:
     result = run(explain, image, image, "--server", "127.0.0.1:1")
     assert result.exit_code == 1
