@@ -18,6 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2 as details
 
 import cdam
+from cdam._blocking import run
 from cdam._channel import is_local, service_config
 from cdam.v1 import explainer_service_pb2_grpc, model_pb2
 from scripted_server import Failure, Script, scores, serving
@@ -471,3 +472,8 @@ sys.exit(', '.join(heavy) or 0)
 def test_commands_do_without_torch() -> None:
     code = "import sys, cdam_server.cli.explain, cdam_server.cli.models; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_waits_for_an_event_loop_is_not_for_the_client_that_blocks() -> None:
+    with pytest.raises(RuntimeError, match="suspended"):
+        run(asyncio.sleep(0))
