@@ -314,7 +314,7 @@ def test_a_server_that_goes_away_keeps_what_was_measured(
                     assert process.poll() is None, process.communicate()
                     time.sleep(0.01)
                 server.kill()
-                _, stderr = process.communicate(timeout=240)
+                stderr = without_progress(process.communicate(timeout=240)[1])
         finally:
             server.kill()
     there = len(lines(tmp_path / "out"))
