@@ -21,6 +21,9 @@ class Aborted(click.ClickException):
         click.echo(f"Aborted: {self.message}.", err=file is None, file=file)
 
 
+_OTHER_PORT = (
+    "this port does not serve cdam's API; is it the admin port? The API's is 8001 if it was not told otherwise"
+)
 _OPTIONS = {
     "targets": "--target",
     "methods": "--method",
@@ -64,9 +67,7 @@ def describe_os(error: OSError) -> str:
 
 def _said(error: cdam.RpcError) -> str:
     if isinstance(error, cdam.Unimplemented) and not error.reason:
-        return (
-            "this port does not serve cdam's API; is it the admin port? The API's is 8001 if it was not told otherwise"
-        )
+        return _OTHER_PORT
     return _first_line(error) or error.code.name.lower().replace("_", " ")
 
 
@@ -112,6 +113,8 @@ def _unreachable(error: cdam.RpcError) -> str:
         return f"no server answers there ({found[1]}); start one: cdam serve"
     if "Domain name not found" in line:
         return "no host has this name"
+    if "http1.x server" in line:
+        return _OTHER_PORT
     return f"no server answers there ({line})"
 
 
