@@ -83,10 +83,10 @@ class Registering:
         request, response = concept_pb2.ConceptRegisterStreamRequest, concept_pb2.ConceptRegisterStreamResponse
         start = transport.start(_UPLOAD, request.SerializeToString, response.FromString, timeout)
         self._streams = transport.streams([start])
-        sides = {"example": registration.examples, "negative": registration.negatives}
-        self._sides = [_Side(field, images, transport) for field, images in sides.items()]
-        self._head: list[_Picture] = []  # kept, so that it can be sent again whatever it came from
-        self._is_beyond_head = False
+        images = {"example": registration.examples, "negative": registration.negatives}
+        self._sources = [_ImageSource(field, given, transport) for field, given in images.items()]
+        self._kept: list[_Picture] = []  # the first images, which can be sent again whatever they came from
+        self._has_taken_more = False
 
     async def run(self) -> RegisteredConcept:
         """Register the concept.
@@ -98,7 +98,7 @@ class Registering:
         response: concept_pb2.ConceptRegisterResponse | concept_pb2.ConceptRegisterStreamResponse
         if await self._gather():
             response = await self._calls("ConceptRegister", self._request(), concept_pb2.ConceptRegisterResponse)
-            self._tell(len(self._head))
+            self._report(len(self._kept))
         else:
             try:
                 response = await self._upload()
@@ -115,13 +115,13 @@ class Registering:
         spec = self._registration.spec
         most = min(_MOST_BYTES, self._registration.max_message_bytes - spec.ByteSize())
         is_whole = False
-        while sum(picture.size for picture in self._head) <= most and len(self._head) <= _MOST_IMAGES:
+        while sum(picture.size for picture in self._kept) <= most and len(self._kept) <= _MOST_IMAGES:
             picture = await self._next()
             if picture is None:
                 is_whole = True
                 break
-            self._head.append(picture)
-        fields = {picture.field for picture in self._head}
+            self._kept.append(picture)
+        fields = {picture.field for picture in self._kept}
         if spec.HasField("vector"):
             if fields:
                 raise ValueError("a concept is made of images or of a vector, not of both")
@@ -133,8 +133,8 @@ class Registering:
         """The request for images that fit into it."""
         return concept_pb2.ConceptRegisterRequest(
             spec=self._registration.spec,
-            examples=[picture.image for picture in self._head if picture.field == "example"],
-            negatives=[picture.image for picture in self._head if picture.field == "negative"],
+            examples=[picture.image for picture in self._kept if picture.field == "example"],
+            negatives=[picture.image for picture in self._kept if picture.field == "negative"],
         )
 
     async def _upload(self) -> concept_pb2.ConceptRegisterStreamResponse:
@@ -156,18 +156,18 @@ class Registering:
         """
         await self._streams.open(0)
         request = concept_pb2.ConceptRegisterStreamRequest(spec=self._registration.spec)
-        going = await self._streams.deliver(0, request)
+        accepted = await self._streams.deliver(0, request)
         count = 0
-        while going and (picture := await self._at(count)) is not None:
-            going = await self._streams.deliver(0, picture.request())
-            if going:
+        while accepted and (picture := await self._image_at(count)) is not None:
+            accepted = await self._streams.deliver(0, picture.request())
+            if accepted:
                 count += 1
-                self._tell(count)
-        if going:
+                self._report(count)
+        if accepted:
             end = concept_pb2.ConceptRegisterEnd(image_count=count)
-            going = await self._streams.deliver(0, concept_pb2.ConceptRegisterStreamRequest(end=end))
+            accepted = await self._streams.deliver(0, concept_pb2.ConceptRegisterStreamRequest(end=end))
         self._streams.finish(0)
-        return await self._response(is_whole=going)
+        return await self._response(is_whole=accepted)
 
     async def _response(self, *, is_whole: bool) -> concept_pb2.ConceptRegisterStreamResponse | RpcError:
         response: concept_pb2.ConceptRegisterStreamResponse | None = None
@@ -182,38 +182,38 @@ class Registering:
 
     def _rewind(self) -> bool:
         """Begin again with the first image, if that can be done."""
-        if not self._is_beyond_head:
+        if not self._has_taken_more:
             return True
-        if not all(side.repeatable for side in self._sides):
+        if not all(source.repeatable for source in self._sources):
             return False
-        self._head, self._is_beyond_head = [], False
-        for side in self._sides:
-            side.rewind()
+        self._kept, self._has_taken_more = [], False
+        for source in self._sources:
+            source.rewind()
         return True
 
-    def _tell(self, count: int) -> None:
+    def _report(self, count: int) -> None:
         """Tell the caller how many images were sent."""
         if self._registration.progress is not None:
             self._registration.progress(count)
 
-    async def _at(self, count: int) -> _Picture | None:
+    async def _image_at(self, count: int) -> _Picture | None:
         """The image after so many."""
-        if count < len(self._head):
-            return self._head[count]
+        if count < len(self._kept):
+            return self._kept[count]
         picture = await self._next()
-        self._is_beyond_head |= picture is not None
+        self._has_taken_more |= picture is not None
         return picture
 
     async def _next(self) -> _Picture | None:
-        for side in self._sides:
-            position, taken = await side.take()
+        for source in self._sources:
+            position, taken = await source.take()
             for image in taken:
-                encode = partial(_encode, side.field, position, image, self._registration.max_message_bytes)
+                encode = partial(_encode, source.field, position, image, self._registration.max_message_bytes)
                 return await self._transport.work(encode)
         return None
 
 
-class _Side:
+class _ImageSource:
     """The examples or the negatives, which can be gone through again where that needs no memory for images.
 
     Attributes:
@@ -226,8 +226,8 @@ class _Side:
         self.repeatable = True
         self._images = images
         self._transport = transport
-        self._source = transport.iterator(images)
-        self._one_shot = self._source is images
+        self._iterator = transport.iterator(images)
+        self._one_shot = self._iterator is images
         self._paths: list[ImageLike] = []  # taken from what can be gone through only once
         self._position = 0
         self._exhausted = False
@@ -237,7 +237,7 @@ class _Side:
         position = self._position
         taken: tuple[ImageLike, ...] = tuple(self._paths[position : position + 1])
         if not taken and not self._exhausted:
-            taken = await self._transport.take(self._source)
+            taken = await self._transport.take(self._iterator)
             self._exhausted = not taken
             if taken and self._one_shot:
                 if isinstance(taken[0], str | os.PathLike):
@@ -251,7 +251,7 @@ class _Side:
         """Begin again with the first."""
         self._position = 0
         if not self._one_shot:
-            self._source, self._exhausted = self._transport.iterator(self._images), False
+            self._iterator, self._exhausted = self._transport.iterator(self._images), False
 
 
 def _encode(field: str, position: int, image: ImageLike, max_message_bytes: int) -> _Picture:
