@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -118,6 +119,17 @@ def serving(
     finally:
         server.process.kill()
         server.process.wait()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Commands that are started inside can be interrupted, also if these tests run in the background of a shell, which
+    ignores SIGINT there, and so would they."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # of a handler, a new program has the default
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def free_ports(count: int) -> list[int]:

@@ -16,11 +16,11 @@
 
 from cdam import render
 from cdam._async_client import AsyncClient
-from cdam._channel import TLS
+from cdam._channel import TLS, Connection
 from cdam._client import Client
 from cdam._concept_file import load_concept, save_concept
 from cdam._concepts import ConceptExample, RegisteredConcept
-from cdam._encode import Priority, Resize
+from cdam._encode import Priority, Resize, encode_explain
 from cdam._errors import (
     Aborted,
     AlreadyExists,
@@ -124,6 +124,7 @@ __all__ = [
     "Concept",
     "ConceptExample",
     "ConceptFileError",
+    "Connection",
     "Contrast",
     "Counterfactual",
     "DeadlineExceeded",
@@ -199,6 +200,7 @@ __all__ = [
     "Unimplemented",
     "VersionMismatch",
     "__version__",
+    "encode_explain",
     "load_concept",
     "render",
     "save_concept",

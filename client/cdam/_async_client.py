@@ -1,40 +1,30 @@
 """The client for asyncio: it differs from the one that blocks in how it waits, and in nothing else."""
 
-import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Self, TypeVar
+from types import TracebackType
+from typing import Any, Self
 
-import grpc
-import grpc.aio
 from numpy.typing import NDArray
 
-from cdam import _flow, _lines, _uploads
-from cdam._base import BaseClient, concept_request, import_spec
-from cdam._concept_file import load_concept, save_concept
+from cdam import _calls
+from cdam._asyncio import AsyncTransport, iterate
+from cdam._base import BaseClient
 from cdam._concepts import RegisteredConcept
-from cdam._encode import Priority, Resize, encode_explain
-from cdam._errors import RpcError, error_from_rpc
+from cdam._encode import Priority, Resize
 from cdam._evaluation import EvaluationProgress, Sample
 from cdam._explanation import Explanation
-from cdam._flow import Call, Flow
 from cdam._images import ImageLike
 from cdam._items import Item, ItemResult
-from cdam._methods import MethodLike, as_methods
+from cdam._methods import MethodLike
 from cdam._metrics import EvaluatedLike, MetricLike
 from cdam._models import Model
 from cdam._numbers import whole
 from cdam._outcome import AsyncEvaluation
-from cdam._register import PATH as UPLOAD_PATH
-from cdam._register import Images, register
-from cdam._stream import stream
-from cdam._targets import Concept, TargetLike, as_targets
+from cdam._register import Images
+from cdam._targets import Concept, TargetLike
 from cdam.v1 import concept_pb2
-
-T = TypeVar("T")
 
 
 class AsyncClient(BaseClient):
@@ -46,9 +36,7 @@ class AsyncClient(BaseClient):
         explanation = await client.explain("scene.png", "7")
     """
 
-    _blocking = False
-    # grpc.aio's channels belong to the loop in which they were made.
-    _channels: Mapping[asyncio.AbstractEventLoop, grpc.aio.Channel] = MappingProxyType({})
+    _transport_kind = AsyncTransport
 
     async def explain(
         self,
@@ -64,19 +52,17 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> Explanation:
         """As `Client.explain`."""
-        request = await asyncio.to_thread(  # it may read a file
-            encode_explain,
+        return await self._explain(
             image,
             targets,
-            methods=methods,
+            methods,
+            timeout,
             model=model,
             resize=resize,
             input_size=input_size,
             request_id=request_id,
             priority=priority,
-            max_message_bytes=self._max_message_bytes,
         )
-        return await self._run(_flow.explain(request, as_methods(methods), as_targets(targets)), timeout)
 
     def explain_stream(
         self,
@@ -93,10 +79,11 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> AsyncGenerator[ItemResult, None]:
         """As `Client.explain_stream`; to leave the loop early, close the generator: `contextlib.aclosing` does."""
-        job = self._items(
+        results = self._explain_stream(
             items,
             targets,
             methods,
+            timeout,
             model=model,
             resize=resize,
             input_size=input_size,
@@ -104,7 +91,7 @@ class AsyncClient(BaseClient):
             window=window,
             retries=retries,
         )
-        return _lines.run_async(stream(job), _lines.each(items), _lines.AsyncLines([self._line(job, timeout)]))
+        return iterate(results)
 
     def evaluate(
         self,
@@ -125,7 +112,7 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> AsyncEvaluation:
         """As `Client.evaluate`; to leave the loop early, close the evaluation: ``async with`` does."""
-        job, starts, made = self._evaluate(
+        job, results = self._evaluate(
             samples,
             servers,
             timeout,
@@ -140,18 +127,15 @@ class AsyncClient(BaseClient):
             retries=retries,
             bootstrap_resamples=bootstrap_resamples,
         )
-        lines = _lines.AsyncLines(starts)
-        return AsyncEvaluation(
-            _closing(_lines.run_async(stream(job), _lines.each(samples), lines), made), job, progress
-        )
+        return AsyncEvaluation(iterate(results), job, progress)
 
     async def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         """As `Client.models`."""
-        return await self._run(_flow.models(), timeout)
+        return await _calls.models(self._calls(timeout))
 
     async def model(self, name: str = "", *, timeout: float | None = None) -> Model:
         """As `Client.model`."""
-        return await self._run(_flow.model(name), timeout)
+        return await _calls.model(self._calls(timeout), name)
 
     async def register_concept(
         self,
@@ -173,10 +157,11 @@ class AsyncClient(BaseClient):
         progress: Callable[[int], object] | None = None,
     ) -> RegisteredConcept:
         """As `Client.register_concept`."""
-        registration = self._registration(
+        return await self._register(
             name,
             examples,
             negatives,
+            timeout,
             retries,
             progress,
             vector=vector,
@@ -189,9 +174,6 @@ class AsyncClient(BaseClient):
             expected_version=expected_version,
             model_fingerprint=model_fingerprint,
         )
-        deadline = None if timeout is None else self._deadline(timeout)
-        upload = _uploads.AsyncUpload(lambda: self._start_upload(deadline))
-        return await _uploads.run_async(register(registration), lambda step: self._call(step, deadline), upload)
 
     async def concept(
         self,
@@ -202,7 +184,7 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> RegisteredConcept:
         """As `Client.concept`."""
-        return await self._run(_flow.concept_of(concept_request(name, id, model)), timeout)
+        return await _calls.concept(self._calls(timeout), name, id, model)
 
     async def concepts(
         self,
@@ -215,7 +197,7 @@ class AsyncClient(BaseClient):
         """As `Client.concepts`."""
         request = concept_pb2.ListConceptsRequest(model=model, labels=labels, page_size=whole(page_size, "page_size"))
         while True:
-            page, request.page_token = await self._run(_flow.concept_page(request), timeout)
+            page, request.page_token = await _calls.concept_page(self._calls(timeout), request)
             for found in page:
                 yield found
             if not request.page_token:
@@ -230,7 +212,7 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> RegisteredConcept:
         """As `Client.delete_concept`."""
-        return await self._run(_flow.delete_concept(name, model, expected_version), timeout)
+        return await _calls.delete_concept(self._calls(timeout), name, model, expected_version)
 
     async def export_concept(
         self,
@@ -241,8 +223,7 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> Path:
         """As `Client.export_concept`."""
-        found = await self._run(_flow.whole_concept(concept, model), timeout)
-        return await asyncio.to_thread(save_concept, found, path)
+        return await _calls.export_concept(self._calls(timeout), concept, model, path)
 
     async def import_concept(
         self,
@@ -257,25 +238,24 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> RegisteredConcept:
         """As `Client.import_concept`."""
-        found = source if isinstance(source, RegisteredConcept) else await asyncio.to_thread(load_concept, source)
-        changes = {"replace": replace, "expected_version": expected_version}
-        spec = import_spec(found, name, model, description=description, labels=labels, **changes)
-        return await self._run(_flow.import_concept(spec, found.model), timeout)
+        return await _calls.import_concept(
+            self._calls(timeout),
+            source,
+            name=name,
+            model=model,
+            description=description,
+            labels=labels,
+            replace=replace,
+            expected_version=expected_version,
+        )
 
     async def wait_until_ready(self, timeout: float | None = None) -> None:
         """As `Client.wait_until_ready`."""
-        await self._run(_flow.wait_until_ready(), timeout)
+        await _calls.wait_until_ready(self._calls(timeout))
 
     async def close(self) -> None:
         """Close the connections, for good; calls under way fail."""
-        with self._lock:
-            self._closed = True
-            channels, self._channels = self._channels, {}
-        for loop, channel in channels.items():
-            if loop is asyncio.get_running_loop():
-                await channel.close()
-            elif loop.is_running():  # in another thread
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(channel.close(), loop))
+        await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -284,61 +264,3 @@ class AsyncClient(BaseClient):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
-
-    def _open(self) -> grpc.aio.Channel:
-        loop = asyncio.get_running_loop()
-        with self._lock:
-            self._check_open()
-            if loop not in self._channels:
-                its = self._connection
-                if self._credentials is None:
-                    channel = grpc.aio.insecure_channel(its.address, its.options)
-                else:
-                    channel = grpc.aio.secure_channel(its.address, self._credentials, its.options)
-                others = {at: other for at, other in self._channels.items() if not at.is_closed()}
-                self._channels = {**others, loop: channel}
-            return self._channels[loop]
-
-    def _start_upload(self, deadline: float | None) -> Any:
-        call: grpc.aio.StreamUnaryMultiCallable[bytes, Any] = self._open().stream_unary(
-            UPLOAD_PATH, None, concept_pb2.ConceptRegisterStreamResponse.FromString
-        )
-        return call(**self._upload_arguments(deadline))
-
-    async def _run(self, flow: Flow[T], timeout: float | None) -> T:
-        deadline = self._deadline(timeout)
-        try:
-            step = next(flow)
-            while True:
-                if isinstance(step, Call):
-                    try:
-                        answer = await self._call(step, deadline)
-                    except RpcError as error:
-                        step = flow.throw(error)
-                    else:
-                        step = flow.send(answer)
-                else:
-                    await asyncio.sleep(step.seconds)
-                    step = flow.send(None)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-
-    async def _call(self, step: Call, deadline: float | None) -> Any:
-        call: grpc.aio.UnaryUnaryMultiCallable[bytes, Any] = self._open().unary_unary(step.path, None, step.decode)
-        arguments = self._arguments(step, self._deadline(None) if deadline is None else deadline)
-        try:
-            return await call(step.request, **arguments)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-
-
-async def _closing(results: AsyncGenerator[T, None], clients: Sequence[AsyncClient]) -> AsyncGenerator[T, None]:
-    """The results; after them the clients are closed."""
-    try:
-        async with aclosing(results):
-            async for result in results:
-                yield result
-    finally:
-        for client in clients:
-            await client.close()

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import grpc
+import grpc.aio
 
-from cdam._flow import SERVICE
+SERVICE = "cdam.v1.ExplainerService"
 
 MetadataLike: TypeAlias = Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]
 """Headers that go with every call."""
@@ -54,24 +55,46 @@ class TLS:
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """Everything that a channel is made of, checked.
+    """How a client speaks to its server. With it, the generated stubs of `cdam.v1` and of gRPC's health and reflection do so too.
+
+    channel = client.connection.channel()
+    stub = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
+    stub.GetModel(request, timeout=client.connection.timeout, metadata=client.connection.metadata)
 
     Attributes:
         address: As grpc names it: host:port, dns:///host:port, ipv4:, ipv6:, unix:path.
-        tls: None for plaintext.
-        metadata: Headers of every call, the token among them.
+        credentials: Those of TLS; None for plaintext.
+        metadata: Headers of every call, the token among them; a channel does not send them by itself.
         options: grpc's channel options.
         timeout: Seconds that a call may take unless it says otherwise.
     """
 
     address: str
-    tls: TLS | None
+    credentials: grpc.ChannelCredentials | None
     metadata: tuple[tuple[str, str | bytes], ...]
     options: tuple[tuple[str, Any], ...]
     timeout: float
 
     def __repr__(self) -> str:
         return f"Connection({self.address!r})"  # the metadata is secret
+
+    def channel(self, *options: tuple[str, Any]) -> grpc.Channel:
+        """A new channel, which is the caller's to close.
+
+        Args:
+            options: More of grpc's channel options, or others in place of the client's.
+        """
+        merged = tuple((dict(self.options) | dict(options)).items())
+        if self.credentials is None:
+            return grpc.insecure_channel(self.address, merged)
+        return grpc.secure_channel(self.address, self.credentials, merged)
+
+    def aio_channel(self, *options: tuple[str, Any]) -> grpc.aio.Channel:
+        """As `channel`, for the running event loop."""
+        merged = tuple((dict(self.options) | dict(options)).items())
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.address, merged)
+        return grpc.aio.secure_channel(self.address, self.credentials, merged)
 
 
 def connection(
@@ -90,6 +113,7 @@ def connection(
 
     Raises:
         ValueError: if something of it can't be, or a token would travel in plaintext to another machine.
+        OSError: if a certificate can't be read.
     """
     if not 0 <= retries <= MAX_RETRIES:
         raise ValueError(f"retries is 0 to {MAX_RETRIES} (gRPC's limit), got {retries}")
@@ -124,7 +148,7 @@ def connection(
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return Connection(
         address=address,
-        tls=tls,
+        credentials=tls.credentials() if tls else None,
         metadata=tuple(headers),
         options=tuple(options),
         timeout=checked_timeout(timeout),

@@ -1,38 +1,29 @@
 """The client that blocks."""
 
 import os
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-import grpc
 from numpy.typing import NDArray
 
-from cdam import _flow, _lines, _uploads
-from cdam._base import BaseClient, concept_request, import_spec
-from cdam._concept_file import load_concept, save_concept
+from cdam import _calls
+from cdam._base import BaseClient
+from cdam._blocking import BlockingTransport, iterate, run
 from cdam._concepts import RegisteredConcept
-from cdam._encode import Priority, Resize, encode_explain
-from cdam._errors import RpcError, error_from_rpc
+from cdam._encode import Priority, Resize
 from cdam._evaluation import EvaluationProgress, Sample
 from cdam._explanation import Explanation
-from cdam._flow import Call, Flow
 from cdam._images import ImageLike
 from cdam._items import Item, ItemResult
-from cdam._methods import MethodLike, as_methods
+from cdam._methods import MethodLike
 from cdam._metrics import EvaluatedLike, MetricLike
 from cdam._models import Model
 from cdam._numbers import whole
 from cdam._outcome import Evaluation
-from cdam._register import PATH as UPLOAD_PATH
-from cdam._register import register
-from cdam._stream import stream
-from cdam._targets import Concept, TargetLike, as_targets
+from cdam._targets import Concept, TargetLike
 from cdam.v1 import concept_pb2
-
-T = TypeVar("T")
 
 
 class Client(BaseClient):
@@ -43,8 +34,7 @@ class Client(BaseClient):
         explanation["7"].overlay().save("seven.png")
     """
 
-    _blocking = True
-    _channel: grpc.Channel | None = None
+    _transport_kind = BlockingTransport
 
     def explain(
         self,
@@ -80,18 +70,18 @@ class Client(BaseClient):
             OSError: if a path can't be read.
             ValueError, TypeError: if an argument can't be encoded.
         """
-        request = encode_explain(
+        explanation = self._explain(
             image,
             targets,
-            methods=methods,
+            methods,
+            timeout,
             model=model,
             resize=resize,
             input_size=input_size,
             request_id=request_id,
             priority=priority,
-            max_message_bytes=self._max_message_bytes,
         )
-        return self._run(_flow.explain(request, as_methods(methods), as_targets(targets)), timeout)
+        return run(explanation)
 
     def explain_stream(
         self,
@@ -132,10 +122,11 @@ class Client(BaseClient):
             RpcError: one of its kinds, if the stream as a whole fails; from the iteration.
             ValueError, TypeError: if an argument can't be encoded.
         """
-        job = self._items(
+        results = self._explain_stream(
             items,
             targets,
             methods,
+            timeout,
             model=model,
             resize=resize,
             input_size=input_size,
@@ -143,7 +134,7 @@ class Client(BaseClient):
             window=window,
             retries=retries,
         )
-        return _lines.run(stream(job), iter(items), _lines.Lines([self._line(job, timeout)]))
+        return iterate(results)
 
     def evaluate(
         self,
@@ -198,7 +189,7 @@ class Client(BaseClient):
                 their models; from the iteration.
             ValueError, TypeError: if an argument can't be encoded.
         """
-        job, starts, made = self._evaluate(
+        job, results = self._evaluate(
             samples,
             servers,
             timeout,
@@ -213,16 +204,15 @@ class Client(BaseClient):
             retries=retries,
             bootstrap_resamples=bootstrap_resamples,
         )
-        lines = _lines.Lines(starts)
-        return Evaluation(_closing(_lines.run(stream(job), iter(samples), lines), made), job, progress)
+        return Evaluation(iterate(results), job, progress)
 
     def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         """The models that the server has loaded, default first."""
-        return self._run(_flow.models(), timeout)
+        return run(_calls.models(self._calls(timeout)))
 
     def model(self, name: str = "", *, timeout: float | None = None) -> Model:
         """One model; without a name, the default one."""
-        return self._run(_flow.model(name), timeout)
+        return run(_calls.model(self._calls(timeout), name))
 
     def register_concept(
         self,
@@ -279,10 +269,11 @@ class Client(BaseClient):
             OSError: if a path can't be read.
             ValueError, TypeError: if an argument can't be encoded.
         """
-        registration = self._registration(
+        registering = self._register(
             name,
             examples,
             negatives,
+            timeout,
             retries,
             progress,
             vector=vector,
@@ -295,9 +286,7 @@ class Client(BaseClient):
             expected_version=expected_version,
             model_fingerprint=model_fingerprint,
         )
-        deadline = None if timeout is None else self._deadline(timeout)
-        upload = _uploads.Upload(lambda messages: self._start_upload(messages, deadline))
-        return _uploads.run(register(registration), lambda step: self._call(step, deadline), upload)
+        return run(registering)
 
     def concept(
         self,
@@ -320,7 +309,7 @@ class Client(BaseClient):
             RpcError: one of its kinds, if the server can't be reached.
             ValueError: if neither name nor id is given, or both are.
         """
-        return self._run(_flow.concept_of(concept_request(name, id, model)), timeout)
+        return run(_calls.concept(self._calls(timeout), name, id, model))
 
     def concepts(
         self,
@@ -343,7 +332,7 @@ class Client(BaseClient):
         """
         request = concept_pb2.ListConceptsRequest(model=model, labels=labels, page_size=whole(page_size, "page_size"))
         while True:
-            page, request.page_token = self._run(_flow.concept_page(request), timeout)
+            page, request.page_token = run(_calls.concept_page(self._calls(timeout), request))
             yield from page
             if not request.page_token:
                 return
@@ -366,7 +355,7 @@ class Client(BaseClient):
             NotFound: if there is none.
             RpcError: one of its kinds, if the server refuses or can't be reached.
         """
-        return self._run(_flow.delete_concept(name, model, expected_version), timeout)
+        return run(_calls.delete_concept(self._calls(timeout), name, model, expected_version))
 
     def export_concept(
         self,
@@ -392,7 +381,7 @@ class Client(BaseClient):
             RpcError: one of its kinds, if the server can't be reached.
             OSError: if the file can't be written.
         """
-        return save_concept(self._run(_flow.whole_concept(concept, model), timeout), path)
+        return run(_calls.export_concept(self._calls(timeout), concept, model, path))
 
     def import_concept(
         self,
@@ -426,10 +415,17 @@ class Client(BaseClient):
             RpcError: one of its kinds, if the server refuses or can't be reached.
             OSError: if the file can't be read.
         """
-        found = source if isinstance(source, RegisteredConcept) else load_concept(source)
-        changes = {"replace": replace, "expected_version": expected_version}
-        spec = import_spec(found, name, model, description=description, labels=labels, **changes)
-        return self._run(_flow.import_concept(spec, found.model), timeout)
+        imported = _calls.import_concept(
+            self._calls(timeout),
+            source,
+            name=name,
+            model=model,
+            description=description,
+            labels=labels,
+            replace=replace,
+            expected_version=expected_version,
+        )
+        return run(imported)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Return when the server answers that it serves.
@@ -437,14 +433,11 @@ class Client(BaseClient):
         Raises:
             DeadlineExceeded: if it doesn't in time.
         """
-        self._run(_flow.wait_until_ready(), timeout)
+        run(_calls.wait_until_ready(self._calls(timeout)))
 
     def close(self) -> None:
         """Close the connection, for good; calls under way fail."""
-        with self._lock:
-            self._closed = True
-            if self._channel is not None:
-                self._channel.close()
+        run(self._transport.close())
 
     def __enter__(self) -> Self:
         return self
@@ -453,56 +446,3 @@ class Client(BaseClient):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _open(self) -> grpc.Channel:
-        with self._lock:
-            self._check_open()
-            if self._channel is None:
-                its = self._connection
-                if self._credentials is None:
-                    self._channel = grpc.insecure_channel(its.address, its.options)
-                else:
-                    self._channel = grpc.secure_channel(its.address, self._credentials, its.options)
-            return self._channel
-
-    def _start_upload(self, messages: Iterator[bytes], deadline: float | None) -> Any:
-        call: grpc.StreamUnaryMultiCallable[bytes, Any] = self._open().stream_unary(
-            UPLOAD_PATH, None, concept_pb2.ConceptRegisterStreamResponse.FromString
-        )
-        return call.future(messages, **self._upload_arguments(deadline))
-
-    def _run(self, flow: Flow[T], timeout: float | None) -> T:
-        deadline = self._deadline(timeout)
-        try:
-            step = next(flow)
-            while True:
-                if isinstance(step, Call):
-                    try:
-                        answer = self._call(step, deadline)
-                    except RpcError as error:
-                        step = flow.throw(error)
-                    else:
-                        step = flow.send(answer)
-                else:
-                    time.sleep(step.seconds)
-                    step = flow.send(None)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-
-    def _call(self, step: Call, deadline: float | None) -> Any:
-        call: grpc.UnaryUnaryMultiCallable[bytes, Any] = self._open().unary_unary(step.path, None, step.decode)
-        arguments = self._arguments(step, self._deadline(None) if deadline is None else deadline)
-        try:
-            return call(step.request, **arguments)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-
-
-def _closing(results: Generator[T, None, None], clients: Sequence[Client]) -> Generator[T, None, None]:
-    """The results; after them the clients are closed."""
-    try:
-        yield from results
-    finally:
-        for client in clients:
-            client.close()

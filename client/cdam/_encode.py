@@ -43,19 +43,24 @@ _WHOLE = frozenset(
 
 def encode_explain(
     image: ImageLike,
-    targets: TargetLike | Sequence[TargetLike],
+    targets: TargetLike | Sequence[TargetLike] = (),
     *,
-    methods: MethodLike | Sequence[MethodLike],
-    model: str,
-    resize: Resize | None,
-    input_size: tuple[int, int] | None,
-    request_id: str,
-    priority: Priority | None,
+    methods: MethodLike | Sequence[MethodLike] = (),
+    model: str = "",
+    resize: Resize | None = None,
+    input_size: tuple[int, int] | None = None,
+    request_id: str = "",
+    priority: Priority | None = None,
     max_message_bytes: int | None = None,
 ) -> explain_pb2.ExplainRequest:
-    """The request of Explain, of a size; an image too large for it as pixels travels as PNG.
+    """The request that `Client.explain` sends, for those who send it themselves: load generators, recorders, gateways.
+
+    Arguments are those of `Client.explain`, and the largest size of the request: an image too large for it as pixels
+    travels as PNG.
 
     Raises:
+        OSError: if a path can't be read.
+        ImageError: if the image is none.
         ResourceExhausted: if it is too large all the same.
         ValueError: if there is no target and a method needs one, or a word is none that the API knows.
     """

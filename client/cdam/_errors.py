@@ -5,8 +5,8 @@
     ├── ImageError               (also a ValueError) what was given is no image
     ├── ConceptFileError         (also a ValueError) a file is no exported concept
     ├── MalformedResponse        the server's answer contradicts itself
-    └── RpcError                 the call failed: code, message, request_id
-        ├── InvalidArgument      a field of the request is wrong: field, violations
+    └── RpcError                 the call failed: code, message, request_id, field, violations
+        ├── InvalidArgument      a field of the request is wrong
         ├── NotFound             no such model, output or concept: kind, name
         ├── AlreadyExists        a concept's name is taken: kind, name
         ├── FailedPrecondition   not with this model: reason, metadata
@@ -54,25 +54,6 @@ class MalformedResponse(CdamError):
     """The server's answer contradicts itself, for example an array whose bytes don't fill its shape."""
 
 
-class RpcError(CdamError):
-    """A call failed.
-
-    Attributes:
-        code: The gRPC status code.
-        message: What the server, or the transport, says about it.
-        request_id: The request's id, where the server sent it; else empty.
-    """
-
-    def __init__(
-        self, message: str = "", *, code: grpc.StatusCode = grpc.StatusCode.UNKNOWN, request_id: str = ""
-    ) -> None:
-        # Everything but the message has a default, so that errors survive pickling.
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.request_id = request_id
-
-
 @dataclass(frozen=True)
 class FieldViolation:
     """One wrong field of a request.
@@ -86,19 +67,35 @@ class FieldViolation:
     description: str
 
 
-class InvalidArgument(RpcError):
-    """A field of the request is wrong.
+class RpcError(CdamError):
+    """A call failed.
 
     Attributes:
-        violations: Each field that is wrong.
+        code: The gRPC status code.
+        message: What the server, or the transport, says about it.
+        request_id: The request's id, where the server sent it; else empty.
+        violations: Each field of the request that it is about, where the server names any.
     """
 
     violations: tuple[FieldViolation, ...] = ()
 
+    def __init__(
+        self, message: str = "", *, code: grpc.StatusCode = grpc.StatusCode.UNKNOWN, request_id: str = ""
+    ) -> None:
+        # Everything but the message has a default, so that errors survive pickling.
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.request_id = request_id
+
     @property
     def field(self) -> str:
-        """Path of the first wrong field; empty if the server named none."""
+        """Path of the first field that it is about; empty if the server named none."""
         return self.violations[0].field if self.violations else ""
+
+
+class InvalidArgument(RpcError):
+    """A field of the request is wrong: see `violations` and `field`."""
 
 
 class NotFound(RpcError):

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, TypeVar
 
 import grpc
 
+from cdam._channel import SERVICE
 from cdam._decode import decode_error, decode_settings, decode_tensor
 from cdam._encode import Resize, encode_method, encode_preprocessing, encode_settings, encode_target, short_name
 from cdam._errors import CdamError, FailedPrecondition, MalformedResponse, RpcError
 from cdam._evaluation import EvaluationProtocol, EvaluationStarted, MetricValue, Sample, SampleResult
-from cdam._flow import SERVICE
 from cdam._hits import as_hits
 from cdam._images import encode_image, encode_mask, fit
 from cdam._methods import METHODS
@@ -25,7 +25,7 @@ from cdam._metrics import (
     as_metrics,
 )
 from cdam._numbers import whole
-from cdam._stream import Job, Sent, passes
+from cdam._stream import Job, PreparedItem, is_passing
 from cdam._targets import TargetLike, TopK, as_target
 from cdam.statistics import PEAKED
 from cdam.v1 import common_pb2, evaluation_pb2, target_pb2
@@ -111,21 +111,21 @@ class Evaluate(Job):
             request.protocol.expected_samples = max(0, self.expected - self._answered)
         return request
 
-    def encode(self, item: Sample, position: int, pending: Container[str]) -> Sent | SampleResult:
+    def encode(self, item: Sample, position: int, unanswered: Container[str]) -> PreparedItem | SampleResult:
         """The sample's request, or, if it can't be made, its result."""
         try:
-            sample = encode_sample(item, pending)
+            sample = encode_sample(item, unanswered)
             fit(sample, [getattr(sample, name) for name in _IMAGES], self._max_message_bytes)
-            return Sent(item.id, position, evaluation_pb2.EvaluateRequest(sample=sample))
+            return PreparedItem(item.id, position, evaluation_pb2.EvaluateRequest(sample=sample))
         except (CdamError, OSError, TypeError, ValueError) as error:
             self._answered += 1
             return SampleResult(str(getattr(item, "id", "")), error=error)
 
-    def about(self, answer: evaluation_pb2.EvaluateResponse) -> str | None:
+    def item_id(self, answer: evaluation_pb2.EvaluateResponse) -> str | None:
         """The sample's id, of a result."""
         return answer.result.sample_id if answer.WhichOneof("payload") == "result" else None
 
-    def note(self, answer: evaluation_pb2.EvaluateResponse, line: int) -> bool:
+    def note(self, answer: evaluation_pb2.EvaluateResponse, server: int) -> bool:
         """Note what a server says of the evaluation; it has begun with `started`. Progress and table are one's own.
 
         Raises:
@@ -136,39 +136,40 @@ class Evaluate(Job):
             return False
         if self._first is None:
             self.started = decode_started(answer.started, self.methods, self.metrics)
-            self._first = line, answer.started
-        self._check_same(line, answer.started)
+            self._first = server, answer.started
+        self._check_same(server, answer.started)
         return True
 
-    def result(self, sent: Sent, answer: evaluation_pb2.EvaluateResponse) -> SampleResult | RpcError:
+    def result(self, item: PreparedItem, answer: evaluation_pb2.EvaluateResponse) -> SampleResult | RpcError:
         """The sample's result; or the server's word that it can't take it now."""
-        result = answer.result
-        if result.WhichOneof("outcome") == "error":
-            error = decode_error(result.error)
-            if passes(error):
+        if answer.result.WhichOneof("outcome") == "error":
+            error = decode_error(answer.result.error)
+            if is_passing(error):
                 return error
-            came = SampleResult(sent.id, error=error)
+            result = SampleResult(item.id, error=error)
         else:
             try:
-                came = SampleResult(sent.id, decode_values(result.measured, len(self.methods), self.metrics))
+                values = decode_values(answer.result.measured, len(self.methods), self.metrics)
+                result = SampleResult(item.id, values)
             except MalformedResponse as malformed:
-                came = SampleResult(sent.id, error=malformed)
+                result = SampleResult(item.id, error=malformed)
         self._answered += 1
-        return came
+        return result
 
-    def _check_same(self, line: int, started: evaluation_pb2.EvaluationStarted) -> None:
+    def _check_same(self, server: int, started: evaluation_pb2.EvaluationStarted) -> None:
         """Check that a server measures what the first one does."""
         assert self._first is not None
-        first, said = self._first
-        ours, theirs = said.model_fingerprint, started.model_fingerprint
-        if ours == theirs and _essence(started.protocol) == _essence(said.protocol):
+        first_server, first = self._first
+        fingerprints = first.model_fingerprint, started.model_fingerprint
+        is_same_model = fingerprints[0] == fingerprints[1]
+        if is_same_model and _measured(started.protocol) == _measured(first.protocol):
             return
-        both = self.servers[line]
-        both = f"{self.servers[first]} and {both}" if line != first else f"{both}, before and after it was away,"
-        if ours == theirs:
+        name, first_name = self.servers[server], self.servers[first_server]
+        both = f"{first_name} and {name}" if server != first_server else f"{name}, before and after it was away,"
+        if is_same_model:
             message = f"{both} would not measure the same: they fill in different defaults"
         else:
-            message = f"{both} have different models: their fingerprints are {ours} and {theirs}"
+            message = f"{both} have different models: their fingerprints are {' and '.join(fingerprints)}"
         error = FailedPrecondition(message, code=grpc.StatusCode.FAILED_PRECONDITION)
         error.reason = "SERVERS_DIFFER"
         raise error
@@ -189,7 +190,7 @@ def encode_metric(metric: Metric) -> evaluation_pb2.Metric:
     return message
 
 
-def encode_sample(sample: Sample, pending: Container[str] = ()) -> evaluation_pb2.EvaluationSample:
+def encode_sample(sample: Sample, unanswered: Container[str] = ()) -> evaluation_pb2.EvaluationSample:
     """The message for a sample, of another id than those that are not answered yet.
 
     Raises:
@@ -201,7 +202,7 @@ def encode_sample(sample: Sample, pending: Container[str] = ()) -> evaluation_pb
         raise TypeError(f"a sample is a cdam.Sample, not {type(sample).__name__}")
     if not isinstance(sample.id, str) or not sample.id:
         raise ValueError(f"a sample's id is a text, not {sample.id!r}")
-    if sample.id in pending:
+    if sample.id in unanswered:
         raise ValueError(f"another sample of the id {sample.id!r} is not answered yet")
     message = evaluation_pb2.EvaluationSample(
         sample_id=sample.id, image=encode_image(sample.image), target=_encode_target(sample.target)
@@ -227,10 +228,10 @@ def decode_started(
     """
     protocol = started.protocol
     try:
-        said = tuple(map(_decode_evaluated, protocol.methods)), tuple(map(_decode_metric, protocol.metrics))
+        answered = tuple(map(_decode_evaluated, protocol.methods)), tuple(map(_decode_metric, protocol.metrics))
     except (KeyError, TypeError, ValueError) as error:
         raise MalformedResponse(f"an evaluation of something unknown: {error}") from error
-    for asked, found in zip((methods, metrics), said, strict=True):
+    for asked, found in zip((methods, metrics), answered, strict=True):
         if [one.kind for one in asked] != [one.kind for one in found]:
             raise MalformedResponse(f"an evaluation of {found}, where {asked} was asked for")
     prepared = protocol.preprocessing
@@ -240,8 +241,8 @@ def decode_started(
         model=started.model,
         fingerprint=started.model_fingerprint,
         protocol=EvaluationProtocol(
-            methods=said[0],
-            metrics=said[1],
+            methods=answered[0],
+            metrics=answered[1],
             seed=protocol.seed,
             resize=resize,
             input_size=size,
@@ -307,10 +308,10 @@ def _encode_target(target: TargetLike) -> target_pb2.Target:
     return encode_target(meant)
 
 
-def _essence(protocol: evaluation_pb2.EvaluationProtocol) -> evaluation_pb2.EvaluationProtocol:
-    """What measured values depend on."""
-    essence = evaluation_pb2.EvaluationProtocol()
-    essence.CopyFrom(protocol)
+def _measured(protocol: evaluation_pb2.EvaluationProtocol) -> evaluation_pb2.EvaluationProtocol:
+    """The part of a protocol that measured values depend on."""
+    part = evaluation_pb2.EvaluationProtocol()
+    part.CopyFrom(protocol)
     for name in ("model", "expected_samples"):
-        essence.ClearField(name)
-    return essence
+        part.ClearField(name)
+    return part

@@ -25,7 +25,7 @@ MaskLike: TypeAlias = ImageLike | NDArray[np.bool_]
 
 _Convert: TypeAlias = Callable[..., Image.Image]  # of an image, and its orientation if that is known
 
-_WRAPPING = 16  # bytes that a request weighs more in a stream than alone, at most
+WRAPPING_BYTES = 16  # that a message weighs more inside another than alone, at most
 _GREY = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -76,13 +76,13 @@ def fit(request: Any, images: Iterable[pb.Image], largest: int) -> None:
         ResourceExhausted: if it is too large all the same.
     """
     for image in sorted(images, key=lambda image: len(image.raw.data), reverse=True):
-        if request.ByteSize() + _WRAPPING <= largest:
+        if request.ByteSize() + WRAPPING_BYTES <= largest:
             return
         if image.WhichOneof("source") == "raw":
             file = io.BytesIO()
             Image.fromarray(_raw_pixels(image.raw)).save(file, "PNG", compress_level=1)
             image.encoded = file.getvalue()
-    if (size := request.ByteSize() + _WRAPPING) > largest:
+    if (size := request.ByteSize() + WRAPPING_BYTES) > largest:
         raise ResourceExhausted(
             f"a request of {size} bytes, over the client's max_message_bytes of {largest}: send a JPEG file, make the "
             "picture smaller, or allow more here and on the server",

@@ -5,15 +5,15 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from cdam._channel import SERVICE
 from cdam._decode import decode_error, decode_explanation
 from cdam._encode import Priority, Resize, encode_explain, enum_value
 from cdam._errors import CdamError, MalformedResponse, Unavailable
 from cdam._explanation import Explanation
-from cdam._flow import SERVICE
 from cdam._images import ImageLike
 from cdam._methods import Method, MethodLike, as_methods
 from cdam._numbers import whole
-from cdam._stream import Job, Sent
+from cdam._stream import Job, PreparedItem
 from cdam._targets import Target, TargetLike, as_targets
 from cdam.v1 import common_pb2, explain_pb2
 
@@ -115,7 +115,7 @@ class Items(Job):
         """An answer."""
         return explain_pb2.ExplainStreamResponse.FromString(data)
 
-    def encode(self, item: Item | ImageLike, position: int, pending: Container[str]) -> Sent | ItemResult:  # noqa: ARG002 - as every job
+    def encode(self, item: Item | ImageLike, position: int, unanswered: Container[str]) -> PreparedItem | ItemResult:  # noqa: ARG002 - as every job
         """The item's request, or, if it can't be made, its result."""
         whole = item if isinstance(item, Item) else Item(item)
         key = position if whole.key is None else whole.key
@@ -124,22 +124,22 @@ class Items(Job):
         request_id = f"{self._name}-{position}"
         try:
             request = encode_explain(whole.image, targets, methods=methods, request_id=request_id, **self._settings)
-            return Sent(request_id, position, request, _Asked(key, as_targets(targets), as_methods(methods)))
+            return PreparedItem(request_id, position, request, _Asked(key, as_targets(targets), as_methods(methods)))
         except (CdamError, OSError, TypeError, ValueError) as error:
             return ItemResult(key, error=error)
 
-    def about(self, answer: explain_pb2.ExplainStreamResponse) -> str:
+    def item_id(self, answer: explain_pb2.ExplainStreamResponse) -> str:
         """The request's id."""
         return answer.request_id
 
-    def result(self, sent: Sent, answer: explain_pb2.ExplainStreamResponse) -> ItemResult | Unavailable:
+    def result(self, item: PreparedItem, answer: explain_pb2.ExplainStreamResponse) -> ItemResult | Unavailable:
         """The item's result, or the server's word that it takes no more."""
-        asked: _Asked = sent.about
+        asked: _Asked = item.context
         if answer.WhichOneof("outcome") == "error":
             error = decode_error(answer.error)
             return error if isinstance(error, Unavailable) else ItemResult(asked.key, error=error)
         try:
-            explanation = decode_explanation(answer.response, asked.methods, sent.request, asked.targets)
+            explanation = decode_explanation(answer.response, asked.methods, item.request, asked.targets)
         except MalformedResponse as error:
             return ItemResult(asked.key, error=error)
         return ItemResult(asked.key, explanation)

@@ -1,4 +1,4 @@
-"""An evaluation under way, and what its samples come to."""
+"""An evaluation under way, and its table so far."""
 
 import time
 from collections import deque
@@ -10,17 +10,17 @@ from cdam._evaluate import Evaluate
 from cdam._evaluation import EvaluationProgress, EvaluationStarted, SampleResult
 from cdam.statistics import Statistics, Table
 
-_LATELY = 100  # results that the rate is taken from
+_RATE_RESULTS = 100  # the newest, of which the rate is taken
 
 
 class Outcome:
-    """What both kinds of evaluation know: what came of the samples so far."""
+    """What both kinds of evaluation know: the results so far."""
 
     def __init__(self, job: Evaluate, progress: Callable[[EvaluationProgress], object] | None) -> None:
         self._job = job
         self._statistics = Statistics(len(job.methods), seed=job.seed, resamples=job.resamples)
-        self._tell = progress
-        self._times: deque[float] = deque(maxlen=_LATELY)
+        self._on_progress = progress
+        self._times: deque[float] = deque(maxlen=_RATE_RESULTS)
 
     @property
     def started(self) -> EvaluationStarted | None:
@@ -49,8 +49,8 @@ class Outcome:
         else:
             self._statistics.failed()
         self._times.append(time.monotonic())
-        if self._tell is not None:
-            self._tell(self.progress)
+        if self._on_progress is not None:
+            self._on_progress(self.progress)
         return result
 
 

@@ -1,36 +1,31 @@
-"""Registering concepts, written once for both clients: in one message, or as a stream if it would be a large one.
-
-As in `cdam._flow`, the flow yields what is to be done and gets back what came of it.
-"""
+"""Registering concepts, for both clients: in one message, or as a stream if it would be a large one."""
 
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from cdam._channel import SERVICE
 from cdam._concepts import RegisteredConcept
 from cdam._decode import decode_concept
 from cdam._errors import CdamError, MalformedResponse, RpcError
-from cdam._flow import SERVICE, Call, Pause, unary
-from cdam._images import ImageLike, encode_image, fit
-from cdam._stream import Work, passes, pause
+from cdam._images import WRAPPING_BYTES, ImageLike, encode_image, fit
+from cdam._stream import is_passing, pause_seconds
+from cdam._transport import Answer, Calls, Ended, Transport
 from cdam.v1 import common_pb2, concept_pb2
 
-T = TypeVar("T")
-
-PATH = f"/{SERVICE}/ConceptRegisterStream"
-
 Images: TypeAlias = Iterable[ImageLike] | AsyncIterable[ImageLike]
+
+_UPLOAD = f"/{SERVICE}/ConceptRegisterStream"
 
 # What travels in one message, and can be repeated whatever it came from.
 _MOST_IMAGES = 64
 _MOST_BYTES = 4 * 1024 * 1024
-_WRAPPING = 16  # bytes that an image weighs more in a message than alone, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,177 +61,159 @@ class Registration:
                 raise TypeError(f"{name} are several images: put a single one, or an array of them, in a list")
 
 
-# --- what a client is asked to do, beside calls, pauses and work
-
-
-@dataclass(frozen=True)
-class Take:
-    """Take the next of the caller's images: a tuple of it, empty if there are no more.
-
-    An exception of the caller's own iterable is no business of the flow's.
-    """
-
-    images: Iterator[ImageLike] | AsyncIterator[ImageLike]
-
-
-@dataclass(frozen=True)
-class Begin:
-    """Begin an upload; the one before, if any, has ended."""
-
-
-@dataclass(frozen=True)
-class Send:
-    """Send a message of the upload as soon as there is room for it; False if the server has ended the call instead."""
-
-    message: bytes
-
-
-@dataclass(frozen=True)
-class Finish:
-    """Nothing more will be sent: wait for the answer."""
-
-
-Step: TypeAlias = Call | Pause | Work | Take | Begin | Send | Finish
-RegisterFlow: TypeAlias = Generator[Step, Any, T]
-
-
 @dataclass(frozen=True)
 class _Picture:
     field: str  # of ConceptRegisterStreamRequest
     image: common_pb2.Image
     size: int
 
-    def wrapped(self) -> bytes:
+    def request(self) -> concept_pb2.ConceptRegisterStreamRequest:
         request = concept_pb2.ConceptRegisterStreamRequest()
         getattr(request, self.field).CopyFrom(self.image)
-        return request.SerializeToString()
+        return request
 
 
-def register(registration: Registration) -> RegisterFlow[RegisteredConcept]:
-    """Register a concept, in one call if it is small enough, else on as many streams as it takes."""
-    flow = _Flow(registration)
-    if (yield from flow.gather()):
-        response = yield flow.call()
-        flow.tell()
-    else:
-        response = yield from _uploaded(flow, registration.retries)
-    return decode_concept(response.concept, created=response.created)
+class Registering:
+    """The registration of a concept: in one call if it is small enough, else on as many streams as it takes."""
 
+    def __init__(self, registration: Registration, transport: Transport, timeout: float | None) -> None:
+        self._registration = registration
+        self._transport = transport
+        self._calls = Calls(transport, timeout)
+        request, response = concept_pb2.ConceptRegisterStreamRequest, concept_pb2.ConceptRegisterStreamResponse
+        start = transport.start(_UPLOAD, request.SerializeToString, response.FromString, timeout)
+        self._streams = transport.streams([start])
+        images = {"example": registration.examples, "negative": registration.negatives}
+        self._sources = [_ImageSource(field, given, transport) for field, given in images.items()]
+        self._kept: list[_Picture] = []  # the first images, which can be sent again whatever they came from
+        self._has_taken_more = False
 
-def _uploaded(flow: "_Flow", retries: int) -> RegisterFlow[concept_pb2.ConceptRegisterStreamResponse]:
-    failures = 0
-    while True:
-        try:
-            return (yield from flow.upload())
-        except RpcError as error:
-            failures += 1
-            if failures > retries or not passes(error) or not flow.rewind():
-                raise
-            yield Pause(pause(error, failures))
+    async def run(self) -> RegisteredConcept:
+        """Register the concept.
 
+        Raises:
+            RpcError: if the server refuses, or can't be reached.
+            ImageError, OSError, ValueError, TypeError: if the images make no concept.
+        """
+        response: concept_pb2.ConceptRegisterResponse | concept_pb2.ConceptRegisterStreamResponse
+        if await self._gather():
+            response = await self._calls("ConceptRegister", self._request(), concept_pb2.ConceptRegisterResponse)
+            self._report(len(self._kept))
+        else:
+            try:
+                response = await self._upload()
+            finally:
+                await self._streams.close()
+        return decode_concept(response.concept, created=response.created)
 
-class _Flow:
-    """What is known of a registration, from stream to stream."""
-
-    def __init__(self, registration: Registration) -> None:
-        self._its = registration
-        self._sides = [_Side("example", registration.examples), _Side("negative", registration.negatives)]
-        self._head: list[_Picture] = []
-        self._beyond_head = False
-
-    def gather(self) -> RegisterFlow[bool]:
+    async def _gather(self) -> bool:
         """Take images until there are none, or more than one message should hold; whether these are all.
 
         Raises:
             ValueError: if they make no concept.
         """
-        most = min(_MOST_BYTES, self._its.max_message_bytes - self._its.spec.ByteSize())
-        whole = False
-        while sum(picture.size for picture in self._head) <= most and len(self._head) <= _MOST_IMAGES:
-            picture = yield from self._next()
+        spec = self._registration.spec
+        most = min(_MOST_BYTES, self._registration.max_message_bytes - spec.ByteSize())
+        is_whole = False
+        while sum(picture.size for picture in self._kept) <= most and len(self._kept) <= _MOST_IMAGES:
+            picture = await self._next()
             if picture is None:
-                whole = True
+                is_whole = True
                 break
-            self._head.append(picture)
-        fields = {picture.field for picture in self._head}
-        if self._its.spec.HasField("vector"):
+            self._kept.append(picture)
+        fields = {picture.field for picture in self._kept}
+        if spec.HasField("vector"):
             if fields:
                 raise ValueError("a concept is made of images or of a vector, not of both")
         elif "example" not in fields:
             raise ValueError("a concept is made of at least one example, or of a vector")
-        return whole
+        return is_whole
 
-    def call(self) -> Call:
-        """The call for images that fit into it."""
-        request = concept_pb2.ConceptRegisterRequest(
-            spec=self._its.spec,
-            examples=[picture.image for picture in self._head if picture.field == "example"],
-            negatives=[picture.image for picture in self._head if picture.field == "negative"],
+    def _request(self) -> concept_pb2.ConceptRegisterRequest:
+        """The request for images that fit into it."""
+        return concept_pb2.ConceptRegisterRequest(
+            spec=self._registration.spec,
+            examples=[picture.image for picture in self._kept if picture.field == "example"],
+            negatives=[picture.image for picture in self._kept if picture.field == "negative"],
         )
-        return unary("ConceptRegister", request, concept_pb2.ConceptRegisterResponse)
 
-    def upload(self) -> RegisterFlow[concept_pb2.ConceptRegisterStreamResponse]:
-        """One stream, from its opening to its answer.
+    async def _upload(self) -> concept_pb2.ConceptRegisterStreamResponse:
+        failures = 0
+        while True:
+            response = await self._upload_once()
+            if not isinstance(response, RpcError):
+                return response
+            failures += 1
+            if failures > self._registration.retries or not is_passing(response) or not self._rewind():
+                raise response
+            await self._transport.pause(pause_seconds(response, failures))
+
+    async def _upload_once(self) -> concept_pb2.ConceptRegisterStreamResponse | RpcError:
+        """One stream, from its opening to its answer, or how it broke.
 
         Raises:
-            RpcError: if it broke, or the server refuses.
-            MalformedResponse: if it answers before it has seen everything.
+            MalformedResponse: if the server answers before it has seen everything.
         """
-        yield Begin()
-        request = concept_pb2.ConceptRegisterStreamRequest(spec=self._its.spec)
-        going = yield Send(request.SerializeToString())
+        await self._streams.open(0)
+        request = concept_pb2.ConceptRegisterStreamRequest(spec=self._registration.spec)
+        accepted = await self._streams.deliver(0, request)
         count = 0
-        while going:
-            picture = yield from self._at(count)
-            if picture is None:
-                break
-            going = yield Send(picture.wrapped())
-            if going:
+        while accepted and (picture := await self._image_at(count)) is not None:
+            accepted = await self._streams.deliver(0, picture.request())
+            if accepted:
                 count += 1
-                self.tell(count)
-        if going:
-            end = concept_pb2.ConceptRegisterStreamRequest(end=concept_pb2.ConceptRegisterEnd(image_count=count))
-            going = yield Send(end.SerializeToString())
-        response: concept_pb2.ConceptRegisterStreamResponse = yield Finish()
-        if not going:
-            raise MalformedResponse("an answer before all images were sent")
+                self._report(count)
+        if accepted:
+            end = concept_pb2.ConceptRegisterEnd(image_count=count)
+            accepted = await self._streams.deliver(0, concept_pb2.ConceptRegisterStreamRequest(end=end))
+        self._streams.finish(0)
+        return await self._response(is_whole=accepted)
+
+    async def _response(self, *, is_whole: bool) -> concept_pb2.ConceptRegisterStreamResponse | RpcError:
+        response: concept_pb2.ConceptRegisterStreamResponse | None = None
+        while not isinstance(event := await self._streams.event(), Ended):
+            if isinstance(event, Answer):
+                response = event.message
+        if event.error is not None:
+            return event.error
+        if response is None or not is_whole:
+            raise MalformedResponse("no answer" if response is None else "an answer before all images were sent")
         return response
 
-    def rewind(self) -> bool:
+    def _rewind(self) -> bool:
         """Begin again with the first image, if that can be done."""
-        if not self._beyond_head:
+        if not self._has_taken_more:
             return True
-        if not all(side.repeatable for side in self._sides):
+        if not all(source.repeatable for source in self._sources):
             return False
-        self._head, self._beyond_head = [], False
-        for side in self._sides:
-            side.rewind()
+        self._kept, self._has_taken_more = [], False
+        for source in self._sources:
+            source.rewind()
         return True
 
-    def tell(self, count: int | None = None) -> None:
+    def _report(self, count: int) -> None:
         """Tell the caller how many images were sent."""
-        if self._its.progress is not None:
-            self._its.progress(len(self._head) if count is None else count)
+        if self._registration.progress is not None:
+            self._registration.progress(count)
 
-    def _at(self, count: int) -> RegisterFlow[_Picture | None]:
+    async def _image_at(self, count: int) -> _Picture | None:
         """The image after so many."""
-        if count < len(self._head):
-            return self._head[count]
-        picture = yield from self._next()
-        self._beyond_head |= picture is not None
+        if count < len(self._kept):
+            return self._kept[count]
+        picture = await self._next()
+        self._has_taken_more |= picture is not None
         return picture
 
-    def _next(self) -> RegisterFlow[_Picture | None]:
-        for side in self._sides:
-            position, taken = yield from side.take()
+    async def _next(self) -> _Picture | None:
+        for source in self._sources:
+            position, taken = await source.take()
             for image in taken:
-                work = partial(_encode, side.field, position, image, self._its.max_message_bytes)
-                picture: _Picture = yield Work(work)
-                return picture
+                encode = partial(_encode, source.field, position, image, self._registration.max_message_bytes)
+                return await self._transport.work(encode)
         return None
 
 
-class _Side:
+class _ImageSource:
     """The examples or the negatives, which can be gone through again where that needs no memory for images.
 
     Attributes:
@@ -244,22 +221,23 @@ class _Side:
         repeatable: Whether they can.
     """
 
-    def __init__(self, field: str, images: Images) -> None:
+    def __init__(self, field: str, images: Images, transport: Transport) -> None:
         self.field = field
         self.repeatable = True
         self._images = images
-        self._source = _iterator(images)
-        self._one_shot = self._source is images
+        self._transport = transport
+        self._iterator = transport.iterator(images)
+        self._one_shot = self._iterator is images
         self._paths: list[ImageLike] = []  # taken from what can be gone through only once
         self._position = 0
         self._exhausted = False
 
-    def take(self) -> Generator[Take, Any, tuple[int, tuple[ImageLike, ...]]]:
+    async def take(self) -> tuple[int, tuple[ImageLike, ...]]:
         """The position of the next image, from 0, and the image, if there is one."""
         position = self._position
         taken: tuple[ImageLike, ...] = tuple(self._paths[position : position + 1])
         if not taken and not self._exhausted:
-            taken = yield Take(self._source)
+            taken = await self._transport.take(self._iterator)
             self._exhausted = not taken
             if taken and self._one_shot:
                 if isinstance(taken[0], str | os.PathLike):
@@ -273,11 +251,7 @@ class _Side:
         """Begin again with the first."""
         self._position = 0
         if not self._one_shot:
-            self._source, self._exhausted = _iterator(self._images), False
-
-
-def _iterator(images: Images) -> Iterator[ImageLike] | AsyncIterator[ImageLike]:
-    return aiter(images) if isinstance(images, AsyncIterable) else iter(images)
+            self._iterator, self._exhausted = self._transport.iterator(self._images), False
 
 
 def _encode(field: str, position: int, image: ImageLike, max_message_bytes: int) -> _Picture:
@@ -287,4 +261,4 @@ def _encode(field: str, position: int, image: ImageLike, max_message_bytes: int)
     except (CdamError, OSError, TypeError, ValueError) as error:
         error.add_note(f"{field}s[{position}]")
         raise
-    return _Picture(field, message, message.ByteSize() + _WRAPPING)
+    return _Picture(field, message, message.ByteSize() + WRAPPING_BYTES)

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cdam import _overlay
 from cdam._explanation import Explanation, RelevanceMap
-from cdam._images import ImageLike, encode_image, open_image
+from cdam._images import ImageLike, MaskLike, encode_image, encode_mask, open_image, open_mask
 from cdam._overlay import Interpolation
 from cdam._targets import Concept
 
-__all__ = ["limit", "sheet"]
+__all__ = ["limit", "sheet", "upright", "upright_mask"]
 
 _INK, _MUTED, _PAPER = (24, 26, 30), (112, 117, 125), (255, 255, 255)
 _FRAME = (214, 217, 222)
@@ -90,6 +90,22 @@ def sheet(
         pen.bar(layout.left(len(row) + 1), top, scales[id(row[0])] if one_scale else None)
         top += layout.row_height
     return canvas
+
+
+def upright(image: ImageLike) -> Image.Image:
+    """An image as the server sees it, and as overlays are drawn on it: RGB, upright, opaque.
+
+    Raises:
+        OSError: if a path can't be read.
+        ImageError: if it is no image.
+        TypeError: if it is none of the types of `ImageLike`.
+    """
+    return open_image(encode_image(image))
+
+
+def upright_mask(mask: MaskLike) -> Image.Image:
+    """A mask as the server sees it: mode L, 255 inside, 0 elsewhere, upright; raises as `upright`."""
+    return open_mask(encode_mask(mask))
 
 
 class _Layout:
@@ -177,7 +193,7 @@ def _captions(relevance: RelevanceMap) -> tuple[str, str]:
 
 def _original(explanation: Explanation, image: ImageLike | None) -> Image.Image:
     if image is not None:
-        return open_image(encode_image(image))
+        return upright(image)
     for relevance in explanation:
         return relevance._canvas(None)[0]  # noqa: SLF001 - a friend
     return Image.new("RGB", explanation.image_size[::-1], _PAPER)

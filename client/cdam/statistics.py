@@ -16,7 +16,8 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cdam._hits import Hits, as_hits
+from cdam._hits import Hits
+from cdam._hits import as_hits as as_hits  # noqa: PLC0414 - for those who read stored values again
 
 Key: TypeAlias = tuple[int, int, str]
 """Index of the method, index of the metric, quantity."""

@@ -60,7 +60,7 @@ def client(clip: Folder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[c
 
 @pytest.fixture
 def register(client: cdam.Client, monkeypatch: pytest.MonkeyPatch) -> Register:
-    monkeypatch.setenv("CDAM_SERVER", client._connection.address)
+    monkeypatch.setenv("CDAM_SERVER", client.connection.address)
 
     def register(folder: Folder, *words: str) -> Result:
         command = ["concept", "text", "case", CAT, "--text-model", f"local-dir:{folder.path}", *words]

@@ -158,7 +158,7 @@ def test_in_one_message_or_as_a_stream_it_is_the_same_concept(client: cdam.Clien
     assert (one_by_one.example_count, small.example_count) == (3, 1)
 
     async def register() -> cdam.RegisteredConcept:
-        async with cdam.AsyncClient(client._connection.address) as other:
+        async with cdam.AsyncClient(client.connection.address) as other:
             return await other.register_concept("many", images, negatives=images[:3])
 
     assert asyncio.run(register()) == again
@@ -192,7 +192,7 @@ def test_what_was_given_up_is_not_registered(client: cdam.Client, kind: str) -> 
         raise _OwnError
 
     async def register() -> None:
-        async with cdam.AsyncClient(client._connection.address) as other:
+        async with cdam.AsyncClient(client.connection.address) as other:
             with pytest.raises(_OwnError):
                 await other.register_concept("partial", images())
 
@@ -217,7 +217,7 @@ def test_pages(client: cdam.Client) -> None:
     assert list(client.concepts(model="elsewhere")) == []
 
     async def listed() -> list[str]:
-        async with cdam.AsyncClient(client._connection.address) as other:
+        async with cdam.AsyncClient(client.connection.address) as other:
             return [concept.name async for concept in other.concepts(page_size=3)]
 
     assert asyncio.run(listed()) == names

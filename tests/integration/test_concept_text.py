@@ -59,7 +59,7 @@ def client(folders: dict[str, Folder], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def run(client: cdam.Client, folders: dict[str, Folder], monkeypatch: pytest.MonkeyPatch) -> Run:
     """`cdam concept text` with the text model `clip`, unless the words say another."""
-    monkeypatch.setenv("CDAM_SERVER", client._connection.address)
+    monkeypatch.setenv("CDAM_SERVER", client.connection.address)
 
     def run(*words: str) -> Result:
         model = [] if "--text-model" in words else ["--text-model", f"local-dir:{folders['clip'].path}"]

@@ -18,7 +18,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2 as details
 
 import cdam
+from cdam._blocking import run
 from cdam._channel import is_local, service_config
+from cdam.v1 import explainer_service_pb2_grpc, model_pb2
 from scripted_server import Failure, Script, scores, serving
 
 Call = Callable[..., Any]
@@ -207,6 +209,26 @@ def test_headers(script: Script, call: Call) -> None:
     assert metadata["authorization"] == "Bearer s3cret"
     assert metadata["x-team"] == "vision"
     assert metadata["user-agent"].startswith("cdam-python/")
+
+
+def test_generated_stubs_speak_as_the_client_does(script: Script) -> None:
+    request, others = model_pb2.GetModelRequest(name="second"), {"token": "s3cret"}
+
+    async def asynchronous() -> model_pb2.GetModelResponse:
+        connection = cdam.AsyncClient(script.address, **others).connection
+        async with connection.aio_channel(("grpc.primary_user_agent", "mine/1")) as channel:
+            stub = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
+            return await stub.GetModel(request, timeout=connection.timeout, metadata=connection.metadata)
+
+    connection = cdam.Client(script.address, **others).connection
+    with connection.channel() as channel:
+        stub = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
+        answer = stub.GetModel(request, timeout=connection.timeout, metadata=connection.metadata)
+    assert answer.model.name == asyncio.run(asynchronous()).model.name == "second"
+    assert [metadata["authorization"] for metadata in script.metadata] == ["Bearer s3cret"] * 2
+    agents = [metadata["user-agent"].partition(" ")[0].partition("/")[0] for metadata in script.metadata]
+    assert agents == ["cdam-python", "mine"]
+    assert "s3cret" not in repr(connection)
 
 
 def test_unix_sockets(tmp_path: Path, call: Call) -> None:
@@ -450,3 +472,8 @@ sys.exit(', '.join(heavy) or 0)
 def test_commands_do_without_torch() -> None:
     code = "import sys, cdam_server.cli.explain, cdam_server.cli.models; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_waits_for_an_event_loop_is_not_for_the_client_that_blocks() -> None:
+    with pytest.raises(RuntimeError, match="suspended"):
+        run(asyncio.sleep(0))

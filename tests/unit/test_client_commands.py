@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import cdam
-from cdam_server.cli.explain import describe, explain
+from cdam_server.cli.explain import explain
+from cdam_server.cli.failures import describe
 from cdam_server.cli.models import models
 from cdam_server.cli.spelling import parse_method, parse_size, parse_target, spelled
 from scripted_server import Failure, Script, scores, serving
@@ -222,6 +223,16 @@ def test_wrong_fields_are_named_as_the_command_line_does(
     result = run(explain, image, "-t", "a", "-t", "top:99", "-m", "smooth_cdam:samples=900")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == f"Error: {image}: {said}\n"
+
+
+def test_whatever_is_about_a_field_names_it_as_the_command_line_does(run: Run, script: Script, image: Path) -> None:
+    violation = details.BadRequest.FieldViolation(field="targets[1].output.name", description="there is no output 'b'")
+    about = [details.BadRequest(field_violations=[violation])]
+    what = details.ResourceInfo(resource_type="cdam.v1.output", resource_name="b")
+    for code, more in ((grpc.StatusCode.NOT_FOUND, [what]), (grpc.StatusCode.FAILED_PRECONDITION, [])):
+        script.failures = [Failure(code, "targets[1].output.name: there is no output 'b'", [*about, *more])]
+        result = run(explain, image, "-t", "a", "-t", "b")
+        assert (result.exit_code, result.stderr) == (1, "Error: --target b: there is no output 'b'\n")
 
 
 def test_without_a_server_nothing_is_tried_twice(run: Run, image: Path) -> None:

@@ -1,5 +1,6 @@
 """Overlays: colours that mean what they should, in the right place."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -260,3 +261,14 @@ def test_a_sheet_without_maps() -> None:
 def test_a_16_bit_grey_picture_is_taken_by_its_high_byte() -> None:
     samples = np.array([[0x0102, 0xFF00], [0x7FFF, 0x0000]], np.uint16)
     assert np.asarray(_upright(Image.fromarray(samples))).tolist() == [[1, 255], [127, 0]]
+
+
+def test_images_and_masks_as_the_server_sees_them(tmp_path: Path) -> None:
+    sideways = Image.new("RGB", (4, 2), "teal")
+    sideways.getexif()[0x0112] = 6  # turned by a quarter
+    sideways.save(tmp_path / "sideways.png", exif=sideways.getexif())
+    upright = cdam.render.upright(tmp_path / "sideways.png")
+    assert (upright.mode, upright.size, upright.getpixel((0, 0))) == ("RGB", (2, 4), (0, 128, 128))
+    inside = np.zeros((2, 3), bool)
+    inside[1, 2] = True
+    np.testing.assert_array_equal(np.asarray(cdam.render.upright_mask(inside)), 255 * inside.astype(np.uint8))

@@ -31,6 +31,7 @@ from cdam_server.cli import main
 from cdam_server.cli.concept_report import histogram, outliers, registered
 from cdam_server.cli.images import Found, digests, find_images
 from cdam_server.cli.spelling import parse_minus, parse_target, spelled
+from processes import interruptible
 from scripted_server import Failure, Script, fail, not_found, serving
 
 Run = Callable[..., Result]
@@ -481,7 +482,9 @@ def test_a_registration_that_is_interrupted(script: Script, many: Path) -> None:
     command = [sys.executable, "-m", "cdam_server.cli", "concept", "register", "loops", "many"]
     environment = {**os.environ, "CDAM_SERVER": script.address, "PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=many.parent, env=environment, text=True, **pipes) as process:
+    with interruptible():
+        process = subprocess.Popen(command, cwd=many.parent, env=environment, text=True, **pipes)
+    with process:
         assert heard.wait(60)
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60) == ("", "Aborted: nothing was registered.\n")

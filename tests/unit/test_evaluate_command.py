@@ -8,7 +8,8 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from cdam_server.cli.evaluation.page import Example, write_page
 from cdam_server.cli.evaluation.quantities import quantity
 from cdam_server.cli.evaluation.results import Results, gather, tells
 from cdam_server.cli.evaluation.terminal import summary
+from cdam_server.cli.interrupts import uninterrupted
 from cdam_server.cli.spelling import parse_evaluated, parse_metric, spelled
 
 command = importlib.import_module("cdam_server.cli.evaluate")  # the package's attribute of this name is the command
@@ -931,3 +933,40 @@ def test_what_somebody_else_wrote_is_not_replaced(tmp_path: Path) -> None:
         command._check_folder(tmp_path, overwrite=False)
     command._check_folder(tmp_path, overwrite=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[], None]]:
+    """Ctrl-C, as a terminal's process gets it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_belongs_together_is_not_interrupted(interrupt: Callable[[], None]) -> None:
+    done = []
+
+    def write_and_count() -> None:
+        with uninterrupted():
+            done.append("written")
+            interrupt()
+            done.append("counted")
+        done.append("went on")
+
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(KeyboardInterrupt):
+            write_and_count()
+    assert done == ["written", "counted"] * 2
+    with pytest.raises(ZeroDivisionError), uninterrupted():
+        _ = 1 / 0
+    with uninterrupted():
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
+def test_who_ignores_ctrl_c_goes_on_to(interrupt: Callable[[], None]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with uninterrupted():
+        interrupt()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

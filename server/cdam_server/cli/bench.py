@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdam
-from cdam._channel import Connection, connection
-from cdam._encode import Priority
-from cdam_server.cli.explain import Failure, Server, connection_options, describe, server_from
+from cdam.v1 import explain_pb2
+from cdam_server.cli.connections import Server, connection_options, server_from
+from cdam_server.cli.failures import Failure, describe, describe_os
 from cdam_server.cli.images import find_images
 from cdam_server.cli.load import OK, ClosedLoop, Load, OpenLoop, generate, summary
 from cdam_server.cli.report import columns
@@ -35,11 +35,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _STAGES: Final = ("decode", "queue", "trunk", "tail", "total")
 _TOLD: Final = (*_STAGES, "batch_size", "token_cache_hit", "maps")
 _HEAD: Final = ("milliseconds", "count", "mean", "p50", "p90", "p99", "p99.9", "max")
-_CONNECTION: Final[dict[str, Any]] = {
-    "metadata": (),
-    "max_message_bytes": 64 * 1024 * 1024,
-    "user_agent": f"cdam-bench/{cdam.__version__}",
-}
+_CHANNEL: Final = (
+    ("grpc.use_local_subchannel_pool", 1),  # else channels to one address share a connection
+    ("grpc.primary_user_agent", f"cdam-bench/{cdam.__version__}"),
+)
 
 _HELP = """Put a server under load, and measure what it does.
 
@@ -81,7 +80,7 @@ def request_options(command: Command) -> Command:
         target_option,
         method_option,
         model_option,
-        click.option("--priority", type=click.Choice(get_args(Priority)), help="How urgent it is.  [normal]"),
+        click.option("--priority", type=click.Choice(get_args(cdam.Priority)), help="How urgent it is.  [normal]"),
     ]
     for option in reversed(options):
         command = option(command)
@@ -197,7 +196,7 @@ def bench(
     except cdam.ImageError as error:
         raise Failure(str(error)) from error
     except OSError as error:
-        raise Failure(f"{error.filename}: {error.strerror}") from error
+        raise Failure(describe_os(error)) from error
     result = asyncio.run(_measure(server, plan, requests))
     click.echo(result.text(server.address, model))
     if output is not None:
@@ -244,16 +243,18 @@ async def _measure(server: Server, plan: Plan, requests: Requests) -> "Result":
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
     answers: dict[int, tuple[float, ...]] = {}
-    its = connection(server.address, **server.arguments, **_CONNECTION)
+    connection = server.client().connection
     async with AsyncExitStack() as stack:
-        channels = [await stack.enter_async_context(_channel(its)) for _ in range(plan.connections)]
+        channels = [await stack.enter_async_context(connection.aio_channel(*_CHANNEL)) for _ in range(plan.connections)]
         calls: list[grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = [
             channel.unary_unary(requests.path) for channel in channels
         ]
 
         async def call(number: int) -> str:
             try:
-                answer = await calls[number % len(calls)](requests[number], timeout=its.timeout, metadata=its.metadata)
+                answer = await calls[number % len(calls)](
+                    requests[number], timeout=connection.timeout, metadata=connection.metadata
+                )
             except grpc.aio.AioRpcError as error:
                 return error.code().name
             answers[number] = _told(requests.decode(answer))
@@ -264,14 +265,7 @@ async def _measure(server: Server, plan: Plan, requests: Requests) -> "Result":
     return Result(plan, requests, load, answers, interrupted=stop.is_set())
 
 
-def _channel(its: Connection) -> grpc.aio.Channel:
-    options = (*its.options, ("grpc.use_local_subchannel_pool", 1))  # else channels to one address share a connection
-    if its.tls is None:
-        return grpc.aio.insecure_channel(its.address, options)
-    return grpc.aio.secure_channel(its.address, its.tls.credentials(), options)
-
-
-def _told(answer: Any) -> tuple[float, ...]:
+def _told(answer: explain_pb2.ExplainResponse) -> tuple[float, ...]:
     """What an answer says of itself, in the order of `_TOLD`."""
     spans = (getattr(answer.timing, stage) for stage in _STAGES)
     seconds = (span.seconds + span.nanos / 1e9 for span in spans)

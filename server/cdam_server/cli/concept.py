@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import numpy as np
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 import cdam
 from cdam_images.folders import once, walk
 from cdam_server.cli import concept_report
-from cdam_server.cli.explain import Aborted, Failure, Server, connection_options, describe, server_from
-from cdam_server.cli.hints import hint
+from cdam_server.cli.connections import Server, connection_options, failures, server_from
+from cdam_server.cli.failures import Aborted, Failure, describe
 from cdam_server.cli.images import digests, find_images, some, tell_left_out
 from cdam_server.cli.report import safe
-from cdam_server.cli.spelling import CONCEPT_ID, CONCEPT_NAME, WHOLE_ID, model_option, parse_size
+from cdam_server.cli.spelling import CONCEPT_ID, CONCEPT_NAME, WHOLE_ID, model_option, preprocessing_options
 
 _SUFFIX = ".safetensors"
 _ONE_MESSAGE = 64  # images that the client sends in one message, at most
@@ -95,25 +95,6 @@ def concept() -> None:
     """
 
 
-@contextmanager
-def failures(server: Server, request: dict[str, Any] | None = None) -> Iterator[None]:
-    """Ends the run with one line that says what is wrong."""
-    try:
-        yield
-    except cdam.NotFound as error:
-        with server.client() as client:
-            meant = hint(client, error, (request or {}).get("model", ""))
-        raise Failure(describe(error, request) + meant) from error
-    except (cdam.Unavailable, cdam.Unauthenticated, cdam.PermissionDenied) as error:
-        raise Failure(f"{server.address}: {describe(error)}") from error
-    except cdam.RpcError as error:
-        raise Failure(describe(error, request)) from error
-    except cdam.CdamError as error:
-        raise Failure(str(error)) from error
-    except OSError as error:
-        raise Failure(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
-
-
 def _labels(_context: click.Context, _parameter: click.Parameter, words: Sequence[str]) -> dict[str, str]:
     labels = {}
     for word in words:
@@ -160,17 +141,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print everything t
 @model_option
 @click.option("--description", default="", help="For people.")
 @label_option("For finding it again; repeatable.")
-@click.option(
-    "--resize",
-    type=click.Choice(get_args(cdam.Resize)),
-    help="model: as it was evaluated, mostly the centre of each image; squash: all of it.",
-)
-@click.option(
-    "--input-size",
-    metavar="HxW",
-    callback=lambda _ctx, _param, text: parse_size(text) if text else None,
-    help="The model's input in pixels, where it is flexible; `cdam explain` may use another.",
-)
+@preprocessing_options("each image", "; `cdam explain` may use another")
 @replace_option
 @expected_version_option
 @connection_options

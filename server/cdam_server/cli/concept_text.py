@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 import cdam
 from cdam_server.cli import concept_report
-from cdam_server.cli.concept import expected_version_option, failures, label_option, replace_option
-from cdam_server.cli.explain import Failure, connection_options, server_from
+from cdam_server.cli.concept import expected_version_option, label_option, replace_option
+from cdam_server.cli.connections import connection_options, failures, server_from
+from cdam_server.cli.failures import Failure
 from cdam_server.cli.spelling import model_option
 from cdam_server.text_vectors import TextModel, TextModelError, check_installed
 

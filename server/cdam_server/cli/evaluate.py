@@ -1,32 +1,31 @@
 """`cdam evaluate`."""
 
-import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Self, get_args
+from typing import Any, Final, Self
 
 import click
 
 import cdam
-from cdam._images import encode_image, encode_mask, open_image, open_mask
+from cdam.render import upright, upright_mask
+from cdam_server.cli.connections import Server, connection_options, failures, server_from
 from cdam_server.cli.evaluation import files, terminal
 from cdam_server.cli.evaluation.about import About, resolved
 from cdam_server.cli.evaluation.dataset import Dataset, check_there, digest, open_dataset
 from cdam_server.cli.evaluation.journal import FILE, Journal, Record
 from cdam_server.cli.evaluation.page import Example, outside_faded, picture, write_page
 from cdam_server.cli.evaluation.results import Results, gather
-from cdam_server.cli.explain import Aborted, Failure, Server, connection_options, describe, server_from
-from cdam_server.cli.hints import hint
+from cdam_server.cli.failures import Aborted, Failure, describe, describe_os
+from cdam_server.cli.interrupts import uninterrupted
 from cdam_server.cli.report import printable
-from cdam_server.cli.spelling import model_option, parse_evaluated, parse_metric, parse_size, spelled
+from cdam_server.cli.spelling import model_option, parse_evaluated, parse_metric, preprocessing_options, spelled
 
 _METHODS: Final = (cdam.Cdam(), cdam.SmoothCdam(), cdam.IntegratedCdam(), cdam.Attention(), cdam.Anchor.RANDOM)
 _FEWER_BOXES: Final = cdam.ClassDiscrimination(box_sensitivity=cdam.BoxSensitivity(boxes=25))
@@ -106,17 +105,7 @@ Exits with 1 if no sample could be measured. Ctrl-C keeps what was measured.
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take the first N samples.")
 @model_option
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all that is random.")
-@click.option(
-    "--resize",
-    type=click.Choice(get_args(cdam.Resize)),
-    help="model: as it was evaluated, mostly the centre of the image; squash: all of it.",
-)
-@click.option(
-    "--input-size",
-    metavar="HxW",
-    callback=lambda _ctx, _param, text: parse_size(text) if text else None,
-    help="The model's input in pixels, where it is flexible.",
-)
+@preprocessing_options()
 @click.option(
     "--resamples",
     type=click.IntRange(1, 100_000),
@@ -151,7 +140,7 @@ def evaluate(
     request: dict[str, Any] = {"model": model}
     if len(servers) > 1:
         servers = _answering_first(servers, model)
-    with _failures(servers[0], request), servers[0].client() as client:
+    with failures(servers[0], request), servers[0].client() as client:
         samples = open_dataset(dataset, client.model(model), _finder(client, model), limit)
         about = _about(samples, client.model(model), methods, metrics, settings)
         about = replace(about, command=_command(about, out, examples, addresses))
@@ -329,8 +318,9 @@ class _Measuring:
                 for result in evaluation:
                     self._note(evaluation)
                     record = _record(result, self._digests.pop(result.id))
-                    self._journal.add(record, time.monotonic() - start)
-                    self._progress.done(failed=record.failed)
+                    with uninterrupted():  # else what is kept and what is counted could differ
+                        self._journal.add(record, time.monotonic() - start)
+                        self._progress.done(failed=record.failed)
         except KeyboardInterrupt:
             raise Aborted(self._kept() or "nothing was measured") from None
         except (cdam.RpcError, cdam.MalformedResponse) as error:
@@ -409,10 +399,10 @@ def _code(error: Exception) -> str:
 
 def _said(error: Exception) -> str:
     match error:
-        case cdam.RpcError():  # the sample's fields speak for themselves
-            return re.sub(r"^sample\.(\w+)(?:\.encoded|\.raw)?(?=[.:\[])", r"\1", describe(error))
+        case cdam.RpcError():
+            return describe(error)
         case OSError():
-            return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            return describe_os(error)
         case UnicodeEncodeError():
             return "its name is not UTF-8; give the file another"
         case _:
@@ -504,7 +494,7 @@ def _examples(about: About, journal: Journal, client: cdam.Client, count: int) -
 def _example(about: About, client: cdam.Client, sample: cdam.Sample) -> Example:
     methods = [method for method in about.methods if not isinstance(method, cdam.Anchor)]
     places = [index for index in range(len(about.methods)) if not about.is_anchor(index)]
-    image = picture(open_image(encode_image(sample.image)))
+    image = picture(upright(sample.image))
     # Without a method there is still the target's probability to be told.
     settings: dict[str, Any] = {"model": about.model.name, "resize": about.resize, "input_size": about.input_size}
     explanation = client.explain(sample.image, sample.target, methods=methods or (cdam.Cdam(),), **settings)
@@ -514,7 +504,7 @@ def _example(about: About, client: cdam.Client, sample: cdam.Sample) -> Example:
         target=target.label,
         probability=target.probability,
         image=image,
-        mask=None if sample.mask is None else outside_faded(image, open_mask(encode_mask(sample.mask))),
+        mask=None if sample.mask is None else outside_faded(image, upright_mask(sample.mask)),
         maps={place: relevance.overlay(image) for place, relevance in zip(places, explanation.maps, strict=False)},
     )
 
@@ -528,22 +518,3 @@ def _write(out: Path, about: About, journal: Journal, results: Results, examples
     files.write_summary(out / "summary.json", about, results, journal.seconds)
     write_page(out / "report.html", about, results, examples, journal.seconds)
     return written
-
-
-@contextmanager
-def _failures(server: Server, request: dict[str, Any]) -> Iterator[None]:
-    """Ends the run with one line that says what is wrong."""
-    try:
-        yield
-    except cdam.NotFound as error:
-        with server.client() as client:
-            meant = hint(client, error, request["model"])
-        raise Failure(describe(error, request) + meant) from error
-    except (cdam.Unavailable, cdam.Unauthenticated, cdam.PermissionDenied) as error:
-        raise Failure(f"{server.address}: {describe(error)}") from error
-    except cdam.RpcError as error:
-        raise Failure(describe(error, request)) from error
-    except cdam.CdamError as error:
-        raise Failure(str(error)) from error
-    except OSError as error:
-        raise Failure(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error

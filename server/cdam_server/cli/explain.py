@@ -1,19 +1,17 @@
-"""`cdam explain`, and how the client commands reach a server."""
+"""`cdam explain`."""
 
 import glob
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, Any, TypeVar, get_args
+from typing import Any
 
 import click
 
 import cdam
 from cdam_images.folders import once
+from cdam_server.cli.connections import Server, connection_options, local_server, server_from
+from cdam_server.cli.failures import Failure, describe
 from cdam_server.cli.hints import hint
 from cdam_server.cli.images import find_images, tell_left_out
 from cdam_server.cli.report import Report
@@ -22,15 +20,10 @@ from cdam_server.cli.spelling import (
     method_option,
     model_option,
     parse_minus,
-    parse_size,
-    spelled,
+    preprocessing_options,
     target_option,
     targets_or_default,
 )
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 _HELP = """Explain images: one map for each target and method, orange where the image speaks for it, blue against it.
 
@@ -72,147 +65,6 @@ Examples
 """
 
 
-class Failure(click.ClickException):
-    """Ends the run with one line on stderr and exit code 1."""
-
-
-class Aborted(click.ClickException):
-    """Ends the run as the user told it to, likewise."""
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"Aborted: {self.message}.", err=file is None, file=file)
-
-
-@dataclass(frozen=True)
-class Server:
-    """How to reach a server: `Client`'s arguments."""
-
-    address: str
-    arguments: dict[str, Any] = field(repr=False)
-
-    def client(self) -> cdam.Client:
-        """A client for it."""
-        try:
-            return cdam.Client(self.address, **self.arguments)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
-        except OSError as error:
-            raise Failure(f"{error.filename}: {error.strerror}") from error
-
-
-def connection_options(command: Command, *, several: bool = False) -> Command:
-    """The options that say how to reach a server; the command gets them as `**connection`.
-
-    Args:
-        command: The command.
-        several: --server can be repeated; the command gets `addresses` in place of `address`.
-    """
-    options = [
-        click.option(
-            "--server",
-            "addresses" if several else "address",
-            default=["localhost:8001"] if several else "localhost:8001",
-            multiple=several,
-            envvar="CDAM_SERVER",
-            show_default=True,
-            metavar="ADDRESS",
-            help="Its host:port; dns:///host:port to use all addresses of a name; unix:/path."
-            + (" Repeatable: they share the work." if several else ""),
-        ),
-        click.option(
-            "--timeout",
-            type=click.FloatRange(0, min_open=True),
-            default=30.0,
-            show_default=True,
-            help="Seconds for each call, retries included.",
-        ),
-        click.option("--token", envvar="CDAM_TOKEN", help="Bearer token. Better kept in CDAM_TOKEN or a file."),
-        click.option("--token-file", type=_FILE, help="File with the bearer token."),
-        click.option(
-            "--allow-plaintext-token",
-            is_flag=True,
-            help="Send the token without TLS to another machine: where something else encrypts.",
-        ),
-        click.option("--tls", is_flag=True, help="Use TLS, with the usual certificate authorities."),
-        click.option("--ca", type=_FILE, help="Use TLS, with these certificate authorities (PEM)."),
-        click.option("--cert", type=_FILE, help="For mutual TLS: the client's certificate (PEM)."),
-        click.option("--key", type=_FILE, help="For mutual TLS: its private key (PEM)."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def server_from(
-    *,
-    address: str,
-    timeout: float,
-    token: str | None,
-    token_file: Path | None,
-    tls: bool,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    allow_plaintext_token: bool,
-) -> Server:
-    """The server that the connection options mean."""
-    if token_file is not None:
-        token = token_file.read_text(encoding="utf-8").strip()
-    if (cert is None) != (key is None):
-        raise click.UsageError("--cert and --key go together")
-    secure = cdam.TLS(ca=ca, cert=cert, key=key) if tls or ca or cert else None
-    arguments = {"timeout": timeout, "token": token, "tls": secure, "allow_plaintext_token": allow_plaintext_token}
-    return Server(address, arguments)
-
-
-@contextmanager
-def local_server(model: str) -> Iterator[tuple[str, str]]:
-    """A server in this process, on a socket that nobody else sees; yields its address and the model to ask it for.
-
-    Args:
-        model: Where the environment names a file of models (CDAM_MODELS_FILE), one of these; else a timm architecture
-            or ``demo``. Empty: what the environment says (CDAM_MODEL, CDAM_CHECKPOINT, ...), or the demo model.
-    """
-    try:
-        from pydantic import ValidationError
-
-        from cdam_server import bootstrap, logs
-        from cdam_server.config import Settings
-        from cdam_server.loading import LoadError
-    except ModuleNotFoundError as error:
-        raise Failure(f"--local needs {error.name}: install cdam-serve with its extra `server`") from error
-    with ExitStack() as stack:
-        folder = stack.enter_context(TemporaryDirectory(prefix="cdam-"))
-        try:
-            flags: dict[str, Any] = {
-                "address": f"unix:{folder}/api",
-                "admin_address": "127.0.0.1:0",
-                "log_level": "warning",
-            }
-            settings = Settings.load(**flags)
-            if settings.models_file is None and model:
-                settings, model = Settings.load(**flags, model=model), ""
-            logs.configure(settings.log_format, settings.log_level)
-            address = stack.enter_context(bootstrap.serve_in_background(settings))
-        except ValidationError as error:
-            raise Failure("--local: " + "; ".join(map(_blamed_variable, error.errors()))) from error
-        except (LoadError, ValueError, OSError) as error:
-            raise Failure(f"--local: {_plain(error)}") from error
-        yield address, model
-
-
-def _blamed_variable(error: Mapping[str, Any]) -> str:
-    """What is wrong with a setting, which --local reads from the environment alone."""
-    said = str(error["msg"]).removeprefix("Value error, ")
-    return f"CDAM_{str(error['loc'][0]).upper()}: {said}" if error["loc"] else said
-
-
-def _plain(error: Exception) -> str:
-    """The message, without the frame that pydantic puts around those of settings."""
-    details = getattr(error, "errors", None)
-    return "; ".join(item["msg"].removeprefix("Value error, ") for item in details()) if details else str(error)
-
-
 @click.command(help=_HELP)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @target_option
@@ -227,17 +79,7 @@ def _plain(error: Exception) -> str:
     "-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.  [.; with --json: none]"
 )
 @model_option
-@click.option(
-    "--resize",
-    type=click.Choice(get_args(cdam.Resize)),
-    help="model: as it was evaluated, mostly the centre of the image; squash: all of it.",
-)
-@click.option(
-    "--input-size",
-    metavar="HxW",
-    callback=lambda _ctx, _param, text: parse_size(text) if text else None,
-    help="The model's input in pixels, where it is flexible.",
-)
+@preprocessing_options()
 @click.option("--shared-scale", is_flag=True, help="One scale of colours for all maps of an image, to compare them.")
 @click.option("--blocks", is_flag=True, help="Show each patch as a block instead of a smooth map.")
 @click.option(
@@ -337,94 +179,3 @@ def _explain_all(images: Sequence[Path], server: Server, request: dict[str, Any]
                 failed += 1
                 click.echo(f"Error: {error.filename or path}: {error.strerror or error}", err=True)
     return failed
-
-
-_OTHER_PORT = (
-    "this port does not serve cdam's API; is it the admin port? The API's is 8001 if it was not told otherwise"
-)
-_OPTIONS = {
-    "targets": "--target",
-    "methods": "--method",
-    "metrics": "--metric",
-    "model": "--model",
-    "preprocessing.resize_mode": "--resize",
-    "preprocessing.input_size": "--input-size",
-    "image": "the image",
-    "examples": "example",
-    "negatives": "negative",
-    "name": "NAME",
-    "id": "--id",
-    "labels": "--label",
-    "description": "--description",
-    "vector": "--vector",
-    "expected_version": "--expected-version",
-}
-
-
-def describe(error: cdam.RpcError, request: dict[str, Any] | None = None) -> str:
-    """One line for people: what is wrong with which option, or with the server."""
-    match error:
-        case cdam.InvalidArgument() if error.violations:
-            return "; ".join(_blamed(v.field, v.description, request or {}) for v in error.violations)
-        case cdam.Unavailable() if error.retry_after is None:
-            return _nobody(error)
-        case cdam.Unauthenticated():
-            return f"wants other credentials, see --token-file ({_first_line(error)})"
-        case cdam.AlreadyExists() | cdam.VersionMismatch():
-            return _conflict(error, request or {})
-        case cdam.DeadlineExceeded():
-            return "no answer in time, see --timeout"
-        case _:
-            return _said(error, request or {})
-
-
-def _said(error: cdam.RpcError, request: dict[str, Any]) -> str:
-    if isinstance(error, cdam.Unimplemented) and not error.reason:
-        return _OTHER_PORT
-    line = _first_line(error) or error.code.name.lower().replace("_", " ")
-    if found := re.match(r"([\w.[\]]+): ", line):  # the path of a field
-        return _blamed(found[1], line[found.end() :], request)
-    return line
-
-
-def _blamed(path: str, wrong: str, request: dict[str, Any]) -> str:
-    """What is wrong with a field of the request; of some it speaks for itself."""
-    return wrong if path in {"examples", "negatives", "model_fingerprint"} else f"{_option(path, request)}: {wrong}"
-
-
-def _conflict(error: cdam.AlreadyExists | cdam.VersionMismatch, request: dict[str, Any]) -> str:
-    if isinstance(error, cdam.AlreadyExists):
-        return f"{error.name} is there already, with other content; --replace makes a new version"
-    name, expected = request.get("name", "the name"), request.get("expected_version")
-    if error.current_version == 0:
-        return f"{name} is free, and has no version {expected}"
-    if expected == 0:
-        return f"{name} is at version {error.current_version}, not free"
-    return f"{name} is at version {error.current_version}, not {expected}"
-
-
-def _option(path: str, request: dict[str, Any]) -> str:
-    """What the command line calls a field of the request."""
-    for prefix, option in _OPTIONS.items():
-        if found := re.match(rf"(?:spec\.|protocol\.)?{re.escape(prefix)}(?:\[(\d+)\])?(?:[.[ ]|$)", path):
-            values = request.get(prefix, ())
-            if found[1] and int(found[1]) < len(values):
-                return f"{option} {spelled(values[int(found[1])])}"
-            return f"{option} {values!r}" if values and prefix == "name" else option
-    return path
-
-
-def _nobody(error: cdam.RpcError) -> str:
-    """The transport's words, cut to the system's where these say it: no server there, or no such host."""
-    line = _first_line(error)
-    if found := re.search(r"Failed to connect to remote host: (?:connect: )?([^:()]+?)(?: \(\d+\))?$", line):
-        return f"no server answers there ({found[1]}); start one: cdam serve"
-    if "Domain name not found" in line:
-        return "no host has this name"
-    if "http1.x server" in line:
-        return _OTHER_PORT
-    return f"no server answers there ({line})"
-
-
-def _first_line(error: cdam.RpcError) -> str:
-    return error.message.strip().partition("\n")[0]

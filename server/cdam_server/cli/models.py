@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 import cdam
-from cdam_server.cli.explain import Failure, connection_options, describe, server_from
+from cdam_server.cli.connections import connection_options, server_from
+from cdam_server.cli.failures import Failure, describe
 from cdam_server.cli.report import columns
 
 _HELP = """List the models that a server has loaded, its default one first.

@@ -292,3 +292,19 @@ method_option = click.option(
     help=f"How; repeatable: {', '.join(cdam.METHODS)}.  [cdam]",
 )
 model_option = click.option("--model", default="", metavar="NAME", help="The model; without it, the server's default.")
+
+
+def preprocessing_options(images: str = "the image", note: str = "") -> Callable[[Any], Any]:
+    """The options that say how images become the model's input; the words say of which images, and what else there is to it."""
+    resize = click.option(
+        "--resize",
+        type=click.Choice(get_args(cdam.Resize)),
+        help=f"model: as it was evaluated, mostly the centre of {images}; squash: all of it.",
+    )
+    input_size = click.option(
+        "--input-size",
+        metavar="HxW",
+        callback=lambda _ctx, _param, text: parse_size(text) if text else None,
+        help=f"The model's input in pixels, where it is flexible{note}.",
+    )
+    return lambda command: resize(input_size(command))

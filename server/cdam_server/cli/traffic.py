@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 import cdam
-from cdam import _flow
-from cdam._encode import Priority, encode_explain
-from cdam._images import encode_image, open_image
+from cdam.render import upright
+from cdam.v1 import explain_pb2, explainer_service_pb2
 from cdam_server.cli.spelling import Given, spelled
 
 _ORDER: Final = 4096  # after so many requests, the order of a mixture begins anew
@@ -34,7 +33,7 @@ class Kind:
     targets: tuple[Given, ...]
     methods: tuple[cdam.Method, ...]
     model: str = ""
-    priority: Priority | None = None
+    priority: cdam.Priority | None = None
     weight: float = 1.0
 
     @property
@@ -75,10 +74,10 @@ class Requests:
         ImageError: if it is no image.
     """
 
+    path: Final = f"/{explainer_service_pb2.DESCRIPTOR.services_by_name['ExplainerService'].full_name}/Explain"
+    decode = staticmethod(explain_pb2.ExplainResponse.FromString)
+
     def __init__(self, kinds: Sequence[Kind], images: Sequence[cdam.ImageLike], *, fresh: bool, seed: int) -> None:
-        call = next(_flow.explain(_encoded(kinds[0], images[0]), ()))
-        assert isinstance(call, _flow.Call)
-        self.path, self.decode = call.path, call.decode
         # Serialised fields of a message, joined, are the message: each question and each image is kept once.
         self._questions = [_question(kind, images[0]) for kind in kinds]
         self.images = [_picture(image, fresh=fresh) for image in images]
@@ -97,26 +96,26 @@ class Requests:
         return b"".join((head, pixels[cut:], pixels[:cut], self._questions[self._order[number % _ORDER]]))
 
 
-def _encoded(kind: Kind, image: cdam.ImageLike) -> Any:
-    return encode_explain(image, **kind.request, resize=None, input_size=None, request_id="")
+def _encoded(kind: Kind, image: cdam.ImageLike) -> explain_pb2.ExplainRequest:
+    return cdam.encode_explain(image, **kind.request)
 
 
 def _question(kind: Kind, image: cdam.ImageLike) -> bytes:
     """A request without its image."""
     request = _encoded(kind, image)
     request.ClearField("image")
-    return bytes(request.SerializeToString())
+    return request.SerializeToString()
 
 
 def _picture(image: cdam.ImageLike, *, fresh: bool) -> tuple[bytes, bytes]:
     """A request of nothing but the image, in two parts: the second is its pixels, RGB, if they are to be shifted."""
     if fresh:
-        pixels = np.asarray(open_image(encode_image(image)))
+        pixels = np.asarray(upright(image))
         # The server may know the image from an earlier run: the lowest bits make it this run's own.
         image = pixels ^ np.random.default_rng().integers(0, 2, pixels.shape, np.uint8)
     request = _encoded(Kind(targets=(cdam.TopK(1),), methods=()), image)
     request.ClearField("targets")
-    serialised, pixels_at_end = bytes(request.SerializeToString()), bytes(request.image.raw.data)
+    serialised, pixels_at_end = request.SerializeToString(), request.image.raw.data
     if not fresh:
         return serialised, b""
     return serialised[: -len(pixels_at_end)], pixels_at_end

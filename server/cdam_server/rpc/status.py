@@ -49,8 +49,8 @@ class Status:
         return ((DETAILS_KEY, status.SerializeToString()), *pushback)
 
 
-def _bad_request(error: errors.InvalidArgumentError) -> Message:
-    violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
+def _bad_request(error: errors.ServiceError) -> Message:
+    violation = error_details_pb2.BadRequest.FieldViolation(field=error.field or "", description=error.description)
     detail: Message = error_details_pb2.BadRequest(field_violations=[violation])
     return detail
 
@@ -76,7 +76,7 @@ def _retry_info(error: errors.OverloadedError) -> Message:
 
 # The first row whose class fits counts, so subclasses stand before their bases.
 _TABLE: tuple[tuple[type[errors.ServiceError], grpc.StatusCode, Callable[..., Message] | None], ...] = (
-    (errors.InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT, _bad_request),
+    (errors.InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT, None),
     (errors.NotFoundError, grpc.StatusCode.NOT_FOUND, _resource_info),
     (errors.AlreadyExistsError, grpc.StatusCode.ALREADY_EXISTS, _resource_info),
     (errors.AbortedError, grpc.StatusCode.ABORTED, _error_info),
@@ -93,7 +93,8 @@ def status_of(error: Exception, request_id: str = "") -> Status:
     about = [error_details_pb2.RequestInfo(request_id=request_id)] if request_id else []
     for kind, code, detail in _TABLE:
         if isinstance(error, kind):
-            details = [*([detail(error)] if detail else []), *about]
+            field = [_bad_request(error)] if isinstance(error, errors.ServiceError) and error.field else []
+            details = [*([detail(error)] if detail else []), *field, *about]
             return Status(code, str(error), details, getattr(error, "retry_after", None))
     error_id = uuid4().hex
     info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"error_id": error_id})

@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdam
-from cdam._hits import as_hits
-from cdam.statistics import PEAKED
+from cdam.statistics import PEAKED, as_hits
 
 FILE: Final = "samples.jsonl"
 _FORMAT: Final = 1
