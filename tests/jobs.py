@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from cdam_server.scheduling import Bounds, Computed, Done, Rest, Scheduler, Terms
-from cdam_server.scheduling.entry import Entry
-from cdam_server.scheduling.queue import Queue
+from cdam_server.compute.scheduling import Bounds, Computed, Done, Rest, Scheduler, Terms
+from cdam_server.compute.scheduling.entry import Entry
+from cdam_server.compute.scheduling.queue import Queue
 
 Compute: TypeAlias = Callable[[Any, Sequence[Any], Rest], Sequence[Any]]
 _LOOP = asyncio.new_event_loop()

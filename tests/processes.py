@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 
-_CDAM = (sys.executable, "-m", "cdam_server.cli")
+_CDAM = (sys.executable, "-m", "cdam_cli")
 
 
 class ServerProcess:

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cdam_server.loading import LoadedModel, LoadError, ModelSpec, load_model
+from cdam_server.compute.loading import LoadedModel, LoadError, ModelSpec, load_model
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 SHAPE: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cdam_engine import Explainer
-from cdam_server.demo import concepts, figures
 from cdam_server.demo import model as demo_model
 from cdam_server.demo.scenes import Split
+from demo_model import concepts, figures
 
 
 def main() -> None:

@@ -21,11 +21,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import cdam
-from cdam_server import bootstrap, logs
-from cdam_server.config import Settings
-from cdam_server.demo.concepts import LOOPS, NO_LOOPS
+from cdam_server import bootstrap
 from cdam_server.demo.model import ASSETS
 from cdam_server.demo.tour import loop_images
+from cdam_server.operation import logs
+from cdam_server.settings.config import Settings
+from demo_model.concepts import LOOPS, NO_LOOPS
 
 _COLUMNS: Final = 3
 _ZOOM: Final = 3

@@ -20,33 +20,33 @@ from grpc_reflection.v1alpha import reflection
 from cdam import __version__
 from cdam.v1 import explainer_service_pb2, explainer_service_pb2_grpc
 from cdam_engine import TokenCache
-from cdam_server.admin import AdminServer
-from cdam_server.architectures import check_explainable, none_explainable
-from cdam_server.concepts import ConceptUseCase
-from cdam_server.config import MIB, Settings, unknown_variables
-from cdam_server.evaluate import EvaluateUseCase, EvaluationTools
-from cdam_server.explain import ExplainUseCase
-from cdam_server.health import Health
-from cdam_server.images import Images
-from cdam_server.loading import LoadedModel, load_model, share_weights
-from cdam_server.models import Catalog, ServedModel
-from cdam_server.registration import RegisterUseCase
-from cdam_server.resolve import ExplainLimits, Resolver
+from cdam_server.compute.architectures import check_explainable, none_explainable
+from cdam_server.compute.loading import LoadedModel, load_model, share_weights
+from cdam_server.compute.models import Catalog, ServedModel
+from cdam_server.compute.scheduling import Bounds, Pool, Room, Scheduler
+from cdam_server.compute.warmup import warm_up
+from cdam_server.compute.work import Works
+from cdam_server.operation.admin import AdminServer
+from cdam_server.operation.health import Health
+from cdam_server.operation.telemetry import Telemetry
+from cdam_server.operation.tracing import Tracing
+from cdam_server.operation.watchdog import Watchdog
 from cdam_server.rpc.decode import Limits
 from cdam_server.rpc.images import ImageLimits
 from cdam_server.rpc.interceptors import RequestInterceptor
 from cdam_server.rpc.servicer import ExplainerServicer
 from cdam_server.rpc.stream import StreamServer
-from cdam_server.scheduling import Bounds, Pool, Room, Scheduler
-from cdam_server.specs import check_files
+from cdam_server.settings.config import MIB, Settings, unknown_variables
+from cdam_server.settings.specs import check_files
 from cdam_server.store import ConceptStore
 from cdam_server.store.cache import CachedStore
 from cdam_server.store.sqlite import SqliteStore
-from cdam_server.telemetry import Telemetry
-from cdam_server.tracing import Tracing
-from cdam_server.warmup import warm_up
-from cdam_server.watchdog import Watchdog
-from cdam_server.work import Works
+from cdam_server.usecases.concepts import ConceptUseCase
+from cdam_server.usecases.evaluate import EvaluateUseCase, EvaluationTools
+from cdam_server.usecases.explain import ExplainUseCase
+from cdam_server.usecases.images import Images
+from cdam_server.usecases.registration import RegisterUseCase
+from cdam_server.usecases.resolve import ExplainLimits, Resolver
 
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _DECODERS = 4

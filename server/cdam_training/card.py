@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from cdam_server.specs import FOLDER, Task
+from cdam_server.settings.specs import FOLDER, Task
 from cdam_training.datasets import Dataset
 from cdam_training.metrics import Scores
 from cdam_training.splits import Splits

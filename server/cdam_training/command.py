@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from cdam_engine.preprocess import normalise, prepare
-from cdam_server.load_error import LoadError
-from cdam_server.loading import Backbone, load_backbone, load_model
-from cdam_server.specs import ModelSpec, Task
-from cdam_server.weights.trained import Trained, write_trained
+from cdam_server.compute.loading import Backbone, load_backbone, load_model
+from cdam_server.compute.weights.trained import Trained, write_trained
+from cdam_server.settings.load_error import LoadError
+from cdam_server.settings.specs import ModelSpec, Task
 from cdam_training.card import Card, ModelPart, data_part, now, write_card
 from cdam_training.datasets import Dataset, read_dataset
 from cdam_training.heads import Images, Options, Progress, TrainedHead, train_head

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cdam_images.folders import SUFFIXES, begins_like_image, is_shown, walk
-from cdam_server.load_error import few, reason
-from cdam_server.specs import Task
+from cdam_server.settings.load_error import few, reason
+from cdam_server.settings.specs import Task
 from cdam_training.errors import UNREADABLE, DatasetError, shown
 from cdam_training.tables import Record, Table, read_table
 from cdam_training.values import Value, check_classes, odd_names, read_values

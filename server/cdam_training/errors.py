@@ -12,7 +12,7 @@ from typing import Final
 
 from PIL import Image
 
-from cdam_server.load_error import few
+from cdam_server.settings.load_error import few
 
 UNREADABLE: Final = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises of files that are no images, or damaged."""

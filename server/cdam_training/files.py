@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from cdam_server.load_error import LoadError
+from cdam_server.settings.load_error import LoadError
 
 LOCK: Final = "lock"
 """A file in a folder that is in use."""

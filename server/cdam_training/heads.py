@@ -14,11 +14,11 @@ from torch import Tensor
 
 from cdam_engine import SplitViT, UnsupportedArchitectureError
 from cdam_engine.fingerprint import fingerprint
-from cdam_server.load_error import LoadError, reason
-from cdam_server.loading import Backbone
-from cdam_server.specs import Task
-from cdam_server.weights.files import StateDict
-from cdam_server.weights.heads import linear_head
+from cdam_server.compute.loading import Backbone
+from cdam_server.compute.weights.files import StateDict
+from cdam_server.compute.weights.heads import linear_head
+from cdam_server.settings.load_error import LoadError, reason
+from cdam_server.settings.specs import Task
 from cdam_training import convex
 from cdam_training.loop import Epoch, Loop, Recipe, batches_of
 from cdam_training.losses import LOSSES, scaling_of

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdam_server.load_error import LoadError
+from cdam_server.settings.load_error import LoadError
 from cdam_training.files import locked, replace_file
 
 CHUNK = 16

@@ -15,7 +15,7 @@ from timm.optim import Adahessian, create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from cdam_server.load_error import LoadError, reason
+from cdam_server.settings.load_error import LoadError, reason
 from cdam_training.state import State
 
 Schedule = Literal["constant", "exponential", "cosine", "one_cycle"]

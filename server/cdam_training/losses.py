@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cdam_server.specs import Task
+from cdam_server.settings.specs import Task
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cdam_server.load_error import LoadError, few
-from cdam_server.loading import load_backbone, load_model
-from cdam_server.specs import ModelSpec
-from cdam_server.weights.trained import read_trained
+from cdam_server.compute.loading import load_backbone, load_model
+from cdam_server.compute.weights.trained import read_trained
+from cdam_server.settings.load_error import LoadError, few
+from cdam_server.settings.specs import ModelSpec
 from cdam_training.card import Card
 from cdam_training.command import Clock, Result, Source, images_of, measured_rows, of_recipe, write
 from cdam_training.datasets import Dataset

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from cdam_engine import SplitViT
 from cdam_engine.evaluation.geometry import Geometry
 from cdam_engine.families import Readout
-from cdam_server.load_error import LoadError
-from cdam_server.loading import Backbone
-from cdam_server.specs import Task
+from cdam_server.compute.loading import Backbone
+from cdam_server.settings.load_error import LoadError
+from cdam_server.settings.specs import Task
 from cdam_training.datasets import Dataset
 from cdam_training.heads import HeadTraining, Images, Options
 from cdam_training.loop import Recipe

@@ -20,8 +20,8 @@ from PIL import Image
 
 from cdam_engine.evaluation.geometry import Geometry
 from cdam_images import upright_indices, upright_mask
-from cdam_server.load_error import few
-from cdam_server.specs import Task
+from cdam_server.settings.load_error import few
+from cdam_server.settings.specs import Task
 from cdam_training.datasets import Dataset, Row
 from cdam_training.errors import UNREADABLE, DatasetError
 from cdam_training.trunk_outputs import Sources

@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cdam_server.specs import Task
+from cdam_server.settings.specs import Task
 from cdam_training.ranking import Floats, auroc, average_precision
 
 RESAMPLES: Final = 1000

@@ -17,8 +17,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cdam_server.load_error import few
-from cdam_server.specs import Task
+from cdam_server.settings.load_error import few
+from cdam_server.settings.specs import Task
 from cdam_training.datasets import SPLITS, Dataset, Split
 from cdam_training.errors import DatasetError
 

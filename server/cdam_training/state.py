@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cdam_server.load_error import LoadError
+from cdam_server.settings.load_error import LoadError
 from cdam_training.files import replace_file
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from cdam_server.load_error import few
+from cdam_server.settings.load_error import few
 from cdam_training.errors import DatasetError, meant
 
 Kind = Literal["csv", "jsonl"]

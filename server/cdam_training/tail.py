@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cdam_engine import SplitViT, UnsupportedMethodError
 from cdam_engine.families import Readout, TailOutput, TrunkOutput
 from cdam_engine.methods.prediction import read_out_alone
-from cdam_server.load_error import LoadError
+from cdam_server.settings.load_error import LoadError
 
 
 class Tail(nn.Module):

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from cdam_server.load_error import few
-from cdam_server.specs import Task
+from cdam_server.settings.load_error import few
+from cdam_server.settings.specs import Task
 from cdam_training.errors import DatasetError
 from cdam_training.tables import NUMBER, Record, Table, is_name
 

@@ -19,7 +19,7 @@ from torchvision.transforms import v2 as transforms
 
 from cdam_engine.preprocess import DataConfig, prepare
 from cdam_images import upright_rgb
-from cdam_server.load_error import reason
+from cdam_server.settings.load_error import reason
 from cdam_training.errors import UNREADABLE, DatasetError
 
 

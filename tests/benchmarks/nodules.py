@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.lung import dataset, measuring, reporting, training
 from benchmarks.sheets import Journal, header_of, lines
 from cdam_engine import Explainer
-from cdam_server.load_error import LoadError
+from cdam_server.settings.load_error import LoadError
 from real.lidc import nodules
 
 RESULTS: Final = Path("results/nodules")

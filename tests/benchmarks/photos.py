@@ -30,7 +30,7 @@ import torch
 from benchmarks.photographs import choice, concepts, measuring, reporting, sigmas
 from benchmarks.sheets import Journal, together
 from cdam_engine import Explainer
-from cdam_server.load_error import LoadError
+from cdam_server.settings.load_error import LoadError
 from real.voc import photographs
 
 RESULTS: Final = Path("results/photos")

@@ -31,8 +31,8 @@ from benchmarks.verdicts import Claim, Estimate, Floats, estimate, mean
 from cdam_engine.evaluation.geometry import Geometry
 from cdam_engine.preprocess import prepare
 from cdam_images import upright_rgb
-from cdam_server.loading import load_model, load_models_file
-from cdam_server.specs import Task
+from cdam_server.compute.loading import load_model, load_models_file
+from cdam_server.settings.specs import Task
 from cdam_training.datasets import read_dataset
 from cdam_training.mask_metrics import pixel_average_precision
 from cdam_training.masks import MaskKind, Masks
@@ -89,7 +89,7 @@ class Compared:
 
 
 def cdam(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "cdam_server.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "cdam_cli", *map(str, arguments)], check=True)
 
 
 def compared(models: Path, dataset: Path, count: int, kept: Path) -> Compared:

@@ -56,8 +56,8 @@ from PIL import Image
 from subject import DEMO, load, machine
 
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2, method_pb2, target_pb2
+from cdam_cli.load import OK, Call, ClosedLoop, Load, OpenLoop, generate
 from cdam_engine import Cdam
-from cdam_server.cli.load import OK, Call, ClosedLoop, Load, OpenLoop, generate
 from cdam_server.demo.scenes import draw_scene
 
 OURS: Final = "cdam-serve"
@@ -193,7 +193,7 @@ class Ours(Server):
     def __init__(self, plan: Plan, model: str, precision: str) -> None:
         api, admin = _free_port(), _free_port()
         self._address = f"127.0.0.1:{api}"
-        command = [sys.executable, "-m", "cdam_server.cli", "serve", "--log-format", "json"]
+        command = [sys.executable, "-m", "cdam_cli", "serve", "--log-format", "json"]
         command += ["--address", self._address, "--admin-address", f"127.0.0.1:{admin}", "--token-cache-mib", "0"]
         command += ["--model", model, "--precision", precision, *plan.flags]
         if model != DEMO:

@@ -24,9 +24,9 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from cdam_engine.preprocess import normalise, prepare
+from cdam_server.compute.loading import load_backbone
 from cdam_server.demo.scenes import draw_scene
-from cdam_server.loading import load_backbone
-from cdam_server.specs import DEMO, ModelSpec
+from cdam_server.settings.specs import DEMO, ModelSpec
 from cdam_training.command import images_of
 from cdam_training.convex import PENALTIES
 from cdam_training.datasets import Dataset, read_dataset

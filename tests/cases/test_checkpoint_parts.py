@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cdam_server.weights import LoadError, Wish, load_weights, read_checkpoint
+from cdam_server.compute.weights import LoadError, Wish, load_weights, read_checkpoint
 
 NAME = "vit_tiny_patch16_224"
 

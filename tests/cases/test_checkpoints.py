@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cdam_server.loading import LoadError, ModelSpec, load_model
-from cdam_server.models import ServedModel
+from cdam_server.compute.loading import LoadError, ModelSpec, load_model
+from cdam_server.compute.models import ServedModel
 from small_models import ARCHITECTURE, SHAPE, StateDict, body, difference, load, prefixed, refusal, vit
 
 HEAD = ("head.weight", "head.bias")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from cdam_engine import AttentionRollout, Concept, Explainer, Output, TopK
-from cdam_server.loading import LoadedModel, LoadError, ModelSpec, load_model
+from cdam_server.compute.loading import LoadedModel, LoadError, ModelSpec, load_model
 from reference import foreign
 
 transformers.utils.logging.disable_progress_bar()

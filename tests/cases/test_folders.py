@@ -13,10 +13,10 @@ from PIL import Image
 
 import cdam
 from cdam.v1 import concept_pb2
+from cdam_cli import main
+from cdam_cli.evaluation.dataset import open_dataset
+from cdam_cli.images import Found, find_images
 from cdam_images.folders import once, walk
-from cdam_server.cli import main
-from cdam_server.cli.evaluation.dataset import open_dataset
-from cdam_server.cli.images import Found, find_images
 from scripted_server import Script, serving
 
 Run = Callable[..., Result]

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from cdam_server.loading import LoadError, ModelSpec, load_model
+from cdam_server.compute.loading import LoadError, ModelSpec, load_model
 from small_models import ARCHITECTURE, difference, load, refusal, vit
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cdam_server.loading import LoadError, load_models_file
-from cdam_server.plain_yaml import read_yaml
-from cdam_server.specs import ModelSpec, check_files
+from cdam_server.compute.loading import LoadError, load_models_file
+from cdam_server.settings.plain_yaml import read_yaml
+from cdam_server.settings.specs import ModelSpec, check_files
 
 
 def models(folder: Path, *lines: str) -> list[ModelSpec]:
@@ -127,7 +127,7 @@ def test_a_file_that_is_not_there_is_found_before_torch_is_imported(setting: str
     weights = [] if setting == "checkpoint" else ["--random-weights"]
     script = (
         "import sys\n"
-        "from cdam_server.cli import main\n"
+        "from cdam_cli import main\n"
         "try:\n"
         "    main(standalone_mode=False)\n"
         "except Exception as error:\n"

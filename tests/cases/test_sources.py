@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import nn
 
-from cdam_server.cli import main
-from cdam_server.loading import LoadError, ModelSpec, load_model, load_models_file
-from cdam_server.specs import check_files
+from cdam_cli import main
+from cdam_server.compute.loading import LoadError, ModelSpec, load_model, load_models_file
+from cdam_server.settings.specs import check_files
 from small_models import ARCHITECTURE, difference, vit
 
 ARGUMENTS = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}

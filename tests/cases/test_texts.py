@@ -14,11 +14,11 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import cdam
-from cdam_server import logs
+from cdam_cli import main
+from cdam_cli.text_vectors import TextModel, TextModelError
 from cdam_server.bootstrap import serve_in_background
-from cdam_server.cli import main
-from cdam_server.config import Settings
-from cdam_server.text_vectors import TextModel, TextModelError
+from cdam_server.operation import logs
+from cdam_server.settings.config import Settings
 from small_clip import VISION, Folder, save
 
 CAT, PICTURE, DOG = "a photo of a cat", "a picture of a cat", "a photo of a dog"

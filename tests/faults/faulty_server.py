@@ -25,11 +25,12 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
+import cdam_cli as cli
 from cdam_engine import Explanation
-from cdam_server import bootstrap, cli
-from cdam_server.config import Settings
-from cdam_server.models import Catalog
-from cdam_server.scheduling import DeviceLostError
+from cdam_server import bootstrap
+from cdam_server.compute.models import Catalog
+from cdam_server.compute.scheduling import DeviceLostError
+from cdam_server.settings.config import Settings
 
 _RED, _GREEN = 254, 1
 _log = structlog.get_logger("faults")

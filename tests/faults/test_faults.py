@@ -185,7 +185,7 @@ def test_weights_that_give_no_finite_maps_are_refused_at_once(tmp_path: Path) ->
     }
     (tmp_path / "models.yaml").write_text(yaml.safe_dump({"models": [model]}))
     api, admin = free_ports(2)
-    command = [sys.executable, "-m", "cdam_server.cli", "serve", "--models-file", str(tmp_path / "models.yaml")]
+    command = [sys.executable, "-m", "cdam_cli", "serve", "--models-file", str(tmp_path / "models.yaml")]
     command += ["--address", f"127.0.0.1:{api}", "--admin-address", f"127.0.0.1:{admin}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ})
     assert done.returncode == 1

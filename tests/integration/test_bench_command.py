@@ -21,7 +21,7 @@ SAMPLES = files("cdam_server.demo") / "assets" / "samples"
 
 
 def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "cdam_server.cli", "bench", *map(str, arguments)]
+    return [sys.executable, "-m", "cdam_cli", "bench", *map(str, arguments)]
 
 
 def _bench(*arguments: object) -> subprocess.CompletedProcess[str]:

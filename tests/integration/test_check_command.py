@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from cdam_server.cli import main
+from cdam_cli import main
 from small_models import ARCHITECTURE, SHAPE, prefixed, vit
 
 NAMES = ["benign", "malignant", "unsure"]

@@ -151,7 +151,7 @@ def test_a_concept_that_is_not_there(client: cdam.Client, scene: bytes) -> None:
 
 
 def _cdam(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cdam_server.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "cdam_cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 

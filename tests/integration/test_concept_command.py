@@ -22,7 +22,7 @@ from PIL import Image
 
 import cdam
 from cdam_server.bootstrap import serve_in_background
-from cdam_server.config import Settings
+from cdam_server.settings.config import Settings
 
 SAMPLES = files("cdam_server.demo") / "assets" / "samples"
 
@@ -60,7 +60,7 @@ def client(address: str) -> Iterator[cdam.Client]:
 @pytest.fixture
 def run(address: str, tmp_path: Path) -> Cdam:
     def run(*words: object, server: str = address) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cdam_server.cli", *map(str, words)]
+        command = [sys.executable, "-m", "cdam_cli", *map(str, words)]
         environment = {**os.environ, "CDAM_SERVER": server, "PYTHONPATH": os.pathsep.join(sys.path)}
         return subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path, env=environment

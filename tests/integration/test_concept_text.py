@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 import cdam
-from cdam_server import logs
+from cdam_cli import main
+from cdam_cli.text_vectors import TextModel, TextModelError
 from cdam_server.bootstrap import serve_in_background
-from cdam_server.cli import main
-from cdam_server.config import Settings
-from cdam_server.text_vectors import TextModel, TextModelError
+from cdam_server.operation import logs
+from cdam_server.settings.config import Settings
 from reference import foreign
 from small_clip import CONFIGS, Folder, save
 

@@ -24,8 +24,8 @@ import cdam_engine as engine
 from calls import SAMPLES, Stub, array, contrast, method, output, refused, request, vector, violated
 from cdam.v1 import common_pb2, concept_pb2, model_pb2, target_pb2
 from cdam_server.bootstrap import serve_in_background
-from cdam_server.config import Settings
 from cdam_server.demo import model as demo_model
+from cdam_server.settings.config import Settings
 
 DIGEST = "0" * 64
 _LARGE = [("grpc.max_send_message_length", 1 << 26)]

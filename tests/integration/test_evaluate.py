@@ -34,8 +34,8 @@ from cdam_engine.evaluation import (
     Sparseness,
 )
 from cdam_server.bootstrap import Application, load_catalog
-from cdam_server.config import Settings
 from cdam_server.demo import model as demo_model
+from cdam_server.settings.config import Settings
 from evaluations import (
     CDAM,
     Answers,

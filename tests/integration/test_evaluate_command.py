@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 
 from cdam_server.bootstrap import serve_in_background
-from cdam_server.config import Settings
 from cdam_server.demo.scenes import Scene, draw_scene
+from cdam_server.settings.config import Settings
 from processes import interruptible
 
 Evaluate = Callable[..., subprocess.CompletedProcess[str]]
@@ -45,7 +45,7 @@ def begin(address: str, tmp_path: Path) -> Callable[..., Any]:
 
     def begin(*words: object, server: str = address, **pipes: Any) -> subprocess.Popen[str]:
         environment = {**os.environ, "CDAM_SERVER": server, "PYTHONPATH": os.pathsep.join(sys.path)}
-        line = [sys.executable, "-m", "cdam_server.cli", "evaluate", *map(str, words)]
+        line = [sys.executable, "-m", "cdam_cli", "evaluate", *map(str, words)]
         given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes}
         with interruptible():
             return subprocess.Popen(line, text=True, cwd=tmp_path, env=environment, **given)
@@ -303,7 +303,7 @@ def test_a_server_that_goes_away_keeps_what_was_measured(
 ) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CDAM_DATA_DIR": str(tmp_path / "data")}
     api = f"unix:{tmp_path}/api"
-    line = [sys.executable, "-m", "cdam_server.cli", "serve", "--address", api, "--admin-address", "127.0.0.1:0"]
+    line = [sys.executable, "-m", "cdam_cli", "serve", "--address", api, "--admin-address", "127.0.0.1:0"]
     words = ("demo-scenes:40", *CHEAP, "--resamples", 50, "--examples", 0, "-o", "out")
     with subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:

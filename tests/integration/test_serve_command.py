@@ -86,7 +86,7 @@ def test_what_a_batch_costs_is_booked_once(tmp_path: Path) -> None:
 
 def _serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cdam_server.cli", "serve", *flags],
+        [sys.executable, "-m", "cdam_cli", "serve", *flags],
         capture_output=True,
         text=True,
         timeout=120,
@@ -96,7 +96,7 @@ def _serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_flags_win_over_the_environment_and_the_environment_over_the_file(tmp_path: Path) -> None:
-    from cdam_server.config import Settings
+    from cdam_server.settings.config import Settings
 
     file = tmp_path / "settings.yaml"
     file.write_text("max_batch_size: 2\nmax_pending: 3\nmax_targets: 4\n")

@@ -27,7 +27,7 @@ from calls import Stub, array, contrast, method, output, refused, request, vecto
 from cdam.v1 import method_pb2, model_pb2, target_pb2
 from cdam_engine.preprocess import DataConfig, normalise, prepare
 from cdam_server.bootstrap import serve_in_background
-from cdam_server.config import Settings
+from cdam_server.settings.config import Settings
 
 SMALL = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 BIOMARKERS = ["diameter", "volume", "density", "spiculation", "lobulation", "margin", "sphericity", "calcification"]

@@ -16,10 +16,10 @@ from torch import nn
 import cdam
 from cdam_engine import Cdam, Explainer, Output
 from cdam_server.bootstrap import load_catalog
-from cdam_server.config import Settings
-from cdam_server.loading import share_weights
-from cdam_server.models import Catalog, Job
-from cdam_server.work import Works
+from cdam_server.compute.loading import share_weights
+from cdam_server.compute.models import Catalog, Job
+from cdam_server.compute.work import Works
+from cdam_server.settings.config import Settings
 from processes import serving
 
 SHAPE: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}

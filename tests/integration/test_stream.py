@@ -23,7 +23,7 @@ import cdam
 from calls import SAMPLES, Stub, method, output, refused, request
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
 from cdam_server.bootstrap import Application, load_catalog
-from cdam_server.config import Settings
+from cdam_server.settings.config import Settings
 from processes import serving
 
 PATH = "/cdam.v1.ExplainerService/ExplainStream"

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 import cdam
+from cdam_cli import main
 from cdam_engine.preprocess import DataConfig, normalise, prepare
-from cdam_server.cli import main
-from cdam_server.load_error import LoadError
-from cdam_server.loading import load_model, load_models_file
-from cdam_server.specs import ModelSpec, Task
+from cdam_server.compute.loading import load_model, load_models_file
+from cdam_server.settings.load_error import LoadError
+from cdam_server.settings.specs import ModelSpec, Task
 from killing import kill_and_repeat
 from processes import serving
 from small_models import ARCHITECTURE, SHAPE, vit
@@ -179,7 +179,7 @@ def test_what_was_tuned_is_part_of_the_file_and_bound_to_its_backbone(folder: Pa
 )
 def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path, way: tuple[str, ...]) -> None:
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
-    command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, "photos", *way), "-o"]
+    command = [sys.executable, "-m", "cdam_cli", *arguments(folder, "photos", *way), "-o"]
     kill_and_repeat([*command, str(whole)], whole, [], kills=0)
     work = tmp_path / "killed.work"
     kill_and_repeat(
@@ -289,7 +289,7 @@ def test_what_is_kept_is_not_taken_for_that_of_a_model_of_the_same_weights(
 
 def test_an_interrupted_training_of_another_model_is_begun_anew_if_asked(folder: Path, tmp_path: Path) -> None:
     out, work = tmp_path / "x.safetensors", tmp_path / "x.work"
-    command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, "photos", "--cache-latents", "-o", str(out))]
+    command = [sys.executable, "-m", "cdam_cli", *arguments(folder, "photos", "--cache-latents", "-o", str(out))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (work / "kept" / "done.npy").exists():
         time.sleep(0.01)

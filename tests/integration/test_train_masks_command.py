@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cdam
+from cdam_cli import main
 from cdam_engine.preprocess import DataConfig, normalise, prepare
-from cdam_server.cli import main
 from killing import kill_and_repeat
 from masked_pictures import CLASSES, KWARGS, PATCH, SIZE, picture, write_model, write_pictures
 from processes import serving
@@ -168,7 +168,7 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path) -> No
         "--epochs",
         "10",
     )
-    command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, *way), "-o"]
+    command = [sys.executable, "-m", "cdam_cli", *arguments(folder, *way), "-o"]
     kill_and_repeat([*command, str(whole)], whole, [], kills=0)
     kill_and_repeat([*command, str(killed)], killed, [tmp_path / "killed.work" / "training.pt"])
     expected, found = load_file(whole), load_file(killed)

@@ -27,8 +27,8 @@ from cdam_engine.evaluation import (
     MaskAgreement,
     Protocol,
 )
-from cdam_server.loading import load_backbone
-from cdam_server.weights.trained import Trained, write_trained
+from cdam_server.compute.loading import load_backbone
+from cdam_server.compute.weights.trained import Trained, write_trained
 from real.backbone import ARCHITECTURE, INPUT
 from real.voc import Photographs, photographs
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from cdam_server.conversions.converted import Converted
-from cdam_server.conversions.folder import read
-from cdam_server.conversions.hugging_face import convert
+from cdam_server.compute.conversions.converted import Converted
+from cdam_server.compute.conversions.folder import read
+from cdam_server.compute.conversions.hugging_face import convert
 from reference import foreign
 
 transformers.utils.logging.disable_progress_bar()

@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 from cdam_engine import Concept, Explainer, Output
-from cdam_server.conversions.folder import read
-from cdam_server.conversions.hugging_face import convert
+from cdam_server.compute.conversions.folder import read
+from cdam_server.compute.conversions.hugging_face import convert
 from reference import foreign
 from reference.hugging_face_models import BY_ID, CASES, MLP, Case, ours, theirs
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from timm.layers import get_act_layer
 from torch import nn
 
-from cdam_server.conversions.converted import TextSide
-from cdam_server.conversions.folder import read
-from cdam_server.conversions.hugging_face import MODEL_TYPES, convert
-from cdam_server.conversions.hugging_face.common import ACTIVATIONS
-from cdam_server.conversions.tensors import ConversionError
+from cdam_server.compute.conversions.converted import TextSide
+from cdam_server.compute.conversions.folder import read
+from cdam_server.compute.conversions.hugging_face import MODEL_TYPES, convert
+from cdam_server.compute.conversions.hugging_face.common import ACTIVATIONS
+from cdam_server.compute.conversions.tensors import ConversionError
 from reference import foreign
 from reference.hugging_face_models import BY_ID, CASES, MLP, ours, theirs
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cdam_engine import Concept, Explainer
 from cdam_engine.preprocess import normalise, prepare
-from cdam_server.conversions.open_clip import Description, convert, recognise
-from cdam_server.conversions.tensors import ConversionError
+from cdam_server.compute.conversions.open_clip import Description, convert, recognise
+from cdam_server.compute.conversions.tensors import ConversionError
 from reference import foreign
 
 VISION = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 48, "head_width": 16, "mlp_ratio": 2.1}

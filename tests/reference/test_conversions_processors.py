@@ -13,8 +13,8 @@ import transformers
 from PIL import Image
 
 from cdam_engine.preprocess import normalise, prepare
-from cdam_server.conversions.hugging_face.preprocessor import PROCESSORS, data_config
-from cdam_server.conversions.tensors import ConversionError
+from cdam_server.compute.conversions.hugging_face.preprocessor import PROCESSORS, data_config
+from cdam_server.compute.conversions.tensors import ConversionError
 
 HALF = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.2, 0.1]}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -14,8 +14,8 @@ from torchvision.models import vision_transformer
 
 from cdam_engine import Explainer, Output
 from cdam_engine.preprocess import normalise, prepare
-from cdam_server.conversions import torchvision
-from cdam_server.conversions.tensors import ConversionError
+from cdam_server.compute.conversions import torchvision
+from cdam_server.compute.conversions.tensors import ConversionError
 from reference import foreign
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 100}

@@ -22,9 +22,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from structlog.testing import capture_logs
 
 from cdam.v1 import explainer_service_pb2_grpc, model_pb2
-from cdam_server import admin
-from cdam_server.admin import AdminServer
-from cdam_server.health import Health
+from cdam_server.operation import admin
+from cdam_server.operation.admin import AdminServer
+from cdam_server.operation.health import Health
 
 SERVICE = "cdam.v1.ExplainerService"
 SERVING, NOT_SERVING = 1, 2
@@ -240,8 +240,8 @@ def test_no_connection_keeps_a_process_that_fails() -> None:
     code = """
 import socket, threading
 from prometheus_client import CollectorRegistry
-from cdam_server import admin
-from cdam_server.health import Health
+from cdam_server.operation import admin
+from cdam_server.operation.health import Health
 admin._SILENCE_SECONDS = 1000
 server = admin.AdminServer("127.0.0.1:0", CollectorRegistry(), Health(lambda: True, lambda: False, "service"))
 idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]

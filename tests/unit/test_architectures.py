@@ -11,8 +11,8 @@ import pytest
 import timm
 
 from cdam_engine.families import FAMILIES
-from cdam_server.architectures import _REASONS, check_explainable, why_not
-from cdam_server.loading import LoadError, ModelSpec
+from cdam_server.compute.architectures import _REASONS, check_explainable, why_not
+from cdam_server.compute.loading import LoadError, ModelSpec
 
 
 @pytest.mark.parametrize(

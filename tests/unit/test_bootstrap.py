@@ -17,8 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cdam_server import bootstrap
 from cdam_server.bootstrap import Application, load_catalog
-from cdam_server.config import Settings
-from cdam_server.models import Catalog
+from cdam_server.compute.models import Catalog
+from cdam_server.settings.config import Settings
 from cdam_server.store import StoreUnusableError
 from cdam_server.store.sqlite import FILE_NAME
 from cdam_server.store.sqlite_file import make

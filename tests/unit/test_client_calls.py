@@ -470,7 +470,7 @@ sys.exit(', '.join(heavy) or 0)
 
 
 def test_commands_do_without_torch() -> None:
-    code = "import sys, cdam_server.cli.explain, cdam_server.cli.models; sys.exit('torch' in sys.modules)"
+    code = "import sys, cdam_cli.explain, cdam_cli.models; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

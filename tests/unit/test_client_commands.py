@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import cdam
-from cdam_server.cli.explain import explain
-from cdam_server.cli.failures import describe
-from cdam_server.cli.models import models
-from cdam_server.cli.spelling import parse_method, parse_size, parse_target, spelled
+from cdam_cli.explain import explain
+from cdam_cli.failures import describe
+from cdam_cli.models import models
+from cdam_cli.spelling import parse_method, parse_size, parse_target, spelled
 from scripted_server import Failure, Script, scores, serving
 
 Run = Callable[..., Result]

@@ -27,10 +27,10 @@ from PIL import Image
 
 import cdam
 from cdam.v1 import model_pb2
-from cdam_server.cli import main
-from cdam_server.cli.concept_report import histogram, outliers, registered
-from cdam_server.cli.images import Found, digests, find_images
-from cdam_server.cli.spelling import parse_minus, parse_target, spelled
+from cdam_cli import main
+from cdam_cli.concept_report import histogram, outliers, registered
+from cdam_cli.images import Found, digests, find_images
+from cdam_cli.spelling import parse_minus, parse_target, spelled
 from processes import interruptible
 from scripted_server import Failure, Script, fail, not_found, serving
 
@@ -479,7 +479,7 @@ def test_a_registration_that_is_interrupted(script: Script, many: Path) -> None:
         over.wait(60)
 
     script.take = take  # type: ignore[method-assign]
-    command = [sys.executable, "-m", "cdam_server.cli", "concept", "register", "loops", "many"]
+    command = [sys.executable, "-m", "cdam_cli", "concept", "register", "loops", "many"]
     environment = {**os.environ, "CDAM_SERVER": script.address, "PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with interruptible():
@@ -508,7 +508,7 @@ def test_a_server_that_goes_away_in_the_middle(run: Run, script: Script, many: P
 def _on_a_terminal(script: Script, folder: Path, *words: object, typed: str = "") -> tuple[int, str]:
     """Run a command on a terminal; its exit code, and what is seen there."""
     ours, its = pty.openpty()
-    command = [sys.executable, "-m", "cdam_server.cli", "concept", *map(str, words)]
+    command = [sys.executable, "-m", "cdam_cli", "concept", *map(str, words)]
     environment = {**os.environ, "CDAM_SERVER": script.address, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, cwd=folder, env=environment) as process:
         os.close(its)

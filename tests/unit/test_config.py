@@ -7,7 +7,7 @@ import os
 import pytest
 
 from cdam_server.bootstrap import _batch_sizes
-from cdam_server.config import Settings, unknown_variables
+from cdam_server.settings.config import Settings, unknown_variables
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ class TestOnScenes:
 
     @pytest.mark.parametrize("digits", [[4], [0, 6, 8, 9], [1, 2, 3, 5, 7]])
     def test_examples_are_shared_out_among_the_digits(self, digits: list[int]) -> None:
-        from cdam_server.demo import concepts
+        from demo_model import concepts
 
         labels = [scene.labels for scene in concepts.example_scenes(digits)]
         assert len(labels) == concepts.EXAMPLES
@@ -67,8 +67,8 @@ class TestOnScenes:
         assert max(counts) - min(counts) <= 1
 
     def test_examples_are_drawn_of_training_sources_the_same_each_time(self) -> None:
-        from cdam_server.demo import concepts
         from cdam_server.demo.scenes import load_digits
+        from demo_model import concepts
 
         first, again, other = (concepts.example_scenes([3, 5], draw) for draw in (0, 0, 1))
         assert all(np.array_equal(a.image, b.image) for a, b in zip(first, again, strict=True))
@@ -77,7 +77,7 @@ class TestOnScenes:
         assert {thing.source for scene in first + other for thing in scene.objects} <= trained
 
     def test_scenes_of_a_loop_and_none(self) -> None:
-        from cdam_server.demo import concepts
+        from demo_model import concepts
 
         places = set()
         for scene in islice(concepts.loop_scenes("test"), 20):
@@ -90,14 +90,14 @@ class TestOnScenes:
 
     @pytest.mark.parametrize("labels", [(0, 8), (1, 7), (4, 8), (6, 4), (4, 2)])
     def test_no_place_of_a_loop(self, labels: tuple[int, int]) -> None:
-        from cdam_server.demo import concepts
         from cdam_server.demo.scenes import draw_scene
+        from demo_model import concepts
 
         scene = next(s for s in (draw_scene("test", seed, 2) for seed in range(10_000)) if s.labels == labels)
         assert concepts.loop_place(scene) is None
 
     def test_measured_again_on_fewer_scenes(self, explainer: Explainer) -> None:
-        from cdam_server.demo import concepts
+        from demo_model import concepts
 
         again = concepts.measure(explainer, scenes=100, draws=1)
         for kind in SIMILARITIES:
@@ -112,8 +112,8 @@ class TestOnScenes:
         assert len(concepts.table(again).splitlines()) == 3 + 10 + 6 + 6 + 1
 
     def test_a_class_is_right_as_often_as_the_other_figures_say(self, explainer: Explainer) -> None:
-        from cdam_server.demo import concepts, figures
         from cdam_server.demo.scenes import Scene, draw_scene
+        from demo_model import concepts, figures
 
         scenes = [draw_scene("test", figures.SEED + place, 2) for place in range(60)]
         sums = figures.map_sums(explainer.vit.model, scenes)
@@ -130,7 +130,7 @@ class TestOnScenes:
         assert found["other's"].right == pytest.approx((own < other).mean())
 
     def test_sample_images_are_the_scenes_that_are_measured(self, explainer: Explainer) -> None:
-        from cdam_server.demo import concepts
+        from demo_model import concepts
 
         for images, digits in zip(loop_images(), (concepts.LOOPS, concepts.NO_LOOPS), strict=True):
             for image, scene in zip(images, concepts.example_scenes(digits), strict=True):
@@ -138,7 +138,7 @@ class TestOnScenes:
                     assert np.array_equal(np.asarray(Image.open(file)), scene.image)
 
     def test_no_original_of_the_examples_is_in_a_sample(self) -> None:
-        from cdam_server.demo import concepts
+        from demo_model import concepts
 
         samples = json.loads((demo_model.ASSETS / "samples" / "samples.json").read_text())["samples"]
         shown = {thing["source"] for sample in samples for thing in sample["objects"]}
@@ -146,7 +146,7 @@ class TestOnScenes:
         assert not shown & {thing.source for scene in examples for thing in scene.objects}
 
     def test_the_spread_tells_a_mixed_concept_from_one_digit(self, explainer: Explainer) -> None:
-        from cdam_server.demo import concepts
+        from demo_model import concepts
 
         one, mixed = (
             mean_concept(concepts.latents_of(explainer, concepts.example_scenes(digits))).spread

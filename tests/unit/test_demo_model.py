@@ -58,7 +58,7 @@ class TestOnScenes:
         pytest.importorskip("sklearn", reason="demo scenes need the extra `demo`")
 
     def test_measured_again_on_fewer_scenes(self, model: VisionTransformer) -> None:
-        from cdam_server.demo import figures
+        from demo_model import figures
 
         again = figures.measure(model, "test", singles=200, pairs=200, triples=10)
         assert again.single_top1 >= 0.95
@@ -67,8 +67,8 @@ class TestOnScenes:
         assert again.map_right_scenes >= 0.90
 
     def test_maps_equal_plain_autograd(self, model: VisionTransformer) -> None:
-        from cdam_server.demo import figures
         from cdam_server.demo.scenes import draw_scene
+        from demo_model import figures
 
         inputs = figures.to_input(np.stack([draw_scene("test", seed, 2).image for seed in range(3)]))
         classes = torch.tensor([[0, 1], [2, 3], [4, 5]])
@@ -113,7 +113,7 @@ class TestTraining:
         pytest.importorskip("sklearn", reason="demo scenes need the extra `demo`")
 
     def test_whole_scene_as_a_window_is_the_plain_model(self, model: VisionTransformer) -> None:
-        from cdam_server.demo import train
+        import demo_train as train
 
         inputs = torch.rand(2, 3, 64, 64)
         places = torch.arange(256).expand(2, -1)

@@ -22,19 +22,19 @@ from PIL import Image
 from pyarrow import parquet
 
 import cdam
-from cdam_server.cli import evaluate, main
-from cdam_server.cli.evaluation import files
-from cdam_server.cli.evaluation.about import About
-from cdam_server.cli.evaluation.dataset import SCENES_SEED, Dataset, digest, open_dataset
-from cdam_server.cli.evaluation.journal import FILE, Journal, Record
-from cdam_server.cli.evaluation.page import Example, write_page
-from cdam_server.cli.evaluation.quantities import quantity
-from cdam_server.cli.evaluation.results import Results, gather, tells
-from cdam_server.cli.evaluation.terminal import summary
-from cdam_server.cli.interrupts import uninterrupted
-from cdam_server.cli.spelling import parse_evaluated, parse_metric, spelled
+from cdam_cli import evaluate, main
+from cdam_cli.evaluation import files
+from cdam_cli.evaluation.about import About
+from cdam_cli.evaluation.dataset import SCENES_SEED, Dataset, digest, open_dataset
+from cdam_cli.evaluation.journal import FILE, Journal, Record
+from cdam_cli.evaluation.page import Example, write_page
+from cdam_cli.evaluation.quantities import quantity
+from cdam_cli.evaluation.results import Results, gather, tells
+from cdam_cli.evaluation.terminal import summary
+from cdam_cli.interrupts import uninterrupted
+from cdam_cli.spelling import parse_evaluated, parse_metric, spelled
 
-command = importlib.import_module("cdam_server.cli.evaluate")  # the package's attribute of this name is the command
+command = importlib.import_module("cdam_cli.evaluate")  # the package's attribute of this name is the command
 DIGITS = tuple("0123456789")
 EVIL = "<script>alert('\u202e1')</script>&\"x"
 

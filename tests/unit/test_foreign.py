@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from cdam_server import foreign
-from cdam_server.load_error import LoadError
-from cdam_server.loading import LoadedModel, load_model
-from cdam_server.specs import ModelSpec, Task, check_files, load_models_file
+from cdam_server.compute import foreign
+from cdam_server.compute.loading import LoadedModel, load_model
+from cdam_server.settings.load_error import LoadError
+from cdam_server.settings.specs import ModelSpec, Task, check_files, load_models_file
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cdam_server.cli.load import NOT_SENT, OK, ClosedLoop, Load, OpenLoop, generate
+from cdam_cli.load import NOT_SENT, OK, ClosedLoop, Load, OpenLoop, generate
 
 
 def _load(seconds: float, *requests: tuple[str, float, float, float]) -> Load:

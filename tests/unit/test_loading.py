@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cdam_engine import Explainer
 from cdam_engine.fingerprint import fingerprint
 from cdam_engine.preprocess import normalise, prepare
-from cdam_server.loading import LoadedModel, LoadError, ModelSpec, Task, load_model, load_models_file
+from cdam_server.compute.loading import LoadedModel, LoadError, ModelSpec, Task, load_model, load_models_file
 
 SMALL: dict[str, Any] = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -557,7 +557,7 @@ def test_a_fingerprint_is_written_in_stone() -> None:
 def test_fingerprints_agree_between_processes(checkpoint: Path) -> None:
     script = (
         "import json, sys, pathlib\n"
-        "from cdam_server.loading import ModelSpec, load_model\n"
+        "from cdam_server.compute.loading import ModelSpec, load_model\n"
         "print(load_model(ModelSpec(**json.loads(sys.argv[1]))).fingerprint)"
     )
     settings = spec(checkpoint=checkpoint)

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 import cdam
 import cdam_engine
 from cdam.v1 import evaluation_pb2, method_pb2
+from cdam_cli.evaluation import quantities
 from cdam_engine import METHODS, Cdam, Explainer, Grid, Method, Output, evaluation
 from cdam_engine.batch import Batch
 from cdam_engine.evaluation import METRICS, Evaluator, Geometry, Measured, Metric, Protocol, Sample
@@ -26,7 +27,6 @@ from cdam_engine.methods.base import Scores
 from cdam_engine.methods.prediction import Activation
 from cdam_engine.preprocess import DataConfig
 from cdam_engine.targets import Target
-from cdam_server.cli.evaluation import quantities
 from cdam_server.rpc import methods, metrics
 
 CONFIG = DataConfig((24, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0, "center")

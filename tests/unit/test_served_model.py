@@ -12,11 +12,11 @@ import torch
 from pydantic import JsonValue
 
 from cdam_engine import Attention, Cdam, Concept, Explanation, IntegratedCdam, Output, SmoothCdam
+from cdam_server.compute.loading import ModelSpec, load_model
+from cdam_server.compute.models import Job, NonFiniteError, ServedModel
+from cdam_server.compute.scheduling import TooLargeError
 from cdam_server.errors import FailedPreconditionError
-from cdam_server.loading import ModelSpec, load_model
-from cdam_server.models import Job, NonFiniteError, ServedModel
-from cdam_server.resolve import resolve_method, resolve_methods
-from cdam_server.scheduling import TooLargeError
+from cdam_server.usecases.resolve import resolve_method, resolve_methods
 
 METHODS = (Cdam(parts=True), SmoothCdam(samples=2), IntegratedCdam(steps=2))
 

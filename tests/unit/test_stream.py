@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2
 from structlog.testing import capture_logs
 
 from cdam.v1 import common_pb2
+from cdam_server.compute.scheduling import Room
 from cdam_server.errors import (
     DeadlineError,
     ExhaustedError,
@@ -24,9 +25,8 @@ from cdam_server.errors import (
     OverloadedError,
     UnavailableError,
 )
+from cdam_server.operation.telemetry import Telemetry
 from cdam_server.rpc.stream import Exchange, StreamServer
-from cdam_server.scheduling import Room
-from cdam_server.telemetry import Telemetry
 
 Answer = Callable[[str], Awaitable[str]]
 Response = tuple[str, str | common_pb2.ItemError]

@@ -19,11 +19,11 @@ import pytest
 import structlog
 
 from cdam.v1 import explain_pb2, explainer_service_pb2_grpc, model_pb2
-from cdam_server import otlp, tracing
 from cdam_server.errors import InvalidArgumentError
+from cdam_server.operation import otlp, tracing
+from cdam_server.operation.telemetry import Telemetry
+from cdam_server.operation.tracing import Tracing
 from cdam_server.rpc.interceptors import RequestInterceptor
-from cdam_server.telemetry import Telemetry
-from cdam_server.tracing import Tracing
 from collector import collecting
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -205,7 +205,7 @@ def test_a_missing_extra_is_named() -> None:
     code = """
 import sys
 sys.modules["opentelemetry"] = None  # what `import` takes for not installed
-from cdam_server.tracing import Tracing
+from cdam_server.operation.tracing import Tracing
 Tracing().close()
 try:
     Tracing("http://localhost:4317")
@@ -218,7 +218,7 @@ except ValueError as error:
 def test_without_tracing_nothing_is_imported() -> None:
     code = """
 import sys
-from cdam_server import tracing
+from cdam_server.operation import tracing
 from cdam_server.rpc import interceptors
 off = tracing.Tracing()
 span = off.start("cdam.v1.ExplainerService/Explain", (("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),))

@@ -10,7 +10,7 @@ from PIL import Image
 import cdam
 from cdam._encode import encode_explain
 from cdam.v1 import explain_pb2
-from cdam_server.cli.traffic import Kind, Requests, pictures
+from cdam_cli.traffic import Kind, Requests, pictures
 
 TOP = Kind(targets=(cdam.TopK(1),), methods=())
 PLENTY = Kind((cdam.Output("7"), cdam.Output(3)), (cdam.Cdam(), cdam.SmoothCdam(samples=4)), "demo", "low", weight=3)

@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     api, admin = _free_ports(2)
-    command = [sys.executable, "-m", "cdam_server.cli", "serve", "--log-level", "warning"]
+    command = [sys.executable, "-m", "cdam_cli", "serve", "--log-level", "warning"]
     command += ["--address", f"127.0.0.1:{api}", "--admin-address", f"127.0.0.1:{admin}"]
     print(f"$ cdam serve --address 127.0.0.1:{api} --admin-address 127.0.0.1:{admin}")
     with TemporaryDirectory() as concepts:

@@ -13,13 +13,13 @@ from cdam.v1 import common_pb2, explain_pb2, target_pb2
 from cdam_engine import Cdam, Concept, Method, Output, TopK
 from cdam_engine.preprocess import Resize
 from cdam_engine.targets import Similarity
-from cdam_server.concepts import ConceptId, ConceptName
 from cdam_server.errors import InvalidArgumentError
-from cdam_server.explain import Command
-from cdam_server.images import Picture
-from cdam_server.resolve import ConceptSelected, ContrastNamed, OutputNamed, Side, Wanted
 from cdam_server.rpc.images import ImageLimits, decode_image
 from cdam_server.rpc.methods import decode_method
+from cdam_server.usecases.concepts import ConceptId, ConceptName
+from cdam_server.usecases.explain import Command
+from cdam_server.usecases.images import Picture
+from cdam_server.usecases.resolve import ConceptSelected, ContrastNamed, OutputNamed, Side, Wanted
 
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{0,128}")
 _CONCEPT_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")

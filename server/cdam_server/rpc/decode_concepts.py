@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator, Mapping
 from functools import partial
 
 from cdam.v1 import common_pb2, concept_pb2
-from cdam_server.concepts import ConceptId, ConceptName
 from cdam_server.errors import InvalidArgumentError
-from cdam_server.registration import ExampleImage, Order, ReadyVector
 from cdam_server.rpc.decode import Limits, check_name, concept_name, digest, float_vector, input_size, resize
 from cdam_server.rpc.images import ImageLimits, decode_image
 from cdam_server.store import Example
+from cdam_server.usecases.concepts import ConceptId, ConceptName
+from cdam_server.usecases.registration import ExampleImage, Order, ReadyVector
 
 _MAX_DESCRIPTION = 4096
 _MAX_LABELS = 64

@@ -11,12 +11,12 @@ from cdam.v1 import common_pb2, evaluation_pb2
 from cdam_engine import TopK
 from cdam_engine.evaluation import Evaluated, Protocol
 from cdam_server.errors import InvalidArgumentError
-from cdam_server.evaluate import Plan, SampleOrder
-from cdam_server.resolve import WantedScalar
 from cdam_server.rpc.decode import Limits, check_name, decode_target, input_size, resize
 from cdam_server.rpc.images import ImageLimits, decode_image, decode_mask
 from cdam_server.rpc.methods import decode_method
 from cdam_server.rpc.metrics import ANCHORS, decode_metric
+from cdam_server.usecases.evaluate import Plan, SampleOrder
+from cdam_server.usecases.resolve import WantedScalar
 
 _MAX_METHODS = 32
 _MAX_METRICS = 32

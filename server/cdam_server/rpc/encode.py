@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from cdam.v1 import common_pb2, concept_pb2, explain_pb2, method_pb2, model_pb2, target_pb2
 from cdam_engine import Concept, Contrast, ExplainedTarget, Output, Readout, RelevanceMap
 from cdam_engine.preprocess import DataConfig, Prepared
-from cdam_server.explain import Explained
-from cdam_server.facts import ModelFacts
-from cdam_server.resolve import RegisteredConcept
-from cdam_server.specs import Task
+from cdam_server.compute.facts import ModelFacts
+from cdam_server.settings.specs import Task
 from cdam_server.store import Example, StoredConcept, Version
+from cdam_server.usecases.explain import Explained
+from cdam_server.usecases.resolve import RegisteredConcept
 
 _TASK = {
     Task.MULTI_CLASS: model_pb2.TASK_MULTI_CLASS,

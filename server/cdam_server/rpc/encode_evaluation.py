@@ -3,10 +3,10 @@
 from cdam.statistics import Comparison, Row, Table
 from cdam.v1 import common_pb2, evaluation_pb2
 from cdam_engine.evaluation import Anchor, Evaluated, Measured, Value
-from cdam_server.evaluate import Evaluation
 from cdam_server.rpc.encode import preprocessing, tensor
 from cdam_server.rpc.methods import encode_method
 from cdam_server.rpc.metrics import ANCHORS, encode_metric
+from cdam_server.usecases.evaluate import Evaluation
 
 
 def started(evaluation: Evaluation, expected_samples: int) -> evaluation_pb2.EvaluateResponse:

@@ -13,11 +13,11 @@ import structlog
 
 from cdam.v1 import common_pb2, evaluation_pb2
 from cdam_engine.evaluation import Anchor
-from cdam_server.evaluate import Evaluation
 from cdam_server.rpc import decode_evaluation, encode_evaluation, fields
 from cdam_server.rpc.decode import Limits
 from cdam_server.rpc.encode import duration
 from cdam_server.rpc.stream import Exchange, StreamServer
+from cdam_server.usecases.evaluate import Evaluation
 
 _PROGRESS_SECONDS: Final = 1.0
 _LATELY: Final = 10  # of so many reports the rate is taken

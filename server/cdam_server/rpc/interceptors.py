@@ -13,9 +13,9 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from cdam_server.errors import InvalidArgumentError, UnavailableError
+from cdam_server.operation.telemetry import Telemetry
+from cdam_server.operation.tracing import Tracing
 from cdam_server.rpc.status import status_of
-from cdam_server.telemetry import Telemetry
-from cdam_server.tracing import Tracing
 
 _PREFIX = "/cdam.v1."
 _log = structlog.get_logger("cdam.rpc")

@@ -12,16 +12,16 @@ import grpc
 import structlog
 
 from cdam.v1 import common_pb2, concept_pb2, evaluation_pb2, explain_pb2, explainer_service_pb2_grpc, model_pb2
-from cdam_server.concepts import ConceptUseCase
+from cdam_server.compute.facts import Models
 from cdam_server.errors import InvalidArgumentError
-from cdam_server.evaluate import EvaluateUseCase
-from cdam_server.explain import ExplainUseCase
-from cdam_server.facts import Models
-from cdam_server.registration import RegisterUseCase
 from cdam_server.rpc import decode, decode_concepts, decode_evaluation, encode, fields
 from cdam_server.rpc.caller import identity
 from cdam_server.rpc.evaluation import EvaluationStream
 from cdam_server.rpc.stream import Exchange, StreamServer
+from cdam_server.usecases.concepts import ConceptUseCase
+from cdam_server.usecases.evaluate import EvaluateUseCase
+from cdam_server.usecases.explain import ExplainUseCase
+from cdam_server.usecases.registration import RegisterUseCase
 
 _PAGE_TOKEN = re.compile(r"[0-9]{0,9}")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

@@ -16,10 +16,10 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from cdam.v1 import common_pb2
+from cdam_server.compute.scheduling import Room
 from cdam_server.errors import DeadlineError, InvalidArgumentError, OverloadedError, ServiceError, UnavailableError
+from cdam_server.operation.telemetry import Telemetry
 from cdam_server.rpc.status import Status, status_of
-from cdam_server.scheduling import Room
-from cdam_server.telemetry import Telemetry
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")

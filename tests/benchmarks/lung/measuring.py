@@ -36,8 +36,8 @@ from cdam_engine.families import Grid
 from cdam_engine.fingerprint import fingerprint
 from cdam_engine.preprocess import normalise, prepare
 from cdam_images import upright_rgb
-from cdam_server.loading import LoadedModel, load_model
-from cdam_server.specs import ModelSpec
+from cdam_server.compute.loading import LoadedModel, load_model
+from cdam_server.settings.specs import ModelSpec
 from real.backbone import ARCHITECTURE, INPUT
 from real.lidc import BIOMARKERS, Nodules
 

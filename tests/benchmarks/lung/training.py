@@ -65,6 +65,6 @@ def train(backbone: Path, data: Path, models: Path, seed: int, device: str, reci
             file.parent.mkdir(parents=True, exist_ok=True)
             words = ["cdam", *arguments, "--device", device]
             print(" ".join(words), file=sys.stderr, flush=True)
-            done = subprocess.run([sys.executable, "-m", "cdam_server.cli", *words[1:]], check=False)
+            done = subprocess.run([sys.executable, "-m", "cdam_cli", *words[1:]], check=False)
             if done.returncode:
                 raise ValueError(f"{file} could not be trained")

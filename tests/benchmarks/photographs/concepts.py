@@ -16,7 +16,7 @@ from benchmarks.photographs.measuring import digest, encode_mask
 from benchmarks.sheets import encode
 from cdam_engine import Concept, Explainer, Output, Target, mean_concept
 from cdam_engine.preprocess import normalise
-from cdam_server.specs import Task
+from cdam_server.settings.specs import Task
 from cdam_training.metrics import measure
 from real.voc import Photograph, Photographs
 

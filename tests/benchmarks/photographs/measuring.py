@@ -54,8 +54,8 @@ from cdam_engine.evaluation.perturbation import CLEAN, MapOf, Perturbation, Rank
 from cdam_engine.evaluation.subject import Subject
 from cdam_engine.fingerprint import fingerprint
 from cdam_engine.preprocess import normalise
-from cdam_server.loading import load_model
-from cdam_server.specs import ModelSpec, Preprocessing, Task
+from cdam_server.compute.loading import load_model
+from cdam_server.settings.specs import ModelSpec, Preprocessing, Task
 from real.backbone import ARCHITECTURE, INPUT
 
 FIDELITY: Final = Fidelity(points=6)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from cdam_server.scheduling import BACKGROUND, QueueFullError, Terms, policy
-from cdam_server.scheduling.admission import Admission
-from cdam_server.scheduling.ceilings import Ceilings
-from cdam_server.scheduling.entry import Entry
-from cdam_server.scheduling.forecast import Forecast
-from cdam_server.scheduling.run import Device, Run
+from cdam_server.compute.scheduling import BACKGROUND, QueueFullError, Terms, policy
+from cdam_server.compute.scheduling.admission import Admission
+from cdam_server.compute.scheduling.ceilings import Ceilings
+from cdam_server.compute.scheduling.entry import Entry
+from cdam_server.compute.scheduling.forecast import Forecast
+from cdam_server.compute.scheduling.run import Device, Run
 from jobs import entry, queue_of
 
 NOW = 1000.0

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from cdam_server.scheduling import BACKGROUND
-from cdam_server.scheduling.batching import Batching
-from cdam_server.scheduling.ceilings import Ceilings
-from cdam_server.scheduling.entry import Entry
-from cdam_server.scheduling.forecast import Forecast
-from cdam_server.scheduling.run import Device, Run
+from cdam_server.compute.scheduling import BACKGROUND
+from cdam_server.compute.scheduling.batching import Batching
+from cdam_server.compute.scheduling.ceilings import Ceilings
+from cdam_server.compute.scheduling.entry import Entry
+from cdam_server.compute.scheduling.forecast import Forecast
+from cdam_server.compute.scheduling.run import Device, Run
 from jobs import entry, queue_of
 
 

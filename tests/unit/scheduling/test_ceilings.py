@@ -1,7 +1,7 @@
 """Ceilings: lowered, raised, restored."""
 
-from cdam_server.scheduling import policy
-from cdam_server.scheduling.ceilings import Ceilings
+from cdam_server.compute.scheduling import policy
+from cdam_server.compute.scheduling.ceilings import Ceilings
 
 
 def full_batches_until_raised(ceilings: Ceilings) -> int:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from cdam_server.scheduling import BACKGROUND, Terms
-from cdam_server.scheduling.ceilings import Ceilings
-from cdam_server.scheduling.forecast import Estimator, Forecast
-from cdam_server.scheduling.run import Device, Run
+from cdam_server.compute.scheduling import BACKGROUND, Terms
+from cdam_server.compute.scheduling.ceilings import Ceilings
+from cdam_server.compute.scheduling.forecast import Estimator, Forecast
+from cdam_server.compute.scheduling.run import Device, Run
 from jobs import entry
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdam_server.scheduling import BACKGROUND, Bounds, QueueFullError, Terms
-from cdam_server.scheduling.entry import Entry
-from cdam_server.scheduling.queue import Queue
+from cdam_server.compute.scheduling import BACKGROUND, Bounds, QueueFullError, Terms
+from cdam_server.compute.scheduling.entry import Entry
+from cdam_server.compute.scheduling.queue import Queue
 from jobs import entry, queue_of
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from cdam_server.scheduling import Room
+from cdam_server.compute.scheduling import Room
 
 
 async def test_who_finds_no_room_waits_until_there_is() -> None:

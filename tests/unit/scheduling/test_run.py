@@ -2,9 +2,9 @@
 
 import pytest
 
-from cdam_server.scheduling import BACKGROUND
-from cdam_server.scheduling.ceilings import Ceilings
-from cdam_server.scheduling.run import Device, Run
+from cdam_server.compute.scheduling import BACKGROUND
+from cdam_server.compute.scheduling.ceilings import Ceilings
+from cdam_server.compute.scheduling.run import Device, Run
 from jobs import entry
 
 

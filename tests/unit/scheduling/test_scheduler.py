@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 from structlog.testing import capture_logs
 
-from cdam_server.scheduling import (
+from cdam_server.compute.scheduling import (
     BACKGROUND,
     Bounds,
     ClosedError,

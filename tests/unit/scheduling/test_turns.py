@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from cdam_server.scheduling.turns import Pool, Turns
+from cdam_server.compute.scheduling.turns import Pool, Turns
 
 
 async def test_callers_take_turns() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdam_server.specs import Task
+from cdam_server.settings.specs import Task
 from cdam_training.card import (
     SCHEMA_VERSION,
     Card,

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from cdam_server.load_error import LoadError
-from cdam_server.specs import Task
+from cdam_server.settings.load_error import LoadError
+from cdam_server.settings.specs import Task
 from cdam_training.convex import Fit, Linear, fit
 from cdam_training.losses import LOSSES, scaling_of
 from cdam_training.state import State

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cdam_server.specs import Task
+from cdam_server.settings.specs import Task
 from cdam_training.datasets import Dataset, read_dataset
 from cdam_training.errors import DatasetError
 from small_datasets import pixel, write_csv, write_manifest

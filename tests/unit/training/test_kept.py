@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cdam_engine.preprocess import DataConfig
-from cdam_server.load_error import LoadError
+from cdam_server.settings.load_error import LoadError
 from cdam_training.errors import DatasetError
 from cdam_training.files import locked
 from cdam_training.kept import Kept

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cdam_server.load_error import LoadError
+from cdam_server.settings.load_error import LoadError
 from cdam_training.loop import Epoch, Loop, Recipe, batches_of
 from cdam_training.state import State
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cdam_server.specs import Task
+from cdam_server.settings.specs import Task
 from cdam_training.mask_training import log_odds, patch_loss
 from cdam_training.masks import PatchMask
 

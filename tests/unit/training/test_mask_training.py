@@ -11,8 +11,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from cdam_engine.preprocess import normalise
-from cdam_server.loading import load_backbone, load_model
-from cdam_server.specs import Task, load_models_file
+from cdam_server.compute.loading import load_backbone, load_model
+from cdam_server.settings.specs import Task, load_models_file
 from cdam_training.command import Source, images_of
 from cdam_training.heads import Options
 from cdam_training.loop import Recipe

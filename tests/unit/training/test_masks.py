@@ -16,7 +16,7 @@ from cdam_engine.evaluation.geometry import Geometry
 from cdam_engine.families import Grid
 from cdam_engine.preprocess import DataConfig
 from cdam_images import upright_indices
-from cdam_server.specs import Task
+from cdam_server.settings.specs import Task
 from cdam_training.datasets import Dataset, read_dataset
 from cdam_training.errors import DatasetError
 from cdam_training.masks import MaskKind, Masks, check_kind, choose

@@ -18,7 +18,7 @@ pytest.importorskip("sklearn", reason="metrics are compared with those of the ex
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from cdam_server.specs import Task
+from cdam_server.settings.specs import Task
 from cdam_training.metrics import Estimate, Scores, measure
 from cdam_training.ranking import auroc, average_precision
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("sklearn", reason="splits are drawn with the extra `train`")
 
-from cdam_server.specs import Task
+from cdam_server.settings.specs import Task
 from cdam_training.datasets import SPLITS, Dataset, Row, Split, read_dataset
 from cdam_training.errors import DatasetError
 from cdam_training.splits import Splits, split_dataset

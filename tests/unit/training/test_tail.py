@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cdam_engine import SplitViT
-from cdam_server.load_error import LoadError
-from cdam_server.weights.heads import linear_head
+from cdam_server.compute.weights.heads import linear_head
+from cdam_server.settings.load_error import LoadError
 from cdam_training.tail import Tail
 from reference.models import CASES, Case, available, build, images
 

@@ -1,0 +1,1 @@
+"""What a device's process runs: models, the work on them, and the scheduler that brings it together."""

@@ -1,0 +1,54 @@
+"""Who is let in."""
+
+import math
+
+from cdam_server.compute.scheduling import policy
+from cdam_server.compute.scheduling.entry import Kind, QueueFullError, Terms
+from cdam_server.compute.scheduling.forecast import Forecast
+from cdam_server.compute.scheduling.queue import Queue
+from cdam_server.compute.scheduling.run import Device
+
+
+class Admission:
+    """Refuses jobs that find no room, or that would not be done in time."""
+
+    def __init__(self, queue: Queue, device: Device, forecast: Forecast) -> None:
+        self._queue = queue
+        self._device = device
+        self._forecast = forecast
+        self._tested: dict[Kind, float] = {}  # when a job of each kind was computed, or let in to be
+
+    def check(self, terms: Terms, now: float) -> None:
+        """Refuse a job that finds no room, or that, as far as can be told, would not be done in time.
+
+        Raises:
+            QueueFullError: With how long it should wait before it comes again.
+        """
+        work = self._forecast.running(now) + self._queue.work
+        retry_after = max(policy.MIN_RETRY_SECONDS, policy.RETRY_SHARE * work)
+        self._queue.check_room(terms, retry_after)
+        late = self._late(terms, now)
+        if late <= 0:
+            return
+        if now - self._tested.get(terms.kind, -math.inf) > policy.TRIAL_SECONDS:
+            self.tested(terms.kind, now)
+            return
+        message = f"too busy to answer within {terms.timeout:.3g} s; requests being served: {self._queue.held}"
+        raise QueueFullError("deadline", message, max(retry_after, late))
+
+    def tested(self, kind: Kind, now: float) -> None:
+        """The estimate of a kind is being compared with the time that a batch takes."""
+        self._tested[kind] = now
+
+    def _late(self, terms: Terms, now: float) -> float:
+        """Seconds that a job would be late, at least."""
+        own = self._forecast.seconds(terms, terms.cost)
+        if terms.timeout is None or own is None or not self._queue.held:  # an idle server tries
+            return 0.0
+        ahead = self._queue.backlog(terms, self._forecast.share(terms))
+        # What is ahead goes with it as far as a batch may last, and the rest before it.
+        batch = min(ahead + own, max(own, self._forecast.longest_batch(terms)))
+        work = ahead + own - batch + batch * self._device.slots
+        if terms.light and any(not run.terms.light for run in self._device.foreground):
+            work /= 1 - policy.MIN_SPEED
+        return policy.DEADLINE_MARGIN * (self._forecast.until_free(terms, now) + work) - terms.timeout

@@ -1,0 +1,76 @@
+"""Which jobs make a batch, and when it begins."""
+
+import math
+from collections.abc import Sequence
+
+from cdam_server.compute.scheduling import policy
+from cdam_server.compute.scheduling.entry import Entry
+from cdam_server.compute.scheduling.forecast import Forecast
+from cdam_server.compute.scheduling.queue import Queue
+from cdam_server.compute.scheduling.run import Device
+
+
+class Batching:
+    """Takes batches from the queue for idle workers; a job waits for others to share its batch `max_queue_delay` seconds at most."""
+
+    def __init__(self, queue: Queue, device: Device, forecast: Forecast, max_queue_delay: float) -> None:
+        self._queue = queue
+        self._device = device
+        self._forecast = forecast
+        self._max_queue_delay = max_queue_delay
+
+    def drop_late(self, now: float) -> list[Entry]:
+        """Take out the jobs that nobody waits for any more, or that can't be done in time."""
+        return self._queue.drop(lambda entry: self._is_late(entry, now))
+
+    def delay(self, now: float, *, closed: bool) -> float | None:
+        """Seconds to wait for the oldest job's batch to fill; None if no job waits."""
+        if not self._queue.waiting:
+            return None
+        if not self._max_queue_delay:
+            return 0.0
+        entries = self._queue.entries()
+        oldest = min(entries, key=lambda entry: entry.submitted)
+        if closed or not oldest.terms.light:
+            return 0.0
+        bucket = oldest.terms.bucket
+        if sum(entry.terms.bucket == bucket for entry in entries) >= self._device.ceilings.jobs(bucket):
+            return 0.0
+        delay = min(self._max_queue_delay, policy.MAX_BATCH_SHARE * _shortest_timeout(entries))
+        return oldest.submitted + delay - now
+
+    def take(self) -> list[Entry]:
+        """The next batch for an idle worker; empty if none may begin now."""
+        busy = bool(self._device.foreground)
+        return self._queue.take(
+            self._device.ceilings.jobs, self.fits, lambda entry: not (entry.terms.background and busy)
+        )
+
+    def fits(self, entries: Sequence[Entry], most: float = math.inf) -> bool:
+        """Whether so many jobs may be one batch, of so many seconds at most."""
+        first, last = entries[0], entries[-1]
+        seconds = self._forecast.batch(entries)
+        if seconds is None:
+            return True
+        if len(entries) == 1:  # it must be computed, however long it takes
+            return seconds <= most
+        if self.is_behind(first, [last]):
+            most = min(most, policy.MAX_BATCH_STRETCH * (self._forecast.batch([first]) or math.inf))
+        return seconds <= min(most, policy.MAX_BATCH_SHARE * _shortest_timeout(entries) / self._device.slots)
+
+    def is_behind(self, entry: Entry, others: Sequence[Entry]) -> bool:
+        """Whether its caller has had less than each of the others', by more than a full batch: two who ask for much never differ so."""
+        return self._queue.lag(entry, others) > self._device.ceilings.max_batch_size
+
+    def _is_late(self, entry: Entry, now: float) -> bool:
+        if not entry.wanted(now):
+            return True
+        alone = self._forecast.batch([entry])
+        # Since estimates may be wrong, the last one that waits is tried in any case.
+        if alone is None or self._queue.waiting_with(entry.terms) <= 1 or not entry.terms.light:
+            return False
+        return now + alone * self._device.slots > entry.deadline
+
+
+def _shortest_timeout(entries: Sequence[Entry]) -> float:
+    return min(entry.deadline - entry.arrived for entry in entries)

@@ -1,0 +1,97 @@
+"""How long jobs and batches will take, and when the device will be free; estimates in seconds."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from cdam_server.compute.scheduling import policy
+from cdam_server.compute.scheduling.entry import Entry, Kind, Terms
+from cdam_server.compute.scheduling.run import Device, Run, cost
+
+
+class Estimator:
+    """Running estimates of the time of a batch by kind and cost.
+
+    A batch's time grows more slowly than its cost while the device is not full, so each power of two of the cost has a rate of its own.
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[Kind, dict[int, float]] = {}  # seconds for each unit of cost
+
+    def observe(self, kind: Kind, cost: float, seconds: float) -> None:
+        """Learn from a batch that took so long."""
+        rates = self._rates.setdefault(kind, {})
+        size, rate = _size(cost), seconds / cost
+        known = rates.get(size, rate)
+        rates[size] = known + policy.NEWEST_WEIGHT * (min(rate, policy.MAX_SLOWDOWN * known) - known)
+
+    def seconds(self, kind: Kind, cost: float) -> float | None:
+        """What a batch of this cost will take; None if there was none of its kind."""
+        rates = self._rates.get(kind)
+        if not rates:
+            return None
+        size = _size(cost)
+        # At worst no more efficient than smaller batches, and no slower than larger ones.
+        known = [rate * 2.0**other for other, rate in rates.items() if other > size]
+        known += [rates[other] * cost for other in sorted(rates, reverse=True) if other <= size][:1]
+        return min(known)
+
+
+class Forecast:
+    """Estimates of what is being computed, and of what may come."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._estimator = Estimator()
+
+    def learn(self, run: Run, now: float) -> None:
+        """A batch has been computed at once."""
+        self._estimator.observe(run.terms.kind, run.cost, run.computed(now) / self._device.sharing)
+
+    def seconds(self, terms: Terms, cost: float) -> float | None:
+        """What a batch of this cost will take, with the device to itself; None if nothing is known of its bucket."""
+        known = self._estimator.seconds(terms.kind, cost)
+        if known is None and (one := self._estimator.seconds((terms.bucket, True), 1.0)) is not None:
+            return one * cost  # of this kind there was none yet
+        return known
+
+    def batch(self, entries: Sequence[Entry]) -> float | None:
+        """What these jobs will take as one batch, with the device to itself; None if nothing is known of their bucket."""
+        return self.seconds(entries[0].terms, cost(entries))
+
+    def longest_batch(self, terms: Terms) -> float:
+        """The longest batch that a job may be in, with the device to itself."""
+        full = self.seconds(terms, self._most_jobs(terms) * terms.cost) or 0.0
+        if terms.timeout is None:
+            return full
+        return min(full, policy.MAX_BATCH_SHARE * terms.timeout / self._device.slots)
+
+    def share(self, terms: Terms) -> float:
+        """What a job adds to the work, in batches as full as its deadline lets them be."""
+        jobs = self._most_jobs(terms)
+        full = self.seconds(terms, jobs * terms.cost)
+        if not full:
+            return 0.0
+        jobs = max(1, int(jobs * self.longest_batch(terms) / full))
+        return (self.seconds(terms, jobs * terms.cost) or 0.0) / jobs
+
+    def running(self, now: float) -> float:
+        """What is left of all batches in work but those in the background."""
+        sharing = self._device.sharing
+        return sum(run.remaining(now, sharing) / sharing for run in self._device.foreground)
+
+    def until_free(self, terms: Terms, now: float) -> float:
+        """Until a slot is free for a job; one is as good as free if all that is computed in it gives way to the job."""
+        sharing = self._device.sharing
+        slots: defaultdict[Run, float] = defaultdict(float)
+        for run in self._device.runs:
+            gives_way = (run.terms.background and not terms.background) or (terms.light and not run.terms.light)
+            slots[run.outermost] += 0.0 if gives_way else run.remaining(now, sharing)
+        return 0.0 if len(slots) < self._device.slots else min(slots.values())
+
+    def _most_jobs(self, terms: Terms) -> int:
+        return self._device.ceilings.jobs(terms.bucket) if terms.light else 1
+
+
+def _size(cost: float) -> int:
+    return math.ceil(math.log2(cost)) if cost > 0 else -16

@@ -1,0 +1,278 @@
+"""Who is next: by rank, then callers in turn, then the earliest deadline; and what fits into the bounds.
+
+No threads and no clock of its own: whoever owns a queue guards it.
+"""
+
+import heapq
+import math
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from cdam_server.compute.scheduling import policy
+from cdam_server.compute.scheduling.entry import Bounds, Entry, QueueFullError, Terms
+
+_SETTINGS: Final = {"jobs": "max_pending", "cost": "max_pending_passes", "bytes": "max_pending_mib"}
+
+
+@dataclass
+class _Group:
+    """Callers who take turns with each other: those of background jobs, and all others.
+
+    Attributes:
+        credit: As of the `Queue`.
+        virtual_time: The most that a caller had had when it was served.
+        waiting: Number of their jobs that wait.
+    """
+
+    credit: float
+    virtual_time: float = 0.0
+    waiting: int = 0
+
+    @property
+    def least_served(self) -> float:
+        """What a caller who comes, or comes back, counts as having had at least."""
+        return self.virtual_time - self.credit
+
+
+class _Caller:
+    """What one caller holds, waits for, and has had; for its background jobs there is an object apart.
+
+    Attributes:
+        group: With whom it takes turns.
+        waiting: Submitted jobs in the order in which they will be served.
+        held: How much was let in and is not yet answered, by the names of `Bounds`.
+        backlog: Estimated seconds of work that was let in and is not yet begun, by rank, of light jobs and of others.
+        served: The work that it has had, in units of cost: who has had least is next.
+    """
+
+    def __init__(self, group: _Group) -> None:
+        self.group = group
+        self.waiting: list[Entry] = []
+        self.held: defaultdict[str, float] = defaultdict(float)
+        self.backlog: defaultdict[tuple[int, bool], float] = defaultdict(float)
+        self.served = group.least_served
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has no jobs."""
+        return not (self.held["jobs"] or self.held["background"])
+
+    def ahead(self, terms: Terms) -> tuple[float, float]:
+        """The backlog that a job waits for: of better rank, and of its own. A light one interrupts those that are not."""
+        better = same = 0.0
+        for (rank, light), seconds in self.backlog.items():
+            if light or not terms.light:
+                better += seconds * (rank < terms.rank)
+                same += seconds * (rank == terms.rank)
+        return better, same
+
+
+class Queue:
+    """Jobs that were let in.
+
+    Args:
+        bounds: How much may be let in.
+        credit: How far, in units of cost, a caller who comes back after a pause may be behind those who never paused: it is served before
+            them until it has had as much. Among background jobs, it is `policy.BACKGROUND_CREDIT` of the bound at least.
+    """
+
+    def __init__(self, bounds: Bounds, credit: float) -> None:
+        self._bounds = bounds
+        self._groups = {
+            False: _Group(credit),
+            True: _Group(max(credit, policy.BACKGROUND_CREDIT * bounds.cost)),
+        }
+        self._callers: dict[tuple[bool, str], _Caller] = {}
+        self._held: defaultdict[str, float] = defaultdict(float)
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait."""
+        return sum(group.waiting for group in self._groups.values())
+
+    @property
+    def held(self) -> int:
+        """Number of jobs that were let in and are not yet answered, but for those in the background."""
+        return round(self._held["jobs"])
+
+    def check_room(self, terms: Terms, retry_after: float) -> None:
+        """Refuse what does not fit into the bounds.
+
+        Args:
+            terms: What comes.
+            retry_after: Seconds after which there may be room.
+
+        Raises:
+            QueueFullError: With the bound that was hit.
+        """
+        caller = self._callers.get(_key(terms))
+        for name, wanted, bound in self._amounts(terms):
+            free = bound - self._held[name]
+            own = caller.held[name] if caller is not None else 0
+            # Whatever its size, a job that is alone is let in: the limits of a single one are checked elsewhere.
+            if self._held[name] and (wanted > free or own + wanted > policy.MAX_SHARE_OF_FREE * free):
+                message = f"the queue is full ({_SETTINGS[name]}); requests being served: {self.held}"
+                raise QueueFullError(name, message, retry_after)
+
+    def hold(self, entry: Entry) -> None:
+        """Reserve room for a job that was let in."""
+        caller = self._callers.get(_key(entry.terms))
+        if caller is None:
+            self._forget()
+            caller = self._callers[_key(entry.terms)] = _Caller(self._groups[entry.terms.background])
+        elif caller.idle:
+            caller.served = max(caller.served, caller.group.least_served)
+        for name, wanted, _ in self._amounts(entry.terms):
+            caller.held[name] += wanted
+            self._held[name] += wanted
+        caller.backlog[entry.terms.rank, entry.terms.light] += entry.seconds
+
+    def release(self, entry: Entry) -> None:
+        """Give the room back, wherever the job is now."""
+        caller = self._callers[_key(entry.terms)]
+        if entry in caller.waiting:
+            self._take_out(caller, entry)
+        elif entry.submitted == math.inf:
+            caller.backlog[entry.terms.rank, entry.terms.light] -= entry.seconds
+        for name, wanted, _ in self._amounts(entry.terms):
+            caller.held[name] -= wanted
+            self._held[name] -= wanted
+        if caller.idle:
+            caller.held.clear()
+            caller.backlog.clear()  # so that rounding errors don't add up
+        if not (self._held["jobs"] or self._held["background"]):
+            self._held.clear()
+
+    def push(self, entry: Entry) -> None:
+        """A job that may be computed from now on."""
+        insort(self._callers[_key(entry.terms)].waiting, entry, key=lambda its: its.order)
+        self._groups[entry.terms.background].waiting += 1
+
+    def waiting_with(self, terms: Terms) -> int:
+        """Number of jobs that wait, of those in the background or of the others, as the terms say."""
+        return self._groups[terms.background].waiting
+
+    def entries(self) -> list[Entry]:
+        """All that wait."""
+        return [entry for caller in self._callers.values() for entry in caller.waiting]
+
+    def drop(self, unwanted: Callable[[Entry], bool]) -> list[Entry]:
+        """Take out all for which it is true."""
+        found = [entry for entry in self.entries() if unwanted(entry)]
+        for entry in found:
+            self._take_out(self._callers[_key(entry.terms)], entry)
+        return found
+
+    def take(
+        self,
+        ceiling: Callable[[Hashable], int],
+        fits: Callable[[Sequence[Entry]], bool],
+        may: Callable[[Entry], bool] = lambda entry: True,  # noqa: ARG005
+    ) -> list[Entry]:
+        """The next batch: the first job, and further light ones of its bucket in order, as long as they fit.
+
+        Args:
+            ceiling: Most jobs in a batch of a bucket.
+            fits: Whether so many jobs may be one batch.
+            may: Whether a job may be computed now.
+        """
+        batch: list[Entry] = []
+        for entry in self._in_order():
+            if not may(entry):
+                continue
+            if not batch:
+                batch.append(entry)
+                if not entry.terms.light:
+                    break
+            elif entry.terms.light and entry.terms.bucket == batch[0].terms.bucket:
+                if not fits([*batch, entry]):
+                    break
+                batch.append(entry)
+            if len(batch) >= ceiling(batch[0].terms.bucket):
+                break
+        for entry in batch:
+            caller = self._callers[_key(entry.terms)]
+            group = caller.group
+            self._take_out(caller, entry)
+            group.virtual_time = max(group.virtual_time, caller.served)
+            # Whoever had a very expensive job does not wait for as long as it took.
+            caller.served = min(caller.served + entry.terms.cost, group.virtual_time + group.credit)
+        return batch
+
+    def lag(self, entry: Entry, others: Sequence[Entry]) -> float:
+        """How much less, in units of cost, a job's caller has had than each of the others; negative if it is one of them."""
+        own = self._callers[_key(entry.terms)]
+        their = {_key(other.terms) for other in others}
+        if _key(entry.terms) in their:
+            return -math.inf
+        served = [caller.served for key in their if (caller := self._callers.get(key)) is not None]
+        return min(served, default=math.inf) - own.served
+
+    def backlog(self, terms: Terms, own_seconds: float) -> float:
+        """Estimated seconds of work that will be done before a job that comes now, its own not counted.
+
+        All that is of better rank; of equal rank its caller's own, and as much of each other caller's, since they take turns, and
+        what those have had less.
+        """
+        own = self._callers.get(_key(terms))
+        _, before = (0.0, 0.0) if own is None else own.ahead(terms)
+        served = self._groups[terms.background].least_served if own is None else own.served
+        rate = own_seconds / terms.cost
+        total = before
+        for caller in self._callers.values():
+            better, same = caller.ahead(terms)
+            total += better
+            if caller is not own:
+                total += min(same, before + own_seconds + max(0.0, served - caller.served) * rate)
+        return total
+
+    @property
+    def work(self) -> float:
+        """Estimated seconds of work that was let in and is not yet begun."""
+        return sum(sum(caller.backlog.values()) for caller in self._callers.values())
+
+    def _amounts(self, terms: Terms) -> tuple[tuple[str, float, float], ...]:
+        if terms.background:
+            return (("background", 1, math.inf),)
+        return (
+            ("jobs", 1, self._bounds.jobs),
+            ("cost", terms.cost, self._bounds.cost),
+            ("bytes", terms.bytes, self._bounds.bytes),
+        )
+
+    def _take_out(self, caller: _Caller, entry: Entry) -> None:
+        caller.waiting.remove(entry)
+        caller.backlog[entry.terms.rank, entry.terms.light] -= entry.seconds
+        caller.group.waiting -= 1
+
+    def _in_order(self) -> Iterator[Entry]:
+        """All that wait, in the order in which they would be served if each took its turn."""
+        heads = [
+            (caller.waiting[0].terms.rank, caller.served, number, 0, caller)
+            for number, caller in enumerate(self._callers.values())
+            if caller.waiting
+        ]
+        heapq.heapify(heads)
+        while heads:
+            _, served, number, place, caller = heapq.heappop(heads)
+            entry = caller.waiting[place]
+            if place + 1 < len(caller.waiting):
+                following = caller.waiting[place + 1]
+                heapq.heappush(heads, (following.terms.rank, served + entry.terms.cost, number, place + 1, caller))
+            yield entry
+
+    def _forget(self) -> None:
+        """Drop idle callers that would not be treated otherwise if they were new; if there are none, the oldest."""
+        if len(self._callers) <= policy.MAX_CALLERS:
+            return
+        idle = [key for key, caller in self._callers.items() if caller.idle]
+        stale = [key for key in idle if self._callers[key].served <= self._callers[key].group.least_served]
+        for key in stale or idle[: len(idle) // 2]:
+            del self._callers[key]
+
+
+def _key(terms: Terms) -> tuple[bool, str]:
+    return terms.background, terms.caller

@@ -1,0 +1,226 @@
+"""The scheduler's face to the event loop: it lets jobs in, and waits for their answers."""
+
+import asyncio
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
+from typing import cast
+
+from cdam_server.compute.scheduling import policy
+from cdam_server.compute.scheduling.dispatcher import Dispatcher
+from cdam_server.compute.scheduling.entry import (
+    Bounds,
+    DeviceLostError,
+    Done,
+    Entry,
+    ExpiredError,
+    QueueFullError,
+    Terms,
+)
+from cdam_server.compute.scheduling.work import Answer, Work
+from cdam_server.compute.scheduling.worker import Worker
+
+__all__ = ["Observer", "Scheduler", "Ticket"]
+
+
+class Observer:
+    """Told what becomes of jobs, in the event loop's thread; does nothing unless a subclass does."""
+
+    def admitted(self) -> None:
+        """A job was let in."""
+
+    def refused(self, reason: str) -> None:
+        """A job was not let in: the bound that was hit (``jobs``, ``cost``, ``bytes``) or ``deadline``."""
+
+    def dropped(self, reason: str) -> None:
+        """A job that was let in was not answered: ``expired`` or ``cancelled``."""
+
+
+class Ticket:
+    """Room that a job has been given; from `Scheduler.admit`."""
+
+    def __init__(self, entry: Entry, dispatcher: Dispatcher) -> None:
+        self.entry = entry
+        self._dispatcher = dispatcher
+
+    async def submit(self, work: Work[Answer]) -> Done[Answer]:
+        """Wait for the work's answer; cancelling the wait withdraws it.
+
+        Raises:
+            ValueError: The work is of another bucket than its terms say.
+            ExpiredError: The deadline passed before it was computed.
+            DeviceLostError: Nothing can be computed any more.
+            Exception: Whatever `Work.run` raised or returned for it.
+        """
+        (done,) = await _submit(self._dispatcher, [(self.entry, work)])
+        return done
+
+
+class Scheduler:
+    """Gathers jobs into batches and has them computed.
+
+    Args:
+        bounds: How much may be let in and not yet answered.
+        max_batch_size: Largest number of jobs in a batch.
+        max_queue_delay: Longest time, in seconds, that a job waits for others to share its batch while a worker is idle.
+        slots: Batches in work at once, on one device.
+        observer: Told what becomes of jobs.
+        on_failure: Called once in the event loop, with the reason, if nothing can be computed any more.
+    """
+
+    def __init__(
+        self,
+        *,
+        bounds: Bounds = Bounds(),  # noqa: B008 - frozen
+        max_batch_size: int = 16,
+        max_queue_delay: float = 0.0,
+        slots: int = 1,
+        observer: Observer | None = None,
+        on_failure: Callable[[BaseException], None] = lambda error: None,  # noqa: ARG005
+    ) -> None:
+        self._observer = observer or Observer()
+        self._on_failure = on_failure
+        self._numbers = count()
+        self._failure: BaseException | None = None
+        self._held: set[Entry] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._dispatcher = Dispatcher(bounds, max_batch_size, max_queue_delay, slots, self._expire)
+        self._workers = [Worker(self._dispatcher, self._answer, self._fail_soon, number) for number in range(slots)]
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait for their batch."""
+        return self._dispatcher.waiting
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is working: started, and every worker alive."""
+        return self._loop is not None and self._failure is None and all(worker.is_alive() for worker in self._workers)
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long the worker that is busy and has been silent for longest has been so."""
+        return max(worker.silent_seconds for worker in self._workers)
+
+    def ceiling(self, bucket: Hashable) -> int:
+        """Most jobs in a batch of a bucket, as far as memory is known to hold them."""
+        return self._dispatcher.ceiling(bucket)
+
+    def start(self) -> None:
+        """Begin to work; to be called in the event loop that admits."""
+        self._loop = asyncio.get_running_loop()
+        for worker in self._workers:
+            worker.start()
+
+    @contextmanager
+    def admit(self, terms: Terms) -> Iterator[Ticket]:
+        """Give a job room for as long as the block runs, before anything is spent on preparing it.
+
+        Raises:
+            ClosedError: No more jobs are taken.
+            DeviceLostError: Nothing can be computed any more.
+            QueueFullError: There is no room, or it would not be done in time.
+        """
+        if self._failure is not None:
+            raise DeviceLostError("nothing can be computed any more")
+        assert self._loop is not None
+        entry = Entry(terms, time.monotonic(), next(self._numbers), self._loop.create_future())
+        try:
+            self._dispatcher.admit(entry)
+        except QueueFullError as refusal:
+            self._observer.refused(refusal.reason)
+            raise
+        self._observer.admitted()
+        self._held.add(entry)
+        self._empty.clear()
+        try:
+            yield Ticket(entry, self._dispatcher)
+        except asyncio.CancelledError:
+            self._observer.dropped("cancelled")
+            raise
+        except ExpiredError:
+            self._observer.dropped("expired")
+            raise
+        finally:
+            if not entry.answered.cancel() and not entry.answered.cancelled():
+                entry.answered.exception()  # if nobody came to read it, asyncio need not complain
+            self._held.discard(entry)
+            if not self._held:
+                self._empty.set()
+            self._dispatcher.release(entry)
+
+    async def submit_all(self, jobs: Sequence[tuple[Terms, Work[Answer]]]) -> list[Done[Answer]]:
+        """Let jobs in whose work is there, all or none, to be batched together, and wait for their answers.
+
+        Raises:
+            Exception: What `admit` and `Ticket.submit` raise.
+        """
+        with ExitStack() as stack:
+            admitted = [(stack.enter_context(self.admit(terms)).entry, work) for terms, work in jobs]
+            return await _submit(self._dispatcher, admitted)
+
+    async def close(self) -> None:
+        """Take no more jobs, wait until all that were let in are answered, and end the workers."""
+        self._dispatcher.close()
+        await self._empty.wait()
+        self.abandon()
+        while self._failure is None and any(worker.is_alive() for worker in self._workers):  # noqa: ASYNC110 - it is threads that end
+            await asyncio.sleep(policy.CLOSE_POLL_SECONDS)
+
+    def abandon(self) -> None:
+        """End without waiting for what is being computed."""
+        self._dispatcher.end()
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing can be computed any more: answer everyone, and tell."""
+        if self._failure is not None:
+            return
+        self._failure = error
+        self._dispatcher.end()
+        for entry in self._held:
+            _set(entry, DeviceLostError("nothing can be computed any more"))
+        self._on_failure(error)
+
+    def _fail_soon(self, error: BaseException) -> None:
+        self._call(self.fail, error)
+
+    def _expire(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._answer(entry, ExpiredError("the deadline passed while the request waited for its turn"))
+
+    def _answer(self, entry: Entry, answer: Done[object] | Exception) -> None:
+        self._call(_set, entry, answer)
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        """Have a function called in the event loop, from any thread; not if the loop has ended."""
+        assert self._loop is not None
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+async def _submit(dispatcher: Dispatcher, jobs: Sequence[tuple[Entry, Work[Answer]]]) -> list[Done[Answer]]:
+    """Hand jobs in to be batched together, and wait for their answers.
+
+    Raises:
+        ValueError: A work is of another bucket than its terms say; none is handed in.
+    """
+    for entry, work in jobs:
+        if work.bucket != entry.terms.bucket:
+            raise ValueError(f"the work is of bucket {work.bucket!r}; its terms say {entry.terms.bucket!r}")
+    for entry, work in jobs:
+        # Between here and the answer nothing depends on the answer's type.
+        entry.work, entry.submitted = cast("Work[object]", work), time.monotonic()
+    dispatcher.submit([entry for entry, _ in jobs])
+    return [cast("Done[Answer]", await entry.answered) for entry, _ in jobs]
+
+
+def _set(entry: Entry, answer: Done[object] | Exception) -> None:
+    if entry.answered.done():  # the caller has left
+        return
+    if isinstance(answer, Exception):
+        entry.answered.set_exception(answer)
+    else:
+        entry.answered.set_result(answer)

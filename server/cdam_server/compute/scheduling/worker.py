@@ -1,0 +1,148 @@
+"""The threads that compute, and what they do when something fails."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import structlog
+
+from cdam_server.compute.scheduling import policy
+from cdam_server.compute.scheduling.dispatcher import Dispatcher
+from cdam_server.compute.scheduling.entry import (
+    AbandonedError,
+    DeviceLostError,
+    Done,
+    Entry,
+    ExpiredError,
+    TooLargeError,
+)
+from cdam_server.compute.scheduling.run import Run
+from cdam_server.compute.scheduling.work import Computed
+
+_log = structlog.get_logger("cdam.server")
+
+
+class Worker(threading.Thread):
+    """Computes one batch after the other; where a batch rests, others may interrupt it.
+
+    Every job that it is handed gets exactly one answer. Should the thread itself fail, it says so before it ends.
+
+    Args:
+        dispatcher: Where batches come from.
+        answer: Takes a job's answer.
+        failed: Called if nothing can be computed any more.
+        number: Of the worker.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        answer: Callable[[Entry, Done[object] | Exception], None],
+        failed: Callable[[BaseException], None],
+        number: int,
+    ) -> None:
+        super().__init__(name=f"compute-{number}", daemon=True)
+        self._dispatcher = dispatcher
+        self._answer = answer
+        self._failed = failed
+        self._depth = 0
+        self._last_rest = time.monotonic()
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long it has been since it last came to a place to rest; 0 while it has nothing to do."""
+        return time.monotonic() - self._last_rest if self._depth else 0.0
+
+    def run(self) -> None:
+        """Work until there is no more; to be called by `start` alone."""
+        if sys.platform == "linux":  # elsewhere niceness is the whole process's
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), policy.NICENESS)
+        try:
+            while (run := self._dispatcher.next()) is not None:
+                self._work(run)
+                del run  # its images are not kept until the next batch comes
+        except BaseException as error:  # noqa: BLE001 - if the thread ended silently, everyone would wait
+            self._failed(error)
+
+    def _work(self, run: Run) -> None:
+        self._last_rest = time.monotonic()
+        self._depth += 1
+        computed = False
+        try:
+            computed = self._attempt(run, run.entries)
+        finally:
+            self._depth -= 1
+            self._dispatcher.finish(run, computed=computed)
+
+    def _attempt(self, run: Run, entries: Sequence[Entry]) -> bool:
+        """Answer some jobs of a batch; returns whether all of the batch was computed at once."""
+        entries = self._wanted(entries)
+        if not entries:
+            return False
+        try:
+            answers = self._compute(run, entries)
+        except AbandonedError:
+            self._wanted(entries)
+            return False
+        except DeviceLostError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, only its cause must fail
+            self._attempt_halves(run, entries, error)
+            return False
+        for entry, answer in zip(entries, answers, strict=True):
+            waited = run.started - entry.submitted
+            self._answer(entry, answer if isinstance(answer, Exception) else Done(answer, waited, len(entries)))
+        return len(entries) == len(run.entries)
+
+    def _compute(self, run: Run, entries: Sequence[Entry]) -> Sequence[object]:
+        """The answers to some jobs of a batch, computed at once and booked."""
+        works = [entry.work for entry in entries]
+        started = run.computed(time.monotonic())
+        answers = works[0].run(works, partial(self._rest, run, entries))
+        if len(answers) != len(works):
+            raise RuntimeError(f"{len(answers)} answers to {len(works)} jobs")
+        seconds = run.computed(time.monotonic()) - started
+        fill = len(works) / self._dispatcher.ceiling(run.terms.bucket)
+        try:
+            works[0].book(works, answers, Computed(seconds, fill))
+        except Exception:  # noqa: BLE001 - the answers are there, whatever is wrong with the metrics
+            _log.exception("a batch could not be booked")
+        return answers
+
+    def _attempt_halves(self, run: Run, entries: Sequence[Entry], error: Exception) -> None:
+        if isinstance(error, TooLargeError):
+            self._dispatcher.too_large(run, len(entries))
+        if len(entries) == 1:
+            self._answer(entries[0], error)
+            return
+        half = len(entries) // 2
+        while entries:
+            size = min(half, self._dispatcher.ceiling(run.terms.bucket))  # which the halves before may have lowered
+            self._attempt(run, entries[:size])
+            entries = entries[size:]
+
+    def _wanted(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Those that somebody still waits for; the others are answered."""
+        now = time.monotonic()
+        for entry in entries:
+            if not entry.wanted(now):
+                self._answer(entry, ExpiredError("the deadline passed before the request was computed"))
+        return [entry for entry in entries if entry.wanted(now)]
+
+    def _rest(self, run: Run, entries: Sequence[Entry]) -> int:
+        while True:
+            self._last_rest = started = time.monotonic()
+            if not any(entry.wanted(started) for entry in entries):
+                raise AbandonedError
+            other = self._dispatcher.interrupt(run) if self._depth <= policy.MAX_DEPTH else None
+            if other is not None:
+                self._work(other)
+            rested = self._dispatcher.pause(run) or other is not None
+            if rested:
+                self._last_rest = time.monotonic()
+                run.rested += self._last_rest - started
+            if not (run.terms.background and rested):
+                return self._dispatcher.sharing

@@ -1,0 +1,168 @@
+"""One image on its way: room in the queue, decoded, brought to the model's input, computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cdam_engine import Explanation, Method, Target
+from cdam_engine.preprocess import Prepared, Resize, prepare
+from cdam_engine.targets import count
+from cdam_server.compute.facts import ModelFacts
+from cdam_server.compute.scheduling import (
+    ClosedError,
+    DeviceLostError,
+    Done,
+    ExpiredError,
+    Pool,
+    QueueFullError,
+    Scheduler,
+    Terms,
+    TooLargeError,
+)
+from cdam_server.compute.work import ImageWork, Works
+from cdam_server.errors import DeadlineError, ExhaustedError, OverloadedError, UnavailableError
+from cdam_server.operation import tracing
+from cdam_server.operation.telemetry import Telemetry
+
+_RETRY_AFTER_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image that something is asked about.
+
+    Attributes:
+        open: Decodes it, upright RGB; slow, so it is called outside the event loop.
+        resize: Which part of it the model sees.
+        timeout: Seconds that the caller will still wait, or None.
+        rank: Those of lower rank go first.
+        caller: Who asks; callers take turns.
+        bytes: Memory that the request holds.
+    """
+
+    open: Callable[[], Image.Image]
+    resize: Resize
+    timeout: float | None = None
+    rank: int = 0
+    caller: str = ""
+    bytes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """What was found of an image.
+
+    Attributes:
+        prepared: The image as the model saw it, with its geometry.
+        done: The explanation, and how its batch came about.
+        decode_seconds: Time for decoding and resizing the image, the wait for a decoder counted in.
+    """
+
+    prepared: Prepared
+    done: Done[Explanation]
+    decode_seconds: float
+
+
+class Images:
+    """Has images computed, one at a time; the scheduler brings them together.
+
+    Args:
+        scheduler: Where work goes.
+        decoders: Threads for decoding images.
+        telemetry: Metrics.
+        works: Makes the work.
+    """
+
+    def __init__(self, scheduler: Scheduler, decoders: Pool, telemetry: Telemetry, works: Works) -> None:
+        self._scheduler = scheduler
+        self._decoders = decoders
+        self._telemetry = telemetry
+        self._works = works
+
+    async def explain(
+        self,
+        model: ModelFacts,
+        picture: Picture,
+        input_size: tuple[int, int],
+        targets: tuple[Target, ...],
+        methods: tuple[Method, ...],
+    ) -> Answered:
+        """Explain an image, by targets and methods that the model can serve.
+
+        Raises:
+            ServiceError: The image can't be decoded, or can't be served now.
+            NonFiniteError: What was found is not finite.
+        """
+        cost = model.explained.cost(methods, count(targets), model.patches(input_size))
+        return await self._answer(
+            model, picture, input_size, cost, lambda pixels: self._works.explain(model, pixels, targets, methods)
+        )
+
+    async def embed(self, model: ModelFacts, picture: Picture, input_size: tuple[int, int]) -> NDArray[np.floating]:
+        """The latent of an image, shape (D,); raises what `explain` raises."""
+        answered = await self._answer(model, picture, input_size, 1.0, lambda pixels: self._works.embed(model, pixels))
+        return answered.done.answer.latent
+
+    async def _answer(
+        self,
+        model: ModelFacts,
+        picture: Picture,
+        input_size: tuple[int, int],
+        cost: float,
+        make: Callable[[NDArray[np.uint8]], ImageWork],
+    ) -> Answered:
+        terms = Terms(
+            bucket=self._works.bucket(model, input_size),
+            cost=model.times_larger(input_size) * cost,
+            bytes=picture.bytes + 3 * math.prod(input_size),
+            caller=picture.caller,
+            timeout=picture.timeout,
+            rank=picture.rank,
+        )
+        with refusals(), self._scheduler.admit(terms) as ticket:
+            started = perf_counter()
+            prepared = await self._decoders.run(picture.caller, _open_and_resize, model, picture, input_size)
+            decode_seconds = perf_counter() - started
+            done = await ticket.submit(make(prepared.pixels))
+        _trace(done, decode_seconds, perf_counter())
+        self._telemetry.compute.labels("decode", "", model.name).observe(decode_seconds)
+        self._telemetry.queue.labels(model.name).observe(done.queue_seconds)
+        return Answered(prepared, done, decode_seconds)
+
+
+def _trace(done: Done[Explanation], decode_seconds: float, ended: float) -> None:
+    """The stages of a request that is done: one after the other, the last one ending now."""
+    trunk, tail = done.answer.trunk_seconds, done.answer.tail_seconds
+    stages = {"decode": decode_seconds, "queue": done.queue_seconds, "trunk": trunk, "tail": tail}
+    started = ended - sum(stages.values())
+    for name, seconds in stages.items():
+        tracing.stage(name, started, seconds, batch_size=done.batch_size)
+        started += seconds
+
+
+def _open_and_resize(model: ModelFacts, picture: Picture, input_size: tuple[int, int]) -> Prepared:
+    return prepare(picture.open(), model.data_config, resize=picture.resize, input_size=input_size)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """The scheduler's refusals, in the service's words."""
+    try:
+        yield
+    except QueueFullError as error:
+        raise OverloadedError(str(error), error.retry_after) from error
+    except ExpiredError as error:
+        raise DeadlineError(str(error)) from error
+    except TooLargeError as error:
+        raise ExhaustedError("OUT_OF_MEMORY", "the image does not fit into the device's memory") from error
+    except (ClosedError, DeviceLostError) as error:
+        raise UnavailableError("the server is going down", _RETRY_AFTER_SECONDS) from error

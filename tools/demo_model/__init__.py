@@ -1,0 +1,1 @@
+"""How well the demo model, and concepts of it, do on scenes that training never saw."""
