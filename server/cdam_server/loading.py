@@ -515,9 +515,13 @@ def _default_names(spec: ModelSpec, built: _Built, count: int) -> list[str]:
 def _task(spec: ModelSpec, built: _Built) -> Task:
     """What the settings say, else the file of the head, else the converted files."""
     source = built.converted if spec.head is None else built.trained
-    if source is None or source.task is None or "task" in spec.model_fields_set:
+    if source is None or source.task is None:
         return spec.task
-    return Task(source.task)
+    if "task" not in spec.model_fields_set:
+        return Task(source.task)
+    if spec.head is not None and spec.task != source.task:
+        raise LoadError("task", f"the head was trained for {source.task}, not {spec.task}: leave the task out")
+    return spec.task
 
 
 def _check_outputs(spec: ModelSpec, names: list[str], count: int, task: Task) -> None:

@@ -12,7 +12,9 @@ refused. A picture that was encoded anew has other bytes, and is not found so: r
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +23,12 @@ from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from cdam_images.folders import SUFFIXES, begins_like_image, is_shown, walk
-from cdam_server.load_error import few
+from cdam_server.load_error import few, reason
 from cdam_server.specs import Task
-from cdam_training.errors import DatasetError, shown
+from cdam_training.errors import UNREADABLE, DatasetError, shown
 from cdam_training.tables import Record, Table, read_table
 from cdam_training.values import Value, check_classes, odd_names, read_values
 
@@ -70,6 +73,11 @@ class Row:
     split: Split | None = None
     mask: Path | None = None
     mask_content: str = ""
+
+    @property
+    def place(self) -> list[tuple[int, str]]:
+        """What orders rows as they stand in the dataset: line 9 comes before line 10."""
+        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", self.where)]
 
 
 @dataclass(frozen=True)
@@ -362,6 +370,13 @@ def _contents(rows: Sequence[Row], path: Path, progress: Progress) -> dict[Path,
         if not begins_like_image(data):
             found = "is empty" if not data else "is no JPEG, PNG or WebP image"
             raise DatasetError(f"{path}, {wheres[file]}: {shown(file.name)} {found}")
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.draft("RGB", (1, 1))  # a JPEG is read to its end all the same
+                image.load()
+        except UNREADABLE as error:
+            why = f"can't be read as an image ({reason(error)}): mend it, or leave it out"
+            raise DatasetError(f"{path}, {wheres[file]}: {shown(file.name)} {why}") from error
         contents[file] = hashlib.sha256(data).hexdigest()
     return contents
 

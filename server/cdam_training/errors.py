@@ -8,8 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Final
+
+from PIL import Image
 
 from cdam_server.load_error import few
+
+UNREADABLE: Final = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises of files that are no images, or damaged."""
 
 
 class DatasetError(ValueError):

@@ -67,7 +67,10 @@ class Kept:
         if not file.exists():
             replace_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
         elif file.read_text(encoding="utf-8") != text:
-            raise LoadError("work", f"{file.parent} holds what another model made of other images: name another folder")
+            raise LoadError(
+                "kept",
+                f"{file.parent} holds what another model made of other images: remove it, or name another folder",
+            )
 
     def missing(self) -> Iterator[range]:
         """The rows that are still to be filled, a chunk at a time."""

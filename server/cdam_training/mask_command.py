@@ -18,11 +18,12 @@ from cdam_server.weights.trained import read_trained
 from cdam_training.card import Card
 from cdam_training.command import Clock, Result, Source, images_of, measured_rows, of_recipe, write
 from cdam_training.datasets import Dataset
+from cdam_training.errors import DatasetError
 from cdam_training.heads import Options, Progress
 from cdam_training.loop import Recipe
 from cdam_training.mask_metrics import measure_masks
 from cdam_training.mask_training import MaskOptions, MaskTraining, log_odds
-from cdam_training.masks import PatchMask, check_kind
+from cdam_training.masks import MaskKind, PatchMask, check_kind
 from cdam_training.metrics import Scores
 from cdam_training.ranking import Floats
 from cdam_training.splits import Splits
@@ -122,10 +123,22 @@ def _learnt_from(training: MaskTraining, splits: Splits) -> str:
 
 
 def _check_all(training: MaskTraining, splits: Splits) -> None:
-    """Read the masks that will be measured against, before anything is computed."""
-    for row in (*splits.validation.tolist(), *splits.test.tolist()):
-        if training.masks.dataset.rows[row].mask is not None:
+    """Read the masks that will be learnt from or measured against, before anything is computed.
+
+    Raises:
+        DatasetError: One can't be, or none of those that are learnt from shows anything.
+    """
+    dataset = training.masks.dataset
+    rows = {*training.train.tolist(), *training.validation.tolist(), *splits.validation.tolist(), *splits.test.tolist()}
+    for row in sorted(rows, key=lambda row: dataset.rows[row].place):
+        if dataset.rows[row].mask is not None:
             training.masks.of(row)
+    if training.masks.kind is MaskKind.CLASSES and not any(
+        training.masks.of(row).inside.any() for row in training.train
+    ):
+        raise DatasetError(
+            f"{dataset.name}: no mask of the training images shows a class; are they of the kind object?"
+        )
 
 
 def _measured(training: MaskTraining, dataset: Dataset, splits: Splits) -> Mapping[str, Scores]:

@@ -23,9 +23,9 @@ from cdam_images import upright_indices, upright_mask
 from cdam_server.load_error import few
 from cdam_server.specs import Task
 from cdam_training.datasets import Dataset, Row
-from cdam_training.errors import DatasetError
+from cdam_training.errors import UNREADABLE, DatasetError
 from cdam_training.trunk_outputs import Sources
-from cdam_training.views import PLAIN, UNREADABLE, read_image, view_of_indices
+from cdam_training.views import PLAIN, read_image, view_of_indices
 
 UNDECIDED: Final = 255
 """In a mask of classes: a pixel of which nothing is known."""

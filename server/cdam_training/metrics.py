@@ -32,6 +32,7 @@ TOP: Final = 5
 """How many classes may be named for one to be right, where there are more."""
 
 _CELLS: Final = 2_000_000  # weights at a time: 16 MB
+_LEAST_CLUSTERS: Final = 10  # fewer say too little of all others for an interval
 _DEFINED: Final = 0.9  # the share of draws that must have a value for an interval
 _ROUNDING: Final = 1e-10  # of the largest square: a variance below it is none
 
@@ -231,12 +232,15 @@ def _estimate(draws: Floats, about: _Values, clusters: int) -> Estimate:
     if not len(values):
         return Estimate(float(value))
     defined = values[~np.isnan(values)]
-    if clusters < 2:
-        return Estimate(float(value), note="no interval: there is one cluster alone")
+    if clusters < _LEAST_CLUSTERS:
+        which = "there is one cluster alone" if clusters == 1 else f"{clusters} clusters tell too little of others"
+        return Estimate(float(value), note=f"no interval: {which}")
     if len(defined) < max(1, _DEFINED * len(values)):
         return Estimate(
             float(value), note=f"no interval: in {len(values) - len(defined)} of {len(values)} draws {about.undefined}"
         )
+    if value in about.bounds and (defined == value).all():  # all right, or all wrong: draws of these say no more
+        return Estimate(float(value), note="no interval: all rows say the same")
     bias = defined.mean() - value
     low, high = np.clip(np.percentile(defined, [2.5, 97.5]) - 2 * bias, *about.bounds).tolist()
     return Estimate(float(value), min(low, float(value)), max(high, float(value)))

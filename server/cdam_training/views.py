@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torchvision.transforms import v2 as transforms
 from cdam_engine.preprocess import DataConfig, prepare
 from cdam_images import upright_rgb
 from cdam_server.load_error import reason
-from cdam_training.errors import DatasetError
+from cdam_training.errors import UNREADABLE, DatasetError
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,6 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
 
-
-UNREADABLE: Final = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow has for bad bytes."""
 
 PLAIN = 0
 """The view that a model is served: no variation at all."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,9 @@ from sklearn.linear_model import LogisticRegression
 import cdam
 from cdam_engine.preprocess import DataConfig, normalise, prepare
 from cdam_server.cli import main
+from cdam_server.load_error import LoadError
 from cdam_server.loading import load_model, load_models_file
+from cdam_server.specs import ModelSpec, Task
 from killing import kill_and_repeat
 from processes import serving
 from small_models import ARCHITECTURE, SHAPE, vit
@@ -280,6 +285,52 @@ def test_what_is_kept_is_not_taken_for_that_of_a_model_of_the_same_weights(
     command = ["train", "head", str(folder / "photos"), "--models-file", str(other), *way, *kept]
     refused = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "y.safetensors")])
     assert "holds what another model made of other images" in refused.output
+
+
+def test_an_interrupted_training_of_another_model_is_begun_anew_if_asked(folder: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "x.safetensors", tmp_path / "x.work"
+    command = [sys.executable, "-m", "cdam_server.cli", *arguments(folder, "photos", "--cache-latents", "-o", str(out))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (work / "kept" / "done.npy").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert said.splitlines()[-1] == "Aborted: the same command goes on from here."
+    models = json.loads((folder / "models.yaml").read_text())
+    models["models"][0]["checkpoint"] = str(folder / "backbone.pth")
+    models["models"][0]["model_kwargs"]["num_heads"] = 4
+    (tmp_path / "other.yaml").write_text(json.dumps(models))
+    other = ["train", "head", str(folder / "photos"), "--models-file", str(tmp_path / "other.yaml"), "--cache-latents"]
+    refused = CliRunner().invoke(main, [*other, "-o", str(out)])
+    assert f"kept: {work / 'kept'} holds what another model made of other images: remove it" in refused.output
+    assert CliRunner().invoke(main, [*other, "-o", str(out), "--overwrite"]).exit_code == 0
+
+
+def test_a_dataset_that_is_refused_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        picture(0, number).save(tmp_path / f"{number}.png")
+    cut = tmp_path / "4.png"
+    cut.write_bytes(cut.read_bytes()[:-500])
+    rows = [f"{number}.png,{'ab'[number % 2]}" for number in range(6)]
+    (tmp_path / "rows.csv").write_text("\n".join(["image,kind", *rows]))
+    models = str(folder / "models.yaml")
+    command = ["train", "head", str(tmp_path / "rows.csv"), "--models-file", models, "--task", "multi_class"]
+    refused = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "x.safetensors")])
+    assert "rows.csv, line 6: 4.png can't be read as an image" in refused.output
+    assert not (tmp_path / "x.work").exists()
+
+
+def test_a_head_is_served_for_the_task_that_it_was_trained_for(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    assert run(folder, "photos", "--cache-latents", "--l2", "1", "-o", str(out)).exit_code == 0
+    (entry,) = json.loads(models_file(folder, tmp_path / "m.yaml", out).read_text())["models"]
+    spec = ModelSpec(**entry)
+    assert load_model(spec).task == "multi_class"
+    with pytest.raises(
+        LoadError, match="task: the head was trained for multi_class, not regression: leave the task out"
+    ):
+        load_model(ModelSpec(**entry, task=Task.REGRESSION))
 
 
 def test_what_the_models_own_settings_drop_is_part_of_the_training(folder: Path, tmp_path: Path) -> None:

@@ -270,3 +270,25 @@ def test_a_mask_of_another_size_is_refused_before_anything_is_computed(folder: P
     assert done.exit_code == 1
     assert f"the mask tall.png is {SIZE + 1} x {SIZE} (height x width), but the image is {SIZE} x {SIZE}" in done.output
     assert not np.load(tmp_path / "x.work" / "kept" / "done.npy").any()
+
+
+def test_masks_that_show_no_class_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Masks of objects, 0 and 255: as masks of classes all of the object would be undecided."""
+    Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), (0, SIZE - 8))).save(tmp_path / "object.png")
+    images = [f"{folder}/images/one{number}.png,{CLASSES[number % 3]},object.png" for number in range(24)]
+    (tmp_path / "rows.csv").write_text("\n".join(["image,class,mask", *images]) + "\n")
+    more = ("--task", "multi_class", "--target", "class", "--mask", "mask", "--mask-kind", "classes")
+    done = run(folder, str(tmp_path / "rows.csv"), *more, "-o", str(tmp_path / "x.safetensors"))
+    assert done.exit_code == 1
+    assert "no mask of the training images shows a class; are they of the kind object?" in done.output
+
+
+def test_of_several_wrong_masks_the_first_one_is_named(folder: Path, tmp_path: Path) -> None:
+    Image.new("L", (SIZE, SIZE + 1), 255).save(tmp_path / "tall.png")
+    images = [f"{folder}/images/one{number}.png,{CLASSES[number % 3]},tall.png,test" for number in range(12)]
+    images += [f"{folder}/images/one{number}.png,{CLASSES[number % 3]},,train" for number in range(12, 24)]
+    images[-1] = images[-1].replace(",,", f",{folder}/images/one23.png,")
+    (tmp_path / "rows.csv").write_text("\n".join(["image,class,mask,split", *images]) + "\n")
+    more = ("--task", "multi_class", "--target", "class", "--mask", "mask", "--split-by", "split")
+    done = run(folder, str(tmp_path / "rows.csv"), *more, "-o", str(tmp_path / "x.safetensors"))
+    assert "rows.csv, line 2: the mask tall.png" in done.output

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import click
 
+from cdam_server.cli.explain import Aborted
 from cdam_server.cli.model_options import FILE, backbone_options, chosen, complain
 from cdam_server.cli.report import printable
 
@@ -110,7 +111,12 @@ dataset_options = _options(
     click.option("--validation", type=_share, help="Share of the rows to choose by.  [0.15]"),
     click.option("--test", type=_share, help="Share of the rows to measure on.  [0.15]"),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all draws."),
-    click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, mps."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="Where to compute: cpu, cuda, cuda:1, mps; auto: a GPU if there is one.",
+    ),
     click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read images."),
     click.option(
         "--work",
@@ -200,17 +206,19 @@ def run(options: dict[str, Any], train: Train) -> None:
     with complain(), _installed():
         output: Path = options["output"]
         work = _work_folder(options)
-        with locked(work, "work"):
+        with _unused_removed(work), locked(work, "work"):
             _check_output(options)  # another process may have written it meanwhile
             _forget(options, work)
             spec = _spec(options)
             with Bars() as bars:
-                card = train(spec, _source(options), output, work, bars)
+                try:
+                    card = train(spec, _source(options), output, work, bars)
+                except KeyboardInterrupt:
+                    raise Aborted("the same command goes on from here") from None
             if options["work"] is None:
                 _clear(work, kept=options["kept"] is None)
-    click.echo(
-        f"{output}: {card.model.trained}, {len(card.outputs)} outputs; what it is: {output.with_suffix('.json')}"
-    )
+    outputs = "1 output" if len(card.outputs) == 1 else f"{len(card.outputs)} outputs"
+    click.echo(f"{output}: {card.model.trained}, {outputs}; what it is: {output.with_suffix('.json')}")
     for note in card.data.notes:
         click.echo(f"note: {note}", err=True)
     for line in _summary(card):
@@ -245,7 +253,7 @@ def _estimate(estimate: Estimate) -> str:
     if estimate.value is None:
         return f"undefined: {estimate.note}"
     if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:8.4g}"
+        return f"{estimate.value:8.4g}  {estimate.note}".rstrip()
     return f"{estimate.value:8.4g}  ({estimate.low:.4g} to {estimate.high:.4g})"
 
 
@@ -263,8 +271,14 @@ def kept_options(options: dict[str, Any]) -> Options:
         keep_limit=round(options["keep_limit"] * 1e9),
         keep_dtype=options["keep_dtype"],
         workers=options["workers"],
-        device=options["device"],
+        device=_device(options["device"]),
     )
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _source(options: dict[str, Any]) -> Source:
@@ -324,6 +338,21 @@ def _forget(options: dict[str, Any], work: Path) -> None:
     if options["overwrite"]:
         for file in _STATES:
             (work / file).unlink(missing_ok=True)
+        if options["kept"] is None:
+            shutil.rmtree(work / "kept", ignore_errors=True)
+
+
+@contextmanager
+def _unused_removed(work: Path) -> Iterator[None]:
+    """A folder in which nothing was kept is not left behind."""
+    from cdam_training.files import LOCK
+
+    try:
+        yield
+    finally:
+        if work.is_dir() and [file.name for file in work.iterdir()] == [LOCK]:
+            (work / LOCK).unlink()
+            work.rmdir()
 
 
 def _clear(work: Path, *, kept: bool) -> None:
@@ -381,7 +410,7 @@ class Bars:
         """See `cdam_training.heads.Progress`."""
         last = history[-1] if history else None
         losses = {} if last is None else {"loss": last.loss, "validation": last.validation_loss}
-        self._show("training", done, total, losses)
+        self._show("training steps", done, total, losses)
 
     def fitting(self, fits: Sequence[Fit], total: int) -> None:
         """See `cdam_training.heads.Progress`."""

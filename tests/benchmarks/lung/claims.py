@@ -180,8 +180,8 @@ def _of_malignancy(part: Part, method: str) -> Iterator[Claim]:
                     value(record, record.removed[method]) - value(record, record.removed["random"])
                 )
             )
-            figure = f"without these patches of the disc the logit {moves} by {own.text()}; more than without random ones by {found.text()}"
-            yield Claim(text, f"{figure}, in {its.count}", found)
+            figure = f"without these patches of the disc the logit {moves} by {own.text()}; more than without random ones by {found.text()}; both must be above 0"
+            yield Claim(text, f"{figure}, in {its.count}", min(own, found, key=lambda each: each.low))
 
 
 def _of_diameter(part: Part, method: str) -> Iterator[Claim]:
@@ -192,7 +192,7 @@ def _of_diameter(part: Part, method: str) -> Iterator[Claim]:
         lambda record: (DIAMETER.of(record, method), DIAMETER_OUTSIDE.of(record, method)),
         lambda rows: abs(rows[:, 1].mean() / rows[:, 0].mean()),
     )
-    outside = its.mean(lambda record: DIAMETER_OUTSIDE.of(record, method))
+    outside = DIAMETER_OUTSIDE.mean(part, method)
     yield Claim(
         "diameter: the background is about 0",
         f"mean score, outside {outside.text()}; its size as a share of the body's: {share.text()}; at most {_ZERO:g} agrees",

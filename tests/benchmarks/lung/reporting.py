@@ -158,7 +158,7 @@ def _left_out(part: Part) -> str:
 
 
 def _verdicts(part: Part) -> str:
-    methods = [name for name in part.methods if name != "attention"]
+    methods = [*(name for name in part.methods if name != "attention"), "random"]
     rows = [[text, *found] for text, found in claims.verdicts(part, methods)]
     return table(["", *(_name(name) for name in methods)], rows)
 

@@ -160,10 +160,21 @@ def test_ranking_under_weights(
 
 
 def test_a_class_without_examples_has_no_recall() -> None:
-    scores = measure(Task.MULTI_CLASS, names(3), np.array([0, 0, 2, 2]), np.eye(3)[[0, 1, 2, 2]])
+    scores = measure(Task.MULTI_CLASS, names(3), np.repeat([0, 0, 2, 2], 3), np.eye(3)[np.repeat([0, 1, 2, 2], 3)])
     assert scores.by_output["recall"]["o1"] == Estimate(None, note="there is no example")
     assert scores.estimates["balanced_accuracy"].value == 0.75
     assert scores.estimates["balanced_accuracy"].note == "over 2 of 3 outputs: of the others there is no example"
+
+
+@pytest.mark.parametrize(
+    ("rows", "right", "note"), [(9, 4, "no interval: 9 clusters tell"), (40, 40, "no interval: all")]
+)
+def test_no_interval_is_claimed_of_too_few_or_of_what_never_differs(rows: int, right: int, note: str) -> None:
+    """A bootstrap of six right answers out of six says 1 to 1."""
+    answers = np.eye(2)[[int(row >= right) for row in range(rows)]]
+    estimate = measure(Task.MULTI_CLASS, names(2), np.zeros(rows, np.int64), answers).estimates["accuracy"]
+    assert (estimate.value, estimate.low, estimate.high) == (right / rows, None, None)
+    assert estimate.note.startswith(note)
 
 
 def test_a_label_of_one_kind() -> None:
@@ -187,10 +198,10 @@ def test_labels_without_any_positive() -> None:
     ("value", "undefined", "defined"), [(0, "sensitivity", "specificity"), (1, "specificity", "sensitivity")]
 )
 def test_binary_of_one_kind(value: int, undefined: str, defined: str) -> None:
-    scores = measure(Task.BINARY, ["sick"], np.full((6, 1), value, np.float32), np.full(6, value - 0.5))
+    scores = measure(Task.BINARY, ["sick"], np.full((12, 1), value, np.float32), np.full(12, value - 0.5))
     assert scores.estimates[undefined].value is None
     assert scores.estimates[undefined].note == f"there is no {'negative' if value else 'positive'} example"
-    assert scores.estimates[defined] == Estimate(1.0, 1.0, 1.0)
+    assert scores.estimates[defined] == Estimate(1.0, note="no interval: all rows say the same")
     assert scores.estimates["auroc"] == Estimate(None, note="there are only positive or only negative examples")
 
 
@@ -206,9 +217,9 @@ def test_regression_without_variation(constant: float) -> None:
 
 
 def test_an_interval_needs_most_draws() -> None:
-    """Of six rows with one positive a third of the draws has none."""
-    targets = np.array([[1], [0], [0], [0], [0], [0]], np.float32)
-    estimate = measure(Task.BINARY, ["sick"], targets, np.arange(6.0)).estimates["auroc"]
+    """Of twelve rows with one positive a third of the draws has none."""
+    targets = np.array([[1], *[[0]] * 11], np.float32)
+    estimate = measure(Task.BINARY, ["sick"], targets, np.arange(12.0)).estimates["auroc"]
     assert estimate.value == 0
     assert (estimate.low, estimate.high) == (None, None)
     assert estimate.note.startswith("no interval: in 3")
