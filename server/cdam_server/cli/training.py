@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import click
 
-from cdam_server.cli.explain import Aborted
+from cdam_server.cli.failures import Aborted
 from cdam_server.cli.model_options import FILE, backbone_options, chosen, complain
 from cdam_server.cli.report import printable
 
