@@ -14,15 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import click
 
-<<<<<<< HEAD:server/cdam_cli/training.py
 from cdam_cli.failures import Aborted
 from cdam_cli.model_options import FILE, backbone_options, chosen, complain
 from cdam_cli.report import printable
-=======
-from cdam_cli.failures import Aborted
-from cdam_cli.model_options import FILE, backbone_options, chosen, complain
-from cdam_cli.report import printable
->>>>>>> seam-client:server/cdam_cli/training.py
 
 if TYPE_CHECKING:
     from cdam_server.settings.specs import ModelSpec
