@@ -29,7 +29,7 @@ def of_several(part: Part) -> Iterator[Claim]:
     yield _zero_attention(part)
     yield _alike(part)
     for what, quantity in (("A_LIF-MIF", FIDELITY), ("boxes", BOXES)):
-        text = f"gradients for normalised tokens are far better than for unnormalised ones, by {what}"
+        text = f"gradients for normalised tokens are better than for unnormalised ones (far better, it says), by {what}"
         yield difference(text, values, "cdam", "unnormalised_cdam", quantity)
     yield _times_normalised(part)
 
