@@ -248,8 +248,8 @@ def main() -> None:
         cards[title] = card
         models = models_file(work / f"{name}.yaml", given.checkpoint, weights)
         found[title] = compared(models, dataset, compare, work / f"{name}.compared.json")
-    text = "\n".join(table(cards, found))
-    (work / "masks.md").write_text(text + "\n")
+        text = "\n".join(table(cards, found))  # of what is done so far
+        (work / "masks.md").write_text(text + "\n")
     print(text)
 
 
