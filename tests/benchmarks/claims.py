@@ -34,10 +34,14 @@ def found(results: Path, masks: Path) -> Iterator[tuple[str, list[Claim]]]:
         yield f"scenes ({sum(1 for path in paths for _ in lines(path))})", scenes.claims(paths)
     photos = results / "photos"
     for seed in sorted({path.name.split("-")[0] for path in photos.glob("seed*-*.jsonl")}):
-        parts = {part: read_photographs(sorted(photos.glob(f"{seed}-{part}-*.jsonl"))) for part in ("multi", "single")}
-        for its, of in ((parts["multi"], of_photographs.of_several), (parts["single"], of_photographs.of_single)):
+        for part, classes, of in (
+            ("multi", "several classes", of_photographs.of_several),
+            ("single", "one class", of_photographs.of_single),
+        ):
+            its = read_photographs(sorted(photos.glob(f"{seed}-{part}-*.jsonl")))
             if its is not None:
-                yield f"photographs, {seed.replace('seed', 'seed ')} ({len(its.kept)})", list(of(its))
+                where = f"photographs of {classes}, {seed.replace('seed', 'seed ')} ({len(its.kept)})"
+                yield where, list(of(its))
     if all((masks / f"{name}.compared.json").exists() for name in photos_masks.CLAIMED):
         yield "photographs, with masks", list(photos_masks.claims(masks))
     nodules = read_nodules(results / "nodules")

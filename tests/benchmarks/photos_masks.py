@@ -100,9 +100,17 @@ def compared(models: Path, dataset: Path, count: int, kept: Path) -> Compared:
         dataset: As of `cdam train`.
         count: How many images.
         kept: Where it is written; if it is there, it is read.
+
+    Raises:
+        ValueError: It is there, and of another number of images.
     """
     if kept.exists():
-        return Compared(**json.loads(kept.read_text()))
+        known = Compared(**json.loads(kept.read_text()))
+        if len(known.logits) != count:
+            raise ValueError(
+                f"{kept}: of {len(known.logits)} images, not of {count}: remove it, or name another folder"
+            )
+        return known
     model = load_model(load_models_file(models)[0])
     explainer, vit = engine.Explainer(model.module), engine.SplitViT(model.module)
     data = read_dataset(dataset, task=Task.MULTI_LABEL, targets=["labels"], split_by="split", mask="mask")
@@ -209,6 +217,7 @@ def main() -> None:
     parser.add_argument("--compare", type=int, default=511, metavar="IMAGES", help="with CDAM and attention")
     parser.add_argument("rest", nargs="*", metavar="OPTION", help="after --: more options of `cdam train masks`")
     given = parser.parse_args()
+    compare = min(given.compare, given.val)
     work: Path = given.work
     work.mkdir(parents=True, exist_ok=True)
     dataset = work / "voc.jsonl"
@@ -224,7 +233,7 @@ def main() -> None:
             cdam("train", "head", dataset, "--models-file", models, *shared, *recipe, "-o", head)
     models = models_file(work / "before.yaml", given.checkpoint, head)
     cards = {}
-    found = {"before": compared(models, dataset, given.compare, work / "before.compared.json")}
+    found = {"before": compared(models, dataset, compare, work / "before.compared.json")}
     trainings = [("control", 0.01, ["--mask-weight", 1e-9])]
     trainings += [(f"masks_{share:g}", share, []) for share in given.shares]
     trainings += [("unbalanced", given.shares[-1], ["--no-balance-masks"])]
@@ -238,9 +247,9 @@ def main() -> None:
         title = {"control": "no masks", "unbalanced": f"{images}, not balanced"}.get(name, images)
         cards[title] = card
         models = models_file(work / f"{name}.yaml", given.checkpoint, weights)
-        found[title] = compared(models, dataset, given.compare, work / f"{name}.compared.json")
-    text = "\n".join(table(cards, found))
-    (work / "masks.md").write_text(text + "\n")
+        found[title] = compared(models, dataset, compare, work / f"{name}.compared.json")
+        text = "\n".join(table(cards, found))  # of what is done so far
+        (work / "masks.md").write_text(text + "\n")
     print(text)
 
 

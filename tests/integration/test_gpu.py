@@ -37,6 +37,11 @@ _SHORT = {
 METHOD = {kind: _SHORT.get(kind) or method() for kind, method in METHODS.items()}
 
 
+@pytest.fixture(autouse=True)
+def _float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # by default convolutions are in TF32
+
+
 @pytest.fixture(params=["vit_tiny_patch16_224", "vit_base_patch16_siglip_gap_224"], ids=["closed_form", "autograd"])
 def model(request: pytest.FixtureRequest) -> nn.Module:
     with torch.random.fork_rng():
@@ -67,7 +72,7 @@ def test_map_is_the_cpus(model: nn.Module, method: Method) -> None:
         method = METHOD["cdam"]  # it starts at [CLS]
     expected = _explain(model, "cpu", [method])
     found = _explain(model, "cuda", [method])
-    _assert_alike(found, expected, 2e-3)
+    _assert_alike(found, expected, 1e-2 if method.kind == "partial_lrp" else 1e-4)  # its shares divide by almost 0
     assert all(item.trunk_seconds >= 0 and item.tail_seconds > 0 for item in found)
 
 
@@ -75,7 +80,7 @@ def test_what_is_kept_on_the_device(model: nn.Module) -> None:
     expected = _explain(model, "cpu", [METHOD["cdam"], METHOD["integrated_cdam"]])
     found = _explain(model, "cuda", [METHOD["cdam"], METHOD["integrated_cdam"]], cache=TokenCache(1 << 24))
     assert all(item.token_cache_hit for item in found)
-    _assert_alike(found, expected, 2e-3)
+    _assert_alike(found, expected, 1e-4)
 
 
 def test_trunk_in_bfloat16(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.photographs.choice import Chosen, examples, mask, pixels
-from benchmarks.photographs.measuring import digest, encode_mask
+from benchmarks.photographs.measuring import device_of, digest, encode_mask
 from benchmarks.sheets import encode
 from cdam_engine import Concept, Explainer, Output, Target, mean_concept
 from cdam_engine.preprocess import normalise
@@ -67,8 +67,9 @@ def _run(explainer: Explainer, shown: Sequence[Photograph]) -> Iterator[tuple[to
     found = []
     for start in range(0, len(shown), _BATCH):
         images = np.stack([pixels(one.path, explainer.data_config) for one in shown[start : start + _BATCH]])
-        latent, logits = explainer.outputs(normalise(torch.from_numpy(images), explainer.data_config))
-        found.append((latent, logits))
+        x = normalise(torch.from_numpy(images).to(device_of(explainer)), explainer.data_config)
+        latent, logits = explainer.outputs(x)
+        found.append((latent.cpu(), logits.cpu()))
     return iter(found)
 
 

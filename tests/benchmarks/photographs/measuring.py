@@ -131,7 +131,8 @@ def load(weights: Path, backbone: Path | None = None, device: str = "cpu") -> Ex
     Raises:
         LoadError: The files are not those of the model.
     """
-    loaded = load_model(spec(weights, None) if backbone is None else spec(backbone, weights))
+    torch.backends.cudnn.allow_tf32 = False  # products of matrices are without it unless asked for
+    loaded = load_model(spec(weights, None) if backbone is None else spec(backbone, weights), device)
     return Explainer(loaded.module, data_config=loaded.data_config)
 
 
@@ -148,17 +149,24 @@ def spec(checkpoint: Path, head: Path | None) -> ModelSpec:
     )
 
 
+def device_of(explainer: Explainer) -> torch.device:
+    """Where it computes."""
+    return next(explainer.vit.model.parameters()).device
+
+
 def digest(explainer: Explainer) -> str:
     """The model's fingerprint."""
     return fingerprint(explainer.vit.model, ARCHITECTURE, {"img_size": list(INPUT)})
 
 
 def header(explainer: Explainer, its: Protocol | None, **others: object) -> dict[str, object]:
-    """What the lines of a journal have in common: model, protocol if there is one, versions."""
+    """What the lines of a journal have in common: model, protocol if there is one, versions, the GPU if there is one."""
+    device = device_of(explainer)
     return {
         "model": digest(explainer),
         **({} if its is None else {"protocol": repr(its), "methods": names(its)}),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
         **others,
     }
 
@@ -216,8 +224,7 @@ class Measuring:
         with torch.inference_mode(mode=False), torch.no_grad():
             turns = self.turns(its)
             values = [as_lists(self._finished(turn)) for turn in turns]
-            device = next(explainer.vit.model.parameters()).device
-            x = normalise(torch.from_numpy(its.image)[None].to(device), explainer.data_config)
+            x = normalise(torch.from_numpy(its.image)[None].to(device_of(explainer)), explainer.data_config)
             outputs = explainer.outputs(x).logits[0]
             length = norms(explainer, x)[0].cpu()
         (boxed,) = (metric for metric in self.evaluator.protocol.metrics if isinstance(metric, BoxSensitivity))

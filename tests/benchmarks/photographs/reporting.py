@@ -154,13 +154,19 @@ def _model(results: Path, name: str, parts: Mapping[str, Part]) -> str:
             )
     if parts:
         header = next(iter(parts.values())).header
-        versions = ", ".join(f"{key} {value}" for key, value in header["versions"].items())
+        journals = [path for part in parts for path in results.glob(f"{name}-{part}-*.jsonl")]
+        measured = " and ".join(sorted({_measured_with(header_of(path)) for path in journals}))
         noise = header["sigmas"]
         found.append(
             f"Sigma of Smooth CDAM {noise['smooth_cdam']:g}, of SmoothGrad {noise['smooth_grad']:g} of the range. "
-            f"Model `{header['model'][:12]}`; {versions}."
+            f"Model `{header['model'][:12]}`; measured with {measured}."
         )
     return " ".join(found)
+
+
+def _measured_with(header: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{key} {value}" for key, value in header["versions"].items())
+    return f"{versions} on {header.get('gpu', 'a CPU')}"
 
 
 def _peaks(parts: Mapping[str, Part]) -> str:
