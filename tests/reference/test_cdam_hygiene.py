@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,31 +149,6 @@ def test_results_carry_no_graph(model: nn.Module) -> None:
             assert type(target.value) is float
     # Arrays may share memory with detached tensors; what must be gone are tensors with a graph.
     assert _tensors_alive() == before
-
-
-@pytest.mark.parametrize("name", ["eight_outputs", "dinov3_token", "dynamic_size"])
-def test_two_threads_share_an_explainer(name: str) -> None:
-    case = BY_ID[name]
-    explainer = Explainer(build(case))
-    jobs = [
-        (images(case, 1 + seed % 3, seed=seed), [[Output(seed % case.outputs), TopK(1 + seed % 2)]] * (1 + seed % 3))
-        for seed in range(6)
-    ]
-    alone = [explainer.explain(*job) for job in jobs]
-    together = threading.Barrier(2)
-
-    def work(order: list[int]) -> dict[int, list[Explanation]]:
-        together.wait(timeout=30)
-        # The second thread's mode must not reach the first.
-        with torch.inference_mode(mode=order[0] == 0):
-            return {index: explainer.explain(*jobs[index]) for index in order}
-
-    with ThreadPoolExecutor(2) as pool:
-        forwards, backwards = pool.map(work, [list(range(6)), list(reversed(range(6)))])
-    for index, expected in enumerate(alone):
-        _assert_equal(forwards[index], expected)
-        _assert_equal(backwards[index], expected)
-    assert torch.is_grad_enabled()
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ def test_results_carry_no_graph() -> None:
     assert _tensors_alive() == before
 
 
-@pytest.mark.parametrize("name", ["eight_outputs", "dinov3_token", "beit"])
+@pytest.mark.parametrize("name", ["eight_outputs", "dinov3_token", "beit", "dynamic_size"])
 def test_two_threads_share_an_explainer(name: str) -> None:
     case = BY_ID[name]
     if not available(case):
