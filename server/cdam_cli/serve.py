@@ -86,6 +86,17 @@ There is neither TLS nor authentication, so only this machine is served by defau
     metavar="MIB",
     help="Most memory of all requests being served, for their messages and pixels.  [256]",
 )
+@click.option(
+    "--deadline-margin",
+    type=click.FloatRange(1, 10),
+    help="A request is let in if its estimated time, so many times, is within its deadline.  [1.5]",
+)
+@click.option(
+    "--compute-slots",
+    type=click.IntRange(0, 16),
+    help="Batches computed at once; 0: two on a GPU, up to four on a CPU.  [0]",
+)
+@click.option("--decode-threads", type=click.IntRange(1, 64), help="Threads that decode images.  [4]")
 @click.option("--max-stream-items", type=click.IntRange(min=1), help="Most items of a stream in work at once.  [32]")
 @click.option(
     "--max-connection-age-seconds",

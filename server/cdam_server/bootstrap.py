@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from functools import partial
 from time import monotonic
+from typing import Final
 
 import grpc
 import structlog
@@ -49,18 +50,29 @@ from cdam_server.usecases.registration import RegisterUseCase
 from cdam_server.usecases.resolve import ExplainLimits, Resolver
 
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
-_DECODERS = 4
-_CROWD = 4
-_REGISTRATIONS = 4  # of so many requests one
-_EVALUATIONS = 8  # likewise
-_EVALUATION_MEMORY = 4
-_CPU_SLOTS = 4
-_ARRIVALS_SECONDS = 0.2  # in which calls that arrived with the last answer are refused, too
-# The event loop and the workers want the interpreter in turns, hundreds of times a batch.
-_SWITCH_SECONDS = 0.0005
-_HEARTBEAT_SECONDS = 0.2  # also how late gRPC health hears of a change
-_STALL_SECONDS = 10.0  # without a heartbeat, until the event loop counts as hanging
-_GRACE_SECONDS = 1.0  # for refusals and answers that are on their way when the API's port closes
+
+# Ratio to max_pending. So many calls at once, open streams among them, are read at all: refusing takes time and memory, too.
+_MAX_CALLS: Final = 4
+# Ratio to max_pending. One request in so many may be a registration, and one in so many an evaluation: each is many jobs.
+_REGISTRATIONS: Final = 4
+_EVALUATIONS: Final = 8
+# Ratio to max_pending_mib. Samples of evaluations that wait take one part in so many at most.
+_EVALUATION_MEMORY: Final = 4
+# Batches at once on a GPU: one is staged while another is computed. On a CPU, whose cores are better used by several
+# than by one: at most so many, each with a core of its own.
+_GPU_SLOTS: Final = 2
+_MAX_CPU_SLOTS: Final = 4
+# Seconds in which calls that arrived with the last answer are refused, not dropped.
+_ARRIVALS_SECONDS: Final = 0.2
+# Seconds. The event loop and the workers want the interpreter in turns, hundreds of times a batch.
+_SWITCH_SECONDS: Final = 0.0005
+# Seconds between heartbeats of the event loop; gRPC health hears of a change no later.
+_HEARTBEAT_SECONDS: Final = 0.2
+# Seconds without a heartbeat until the event loop counts as hanging.
+_STALL_SECONDS: Final = 10.0
+# Seconds for refusals and answers that are on their way when the API's port closes.
+_GRACE_SECONDS: Final = 1.0
+
 _log = structlog.get_logger("cdam.server")
 
 
@@ -117,17 +129,21 @@ class Application:
         settings, telemetry = self._settings, self._telemetry
         self._loop = asyncio.get_running_loop()
         self._scheduler = Scheduler(
-            bounds=Bounds(settings.max_pending, settings.max_pending_passes, settings.max_pending_mib * MIB),
+            bounds=Bounds(
+                settings.max_pending,
+                settings.max_pending_passes,
+                settings.max_pending_mib * MIB,
+                settings.deadline_margin,
+            ),
             max_batch_size=settings.max_batch_size,
             max_queue_delay=settings.max_queue_delay_microseconds / 1e6,
-            # A GPU has one batch staged while it computes another; a CPU's cores are better used by several than by one.
-            slots=2 if self._on_gpu else min(_CPU_SLOTS, torch.get_num_threads()),
+            slots=settings.compute_slots or self._default_slots,
             observer=telemetry,
             on_failure=self._fail,
         )
         self._scheduler.start()
         resources.callback(self._scheduler.abandon)
-        self._decoders = resources.enter_context(closing(Pool(_DECODERS, "decode")))
+        self._decoders = resources.enter_context(closing(Pool(settings.decode_threads, "decode")))
         self._describe()
         admin = resources.enter_context(closing(AdminServer(settings.admin_address, telemetry.registry, self._facts)))
         watchdog = Watchdog(lambda: self._scheduler.silent_seconds, settings.watchdog_seconds, self._give_up)
@@ -166,8 +182,7 @@ class Application:
         server = grpc.aio.server(
             interceptors=[self._interceptor],
             options=_options(settings),
-            # A crowd that is being refused takes time and memory, too: of more, gRPC itself refuses, unread.
-            maximum_concurrent_rpcs=_CROWD * settings.max_pending,
+            maximum_concurrent_rpcs=_MAX_CALLS * settings.max_pending,
         )
         resources.push_async_callback(server.stop, _GRACE_SECONDS)
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(self._servicer(), server)
@@ -239,6 +254,10 @@ class Application:
             telemetry.models.labels(loaded.name).info(
                 {"architecture": loaded.architecture, "fingerprint": loaded.fingerprint}
             )
+
+    @property
+    def _default_slots(self) -> int:
+        return _GPU_SLOTS if self._on_gpu else min(_MAX_CPU_SLOTS, torch.get_num_threads())
 
     @property
     def _on_gpu(self) -> bool:

@@ -12,10 +12,13 @@ from cdam_server.compute.scheduling.run import Device
 class Admission:
     """Refuses jobs that find no room, or that would not be done in time."""
 
-    def __init__(self, queue: Queue, device: Device, forecast: Forecast) -> None:
+    def __init__(
+        self, queue: Queue, device: Device, forecast: Forecast, deadline_margin: float = policy.DEADLINE_MARGIN
+    ) -> None:
         self._queue = queue
         self._device = device
         self._forecast = forecast
+        self._margin = deadline_margin
         self._tested: dict[Kind, float] = {}  # when a job of each kind was computed, or let in to be
 
     def check(self, terms: Terms, now: float) -> None:
@@ -51,4 +54,4 @@ class Admission:
         work = ahead + own - batch + batch * self._device.slots
         if terms.light and any(not run.terms.light for run in self._device.foreground):
             work /= 1 - policy.MIN_SPEED
-        return policy.DEADLINE_MARGIN * (self._forecast.until_free(terms, now) + work) - terms.timeout
+        return self._margin * (self._forecast.until_free(terms, now) + work) - terms.timeout

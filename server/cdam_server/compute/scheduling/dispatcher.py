@@ -41,7 +41,7 @@ class Dispatcher:
         self._ceilings = Ceilings(max_batch_size)
         self._device = Device(slots, self._ceilings)
         self._forecast = Forecast(self._device)
-        self._admission = Admission(self._queue, self._device, self._forecast)
+        self._admission = Admission(self._queue, self._device, self._forecast, bounds.deadline_margin)
         self._batching = Batching(self._queue, self._device, self._forecast, max_queue_delay)
         self._preemption = Preemption(self._queue, self._device, self._batching)
 

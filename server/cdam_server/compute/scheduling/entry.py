@@ -69,11 +69,13 @@ class Bounds:
         jobs: Number of jobs.
         cost: Their costs together.
         bytes: The memory that they hold.
+        deadline_margin: A job is let in if its estimated time, so many times, is within its deadline.
     """
 
     jobs: int = 256
     cost: float = 4096.0
     bytes: int = 1 << 28
+    deadline_margin: float = policy.DEADLINE_MARGIN
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Final
 
 # --- Admission
 
-# Ratio. A job is let in if its estimated time, so many times, is within its deadline: an answer that comes too late is work for nothing.
+# Ratio. The default of deadline_margin: estimates miss by some, and an answer that comes too late is work for nothing.
 DEADLINE_MARGIN: Final = 1.5
 # Seconds. A job of a kind that was not computed for so long is let in despite its estimate: only computing can correct an estimate.
 TRIAL_SECONDS: Final = 2.0

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 CLASSES = ["bird", "cat", "dog"]
 PHOTOGRAPHS = 4
-DOCUMENT = Path(__file__).parents[2] / "docs/benchmarks/photos.md"
+DOCUMENT = Path(__file__).parents[3] / "docs/benchmarks/photos.md"
 Value = Callable[[str, int, str], float]
 
 

@@ -15,7 +15,7 @@ from benchmarks.photos_masks import PATCHES, Compared
 from benchmarks.sheets import Journal
 from benchmarks.verdicts import Claim
 
-DOCUMENT = Path(__file__).parents[2] / "docs/benchmarks/claims.md"
+DOCUMENT = Path(__file__).parents[3] / "docs/benchmarks/claims.md"
 PUBLISHED: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("fidelity", "a_lif_mif"): published.A_LIF_MIF,
     ("box_sensitivity", "box_mean"): published.A_BOX,

@@ -16,7 +16,7 @@ from benchmarks.sheets import Journal, encode
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-DOCUMENT = Path(__file__).parents[2] / "docs/benchmarks/nodules.md"
+DOCUMENT = Path(__file__).parents[3] / "docs/benchmarks/nodules.md"
 NODULES = 12
 
 
