@@ -219,7 +219,7 @@ def run(options: dict[str, Any], train: Train) -> None:
                 _clear(work, kept=options["kept"] is None)
     outputs = "1 output" if len(card.outputs) == 1 else f"{len(card.outputs)} outputs"
     click.echo(f"{output}: {card.model.trained}, {outputs}; what it is: {output.with_suffix('.json')}")
-    for note in card.data.notes:
+    for note in (*card.data.notes, *card.notes):
         click.echo(f"note: {note}", err=True)
     for line in _summary(card):
         click.echo(line)

@@ -125,6 +125,7 @@ class Card:
         metrics: By side of the split.
         started: When, in UTC.
         seconds: How long the run took that finished it.
+        notes: What its user should look at.
         versions: Of Python and the packages that compute.
     """
 
@@ -137,6 +138,7 @@ class Card:
     metrics: Mapping[str, Scores]
     started: datetime
     seconds: float
+    notes: Sequence[str] = ()
     versions: Mapping[str, str | None] = field(default_factory=installed_versions)
 
     def to_json(self) -> str:

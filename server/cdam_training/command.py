@@ -19,9 +19,10 @@ from cdam_server.compute.weights.trained import Trained, write_trained
 from cdam_server.settings.load_error import LoadError
 from cdam_server.settings.specs import ModelSpec, Task
 from cdam_training.card import Card, ModelPart, data_part, now, write_card
+from cdam_training.convex import Fit
 from cdam_training.datasets import Dataset, read_dataset
 from cdam_training.heads import Images, Options, Progress, TrainedHead, train_head
-from cdam_training.loop import Recipe
+from cdam_training.loop import Epoch, Recipe
 from cdam_training.metrics import Scores, measure
 from cdam_training.splits import Splits, split_dataset
 from cdam_training.trunk_outputs import Rows
@@ -165,10 +166,28 @@ def write(result: Result, spec: ModelSpec, recipe: Mapping[str, Any], output: Pa
         metrics=result.metrics,
         started=clock.started,
         seconds=clock.seconds,
+        notes=notes(trained.history),
     )
     partial.replace(output)
     write_card(card, output.with_suffix(".json"))
     return card
+
+
+def notes(history: Sequence[Epoch] | Sequence[Fit]) -> tuple[str, ...]:
+    """What was best at the end of what was tried: beyond it there may be better."""
+    judged = [(each.validation_loss, each) for each in history if each.validation_loss is not None]
+    if len(judged) < 2:
+        return ()
+    _, best = min(judged, key=lambda one: one[0])
+    if isinstance(best, Epoch):
+        if best is not history[-1]:
+            return ()
+        return (f"epoch {best.number}, the last, does best on the validation images: more --epochs may do better",)
+    tried = [fit.l2 for _, fit in judged if isinstance(fit, Fit)]
+    for end, edge, beyond in ((max(tried), "largest", "larger"), (min(tried), "smallest", "smaller")):
+        if best.l2 == end:
+            return (f"--l2 {end:g}, the {edge} tried, does best on the validation images: {beyond} ones may do better",)
+    return ()
 
 
 def measured(dataset: Dataset, splits: Splits, trained: TrainedHead) -> dict[str, Scores]:

@@ -125,6 +125,7 @@ def test_all_of_it() -> None:
         },
         "started": "2026-11-25T12:00:00+00:00",
         "seconds": 12.5,
+        "notes": [],
         "versions": {"python": "3.11.2"},
     }
 
