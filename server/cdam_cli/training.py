@@ -259,6 +259,7 @@ def _estimate(estimate: Estimate) -> str:
 
 def kept_options(options: dict[str, Any]) -> Options:
     """What every training has of options."""
+    from cdam_server.compute.device import find_device
     from cdam_training.heads import Options
     from cdam_training.views import Augmentation
 
@@ -271,14 +272,8 @@ def kept_options(options: dict[str, Any]) -> Options:
         keep_limit=round(options["keep_limit"] * 1e9),
         keep_dtype=options["keep_dtype"],
         workers=options["workers"],
-        device=_device(options["device"]),
+        device=str(find_device(options["device"])),
     )
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _source(options: dict[str, Any]) -> Source:

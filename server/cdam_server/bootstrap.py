@@ -22,6 +22,7 @@ from cdam import __version__
 from cdam.v1 import explainer_service_pb2, explainer_service_pb2_grpc
 from cdam_engine import TokenCache
 from cdam_server.compute.architectures import check_explainable, none_explainable
+from cdam_server.compute.device import find_device
 from cdam_server.compute.loading import LoadedModel, load_model, share_weights
 from cdam_server.compute.models import Catalog, ServedModel
 from cdam_server.compute.scheduling import Bounds, Pool, Room, Scheduler
@@ -309,15 +310,14 @@ def load_catalog(settings: Settings) -> Catalog:
     """Load every model of the settings; all of them are looked at before the first one is built.
 
     Raises:
-        LoadError: A model can't be loaded, or none can be explained; the message says why.
-        ValueError: The device does not exist.
+        LoadError: A model can't be loaded, none can be explained, or the device can't be used; the message says why.
     """
     specs = settings.specs()
     check_files(specs)
     check_explainable(specs)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = _device(settings.device)
+    device = find_device(settings.device)
     cache = TokenCache(settings.token_cache_mib * MIB) if settings.token_cache_mib else None
     models: list[ServedModel] = []
     for number, spec in enumerate(specs, 1):
@@ -432,14 +432,3 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
-    return device

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from cdam_engine import SplitViT, UnsupportedArchitectureError
 from cdam_engine.fingerprint import fingerprint
+from cdam_server.compute.device import find_device
 from cdam_server.compute.loading import Backbone
 from cdam_server.compute.weights.files import StateDict
 from cdam_server.compute.weights.heads import linear_head
-from cdam_server.settings.load_error import LoadError, reason
+from cdam_server.settings.load_error import LoadError
 from cdam_server.settings.specs import Task
 from cdam_training import convex
 from cdam_training.loop import Epoch, Loop, Recipe, batches_of
@@ -194,7 +195,7 @@ class HeadTraining:
         self._options = options
         self._recipe = recipe
         self._work = work
-        device = _device(options.device)
+        device = find_device(options.device)
         model = fingerprint(backbone.module, backbone.architecture, backbone.settings)
         self.tail = _tail(backbone, images.outputs, options, device)
         self._put(*(start or self._first_guess()))
@@ -336,15 +337,6 @@ class HeadTraining:
         with torch.no_grad():
             self.tail.head.weight.copy_(weight)
             self.tail.head.bias.copy_(bias)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()  # of `meta` there are no numbers
-    except (RuntimeError, AssertionError) as error:
-        raise LoadError("device", f"{name} can't be used here ({reason(error)})") from error
-    return device
 
 
 def _tail(backbone: Backbone, outputs: int, options: Options, device: torch.device) -> Tail:
