@@ -19,6 +19,7 @@ from benchmarks import photos_masks, scenes
 from benchmarks.lung import claims as of_nodules
 from benchmarks.lung.reading import read as read_nodules
 from benchmarks.photographs import claims as of_photographs
+from benchmarks.photographs.reading import by_pixel
 from benchmarks.photographs.reading import read as read_photographs
 from benchmarks.sheets import insert, lines, table
 from benchmarks.verdicts import Claim
@@ -39,9 +40,12 @@ def found(results: Path, masks: Path) -> Iterator[tuple[str, list[Claim]]]:
             ("single", "one class", of_photographs.of_single),
         ):
             its = read_photographs(sorted(photos.glob(f"{seed}-{part}-*.jsonl")))
-            if its is not None:
-                where = f"photographs of {classes}, {seed.replace('seed', 'seed ')} ({len(its.kept)})"
-                yield where, list(of(its))
+            if its is None:
+                continue
+            pixels = sorted(photos.glob(f"{seed}-pixels-*.jsonl")) if part == "multi" else []
+            ranked = by_pixel(its, pixels) if pixels else None
+            where = f"photographs of {classes}, {seed.replace('seed', 'seed ')} ({len((ranked or its).kept)})"
+            yield (where if ranked else f"{where}, by patch"), list(of(ranked or its))
     if all((masks / f"{name}.compared.json").exists() for name in photos_masks.CLAIMED):
         yield "photographs, with masks", list(photos_masks.claims(masks))
     nodules = read_nodules(results / "nodules")

@@ -3,6 +3,7 @@
     python tests/benchmarks/photos.py --name seed0 sigma --weights seed0.safetensors        # 1: noise of what draws
     python tests/benchmarks/photos.py --name seed0 measure --weights seed0.safetensors      # 2: X_multi
     python tests/benchmarks/photos.py --name seed0 measure --weights seed0.safetensors --part single
+    python tests/benchmarks/photos.py --name seed0 pixels --weights seed0.safetensors       # maps over pixels, not patches
     python tests/benchmarks/photos.py --name seed0 concepts --weights seed0.safetensors     # also the model's own figures
     python tests/benchmarks/photos.py report --write
 
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.photographs import choice, concepts, measuring, reporting, sigmas
+from benchmarks.photographs import choice, concepts, measuring, pixelwise, reporting, sigmas
 from benchmarks.sheets import Journal, together
 from cdam_engine import Explainer
 from cdam_server.settings.load_error import LoadError
@@ -45,6 +46,7 @@ def main() -> None:
     for name, what in (
         ("sigma", "choose the noise of Smooth CDAM and SmoothGrad on photographs for training"),
         ("measure", "measure photographs"),
+        ("pixels", "measure maps over pixels of the methods that differentiate for them"),
         ("concepts", "maps of concepts, and the model's mean average precision"),
     ):
         command = commands.add_parser(name, help=what)
@@ -57,6 +59,7 @@ def main() -> None:
         command.add_argument("--photographs", type=int, help="only the first ones; default: all")
         if name == "measure":
             command.add_argument("--part", choices=("multi", "single"), default="multi")
+        if name in {"measure", "pixels"}:
             command.add_argument(
                 "--sigmas",
                 type=float,
@@ -93,11 +96,7 @@ def _sigma(arguments: argparse.Namespace) -> None:
 
 def _measure(arguments: argparse.Namespace) -> None:
     explainer = _explainer(arguments)
-    noise = (
-        measuring.Sigmas(*arguments.sigmas)
-        if arguments.sigmas
-        else sigmas.chosen_sigmas(arguments.results, arguments.name)
-    )
+    noise = _noise(arguments)
     its = measuring.protocol(arguments.part, noise)
     tool = measuring.Measuring(explainer, its)
     print(f"about {tool.evaluator.passes()} passes a photograph", file=sys.stderr)
@@ -110,6 +109,23 @@ def _measure(arguments: argparse.Namespace) -> None:
     )
     for done in measuring.measure(tool, _shard(arguments, chosen[: arguments.photographs]), journal):
         print(arguments.part, done, file=sys.stderr)
+
+
+def _pixels(arguments: argparse.Namespace) -> None:
+    explainer, noise = _explainer(arguments), _noise(arguments)
+    its = pixelwise.protocol(noise)
+    tool = measuring.Measuring(explainer, its)
+    journal = _journal(arguments, "pixels", measuring.header(explainer, its, sigmas=asdict(noise)))
+    for one in _shard(arguments, choice.several(photographs())[: arguments.photographs]):
+        if one.id not in journal.known:
+            journal.add(pixelwise.record(tool, explainer, one))
+            print("pixels", one.id, file=sys.stderr)
+
+
+def _noise(arguments: argparse.Namespace) -> measuring.Sigmas:
+    if arguments.sigmas:
+        return measuring.Sigmas(*arguments.sigmas)
+    return sigmas.chosen_sigmas(arguments.results, arguments.name)
 
 
 def _concepts(arguments: argparse.Namespace) -> None:
@@ -132,7 +148,13 @@ def _report(arguments: argparse.Namespace) -> None:
         print(line)
 
 
-_COMMANDS: Final = {"sigma": _sigma, "measure": _measure, "concepts": _concepts, "report": _report}
+_COMMANDS: Final = {
+    "sigma": _sigma,
+    "measure": _measure,
+    "pixels": _pixels,
+    "concepts": _concepts,
+    "report": _report,
+}
 
 
 def _explainer(arguments: argparse.Namespace) -> Explainer:

@@ -4,9 +4,9 @@
 
 trains the last two blocks of a DINOv2 ViT-S/14 and a linear head on VOC's train split (or takes a --head that
 `cdam train head` wrote, or with --whole a checkpoint that has its classifier), and from there once with each share of the
-masks, and once as if there were none: the control. What is measured is VOC's val split, which nothing is chosen by; maps
-of CDAM and attention, before and after, on the same images. What is done is kept in the folder: called
-again, it goes on. Options of `cdam train masks` follow after --. The table is written into the folder, too.
+masks, and once as if there were none: the control. What is measured is VOC's val split, by which nothing was chosen but
+that patches are balanced; maps of CDAM and attention, before and after, on the same images. What is done is kept in the
+folder: called again, it goes on. Options of `cdam train masks` follow after --. The table is written into the folder, too.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def of_several(values: Values) -> Iterator[Claim]:
     for what, quantity in (("delta A_LIF-MIF", DELTA_FIDELITY), ("boxes", DELTA_BOXES)):
         yield ahead(f"the three CDAM variants lead class discrimination, by {what}", values, CDAM, _but(CDAM), quantity)
     yield _insensitive(values)
-    yield _anticorrelated(values)
+    yield _anticorrelated("A_LIF-MIF", values, FIDELITY, DELTA_FIDELITY)
+    yield _anticorrelated("boxes", values, BOXES, DELTA_BOXES)
     text = "CDAM, Integrated CDAM and Input x Gradient are the most compact"
     yield ahead(text, values, _COMPACT, _but(_COMPACT), COMPACTNESS)
     last = ("relevance_propagation",)
@@ -105,11 +106,11 @@ def _insensitive(values: Values) -> Claim:
     return Claim(text, figure, found)
 
 
-def _anticorrelated(values: Values) -> Claim:
-    """A_LIF'-MIF' of the wrong class's map is that of the right one's less the difference."""
-    rows = values(CDAM, FIDELITY) - values(CDAM, DELTA_FIDELITY)
+def _anticorrelated(what: str, values: Values, quantity: Quantity, delta: Quantity) -> Claim:
+    """What the wrong class's map measures is what the right one's does, less the difference."""
+    rows = values(CDAM, quantity) - values(CDAM, delta)
     found = estimate(rows, lambda its: -float(its.mean(0).max()))
     highest = CDAM[int(rows.mean(0).argmax())]
     its = Estimate(-found.value, -found.high, -found.low)
-    text = "maps of the wrong class are anti-correlated: their A_LIF-MIF is negative"
-    return Claim(text, f"`{highest}`: {its.text(0)}", found)
+    text = f"maps of the wrong class are anti-correlated: by {what} they measure below 0"
+    return Claim(text, f"`{highest}`: {its.text(quantity.digits)}", found)

@@ -14,6 +14,7 @@ from benchmarks.photographs.reading import Part, Record
 from benchmarks.table_claims import BOXES, FIDELITY, Values, difference, indices
 from benchmarks.verdicts import Claim, Estimate, Floats, mean
 
+_ALIKE: Final = 0.9  # r of two maps that look the same
 _METRICS: Final = indices(protocol("multi", Sigmas(0, 0)).metrics)
 
 
@@ -82,11 +83,13 @@ def correlations(part: Part, first: str, second: str) -> Floats:
 
 
 def _alike(part: Part) -> Claim:
-    r = mean(correlations(part, "integrated_cdam", "cdam"))
-    found = Estimate(r.value - 0.9, r.low - 0.9, r.high - 0.9)
+    """ "For most samples" is: for more than half."""
+    r = correlations(part, "integrated_cdam", "cdam")
+    most = mean((r >= _ALIKE).astype(np.float64))
+    found = Estimate(most.value - 0.5, most.low - 0.5, most.high - 0.5)
     return Claim(
         "Integrated CDAM can mostly not be told from CDAM by the eye",
-        f"r of the two maps: {r.text()}; at least 0.9 agrees",
+        f"r of the two maps is {_ALIKE} or more on {most.text()} of the photographs; more than half agrees. Mean r: {mean(r).text()}",
         found,
     )
 

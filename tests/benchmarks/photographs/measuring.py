@@ -180,11 +180,15 @@ class Measuring:
     Args:
         explainer: Of the model.
         its: The protocol.
+
+    Attributes:
+        explainer: As given.
+        evaluator: Of both.
     """
 
     def __init__(self, explainer: Explainer, its: Protocol) -> None:
         self.evaluator = Evaluator(explainer, its, batch_size=_BATCH)
-        self._explainer = explainer
+        self.explainer = explainer
 
     def measure(self, its: Sample) -> list[Measured]:
         """What is measured of a sample: by the right target and, if there is a wrong one, with the two exchanged.
@@ -197,9 +201,9 @@ class Measuring:
 
     def turns(self, its: Sample) -> list[Subject]:
         """The sample, the model's answers known; once or with targets exchanged, too."""
-        subject = self.evaluator._preparation.prepare(its)
+        subject = self.prepared(its)
         heard = _listen(subject)
-        forwards = Forwards(self._explainer, _BATCH)
+        forwards = Forwards(self.explainer, _BATCH)
         forwards.add(subject, self.evaluator._images(its.id))
         forwards.run(all_of_them=True)
         if its.wrong_target is None:
@@ -211,6 +215,10 @@ class Measuring:
         forwards.run(all_of_them=True)
         return [subject, other]
 
+    def prepared(self, its: Sample) -> Subject:
+        """The sample with its maps."""
+        return self.evaluator._preparation.prepare(its)
+
     def _finished(self, subject: Subject) -> Measured:
         found = self.evaluator._measured(subject)
         if not isinstance(found, Measured):
@@ -219,7 +227,7 @@ class Measuring:
 
     def record(self, chosen: Chosen) -> dict[str, Any]:
         """A journal's line of a photograph: values, maps, answers to the boxes, norms of tokens, masks."""
-        explainer = self._explainer
+        explainer = self.explainer
         its = sample(chosen, explainer.data_config)
         with torch.inference_mode(mode=False), torch.no_grad():
             turns = self.turns(its)
@@ -248,7 +256,7 @@ class Measuring:
             for name, evaluated in zip(names(its), its.methods, strict=True)
         }
         targets = [turn.sample.target for turn in turns]
-        (other,) = self._explainer.explain(x, [targets], [[UnnormalisedCdam(times_normalised=True)]])
+        (other,) = self.explainer.explain(x, [targets], [[UnnormalisedCdam(times_normalised=True)]])
         return found | {TIMES_NORMALISED: [relevance.scores for relevance in other.maps]}
 
 
@@ -295,6 +303,7 @@ def _exchanged(subject: Subject) -> Subject:
     turned = replace(its, target=its.wrong_target, wrong_target=its.target, mask=its.wrong_mask, wrong_mask=its.mask)
     other = Subject(turned, subject.geometry, subject.pixels, frozenset())
     other.maps = {_exchanged_map(its): scores for its, scores in subject.maps.items()}
+    other._enlarged = {(_exchanged_map(its), how): large for (its, how), large in subject._enlarged.items()}
     return other
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +29,7 @@ from real.backbone import INPUT
 
 GEOMETRY: Final = Geometry(INPUT, (14, 14), Grid(16, 16))
 _SEED: Final = 0  # of the protocols
+_DISCRIMINATION: Final = 7  # index of the metric in the protocol of X_multi
 
 Key = tuple[str, int, str]
 """Method's name, index of the metric, quantity."""
@@ -189,6 +190,38 @@ class Part:
                 for (name, metric, quantity), curve in record.curves[turn].items():
                     found[self.names.index(name), metric, quantity].append(curve)
         return mean_curves(found)
+
+
+def by_pixel(part: Part, paths: Sequence[Path], scores: str = "pixels") -> Part | None:
+    """The part with the methods that differentiate for pixels as `photos.py pixels` measured them; None if it did not.
+
+    What it did not measure of them is left out.
+
+    Args:
+        part: X_multi.
+        paths: The journals of `photos.py pixels`.
+        scores: "pixels", or "patches": their sums over patches.
+
+    Raises:
+        ValueError: They do not belong together.
+    """
+    found = {line["id"]: line[scores] for line in together(paths)}
+    kept = [record for record in part.records if record.id in found]
+    if not kept:
+        return None
+    header = common_header(paths)
+    if header["model"] != part.header["model"]:
+        raise ValueError(f"{paths[0]}: of another model than the rest")
+    names, places = header["methods"], (0, 1, 2, _DISCRIMINATION)  # where this part has the metrics of those journals
+    records = []
+    for record in kept:
+        values = [
+            {key: value for key, value in old.items() if key[0] not in names}
+            | {(names[m], places[k], q): value for m, k, q, value, *_ in new}
+            for old, new in zip(record.values, found[record.id], strict=True)
+        ]
+        records.append(replace(record, values=values))
+    return Part(part.header, records, part.turns)
 
 
 def read(paths: Sequence[Path], turns: Turns = every) -> Part | None:

@@ -18,6 +18,7 @@ from benchmarks.photographs.reading import (
     GEOMETRY,
     Part,
     Record,
+    by_pixel,
     every,
     order,
     read,
@@ -110,11 +111,8 @@ def _blocks(results: Path, name: str, parts: Mapping[str, Part]) -> Iterator[tup
         yield "peaks", _peaks(parts)
     seeds = sorted({path.name.split("-")[0] for path in results.glob("*-multi-*.jsonl")} - {name})
     others = {seed: _parts(results, seed) for seed in seeds}
-    held = {seed: list(claims.every_claim(its.get("multi"), its.get("single"))) for seed, its in others.items()}
-    own = list(claims.every_claim(parts.get("multi"), parts.get("single")))
     if parts:
-        yield "claims", claims_table(own, held)
-        yield "orders", _orders(parts)
+        yield from _against_the_paper(results, name, parts, others)
     if "multi" in parts:
         its = parts["multi"]
         yield "choices", _choices(its)
@@ -130,6 +128,19 @@ def _blocks(results: Path, name: str, parts: Mapping[str, Part]) -> Iterator[tup
     models = {seed: its["multi"] for seed, its in {name: parts, **others}.items() if "multi" in its}
     if len(models) > 1:
         yield "seeds", _seeds(models)
+
+
+def _against_the_paper(
+    results: Path, name: str, parts: Mapping[str, Part], others: Mapping[str, Mapping[str, Part]]
+) -> Iterator[tuple[str, str]]:
+    """Pixels are ranked as there, where they were measured; of the other models sums over patches."""
+    pixels = sorted(results.glob(f"{name}-pixels-*.jsonl"))
+    ranked = by_pixel(parts["multi"], pixels) if "multi" in parts and pixels else None
+    held = {seed: list(claims.every_claim(its.get("multi"), its.get("single"))) for seed, its in others.items()}
+    yield "claims", claims_table(list(claims.every_claim(ranked or parts.get("multi"), parts.get("single"))), held)
+    yield "orders", _orders(parts, ranked)
+    if ranked is not None:
+        yield "pixels", _pixels(parts["multi"], ranked, pixels)
 
 
 def _parts(results: Path, name: str) -> dict[str, Part]:
@@ -180,14 +191,38 @@ def _peaks(parts: Mapping[str, Part]) -> str:
     return table(["MaxBoxAcc", *(titles[part] for part in parts)], rows)
 
 
-def _orders(parts: Mapping[str, Part]) -> str:
+def _orders(parts: Mapping[str, Part], ranked: Part | None) -> str:
     rows = []
     for title, part, column in _ORDERED:
         if part in parts:
             theirs = [column.published[method] for method in published.METHODS]
-            ours = parts[part].columns(published.METHODS, column.metric, column.quantity)
-            rows.append([title, order(ours, theirs).text()])
-    return table(["", "Kendall's tau"], rows)
+            both = [parts[part], ranked if part == "multi" else None]
+            ours = [its and its.columns(published.METHODS, column.metric, column.quantity) for its in both]
+            rows.append([title, *("" if its is None else order(its, theirs).text() for its in ours)])
+    return table(["", "sums over patches", "single pixels, as the paper"], rows)
+
+
+def _pixels(part: Part, ranked: Part, paths: Sequence[Path]) -> str:
+    """The methods that differentiate for pixels: ranked by pixel, and their sums over patches; for scale, CDAM."""
+    sums = by_pixel(part, paths, "patches")
+    assert sums is not None
+    columns = (*_CORRECT, *_DISCRIMINATING[:2], _COMPACT[0])
+    names = header_of(paths[0])["methods"]
+    rows = []
+    for name in (*published.CDAM, *names):
+        versions = [("single pixels", ranked), ("sums over patches", sums)] if name in names else [("patches", ranked)]
+        for title, its in versions:
+            cells = [mean(its.column(name, each.metric, each.quantity)) for each in columns]
+            shown = [_half(cell, each.digits) for cell, each in zip(cells, columns, strict=True)]
+            rows.append([f"`{name}`", title, *shown])
+        theirs = [f"{each.published[name]:g}" for each in columns]
+        rows.append(["", "*paper*", *theirs])
+    head = ["", "scores of", *(each.title for each in columns[:-1]), "compactness"]
+    return f"{len(ranked.kept)} photographs:\n\n{table(head, rows)}"
+
+
+def _half(its: Estimate, digits: int) -> str:
+    return f"{its.value:.{digits}f} ± {(its.high - its.low) / 2:.{digits}f}"
 
 
 def _choices(part: Part) -> str:

@@ -16,13 +16,24 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from benchmarks import table_claims
-from benchmarks.photographs import choice, claims, concepts, high_norms, sigmas
+from benchmarks.photographs import choice, claims, concepts, high_norms, pixelwise, sigmas
 from benchmarks.photographs.maps import UnnormalisedCdam, norms
 from benchmarks.photographs.measuring import Measuring, decode_mask, encode_mask
 from benchmarks.photographs.reading import Part, Record, stronger, sure, tau
 from benchmarks.sheets import Journal, decode, encode
 from benchmarks.verdicts import Claim, Estimate, claims_table, estimate
-from cdam_engine import Attention, Cdam, Explainer, Output, RelevancePropagation
+from cdam_engine import (
+    Attention,
+    Cdam,
+    Explainer,
+    InputXGradient,
+    IntegratedGradients,
+    Method,
+    Noise,
+    Output,
+    RelevancePropagation,
+    SmoothGrad,
+)
 from cdam_engine.evaluation import (
     Anchor,
     BoxSensitivity,
@@ -34,6 +45,7 @@ from cdam_engine.evaluation import (
     Protocol,
     Sample,
 )
+from cdam_engine.evaluation.perturbation import MapOf
 from cdam_engine.preprocess import DataConfig
 from real.voc import Photograph, Photographs
 
@@ -151,6 +163,35 @@ def test_the_second_turn_is_the_exchanged_sample_and_asks_nothing_more(monkeypat
         assert isinstance(other, Measured)
         # The random maps of right and wrong targets are other ones.
         assert values_of(one, without=3) == pytest.approx(values_of(other, without=3), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method", [InputXGradient(), IntegratedGradients(steps=30), SmoothGrad(samples=30, noise=Noise(0.2))], ids=str
+)
+def test_scores_of_pixels_sum_to_those_of_patches(method: Method) -> None:
+    explainer = Explainer(model(), data_config=CONFIG)
+    x = torch.randn(1, 3, 24, 32, generator=torch.Generator().manual_seed(5))
+    (expected,) = explainer.explain(x, [[Output(1), Output(0)]], [[method]])
+    found = pixelwise.pixel_maps(explainer, x[0], [1, 0], method)
+    for scores, relevance in zip(found, expected.maps, strict=True):
+        assert scores.shape == (24, 32)
+        sums = scores.detach().reshape(3, 8, 4, 8).sum((1, 3)).numpy()
+        np.testing.assert_allclose(sums, relevance.scores, rtol=0, atol=2e-5 * np.abs(relevance.scores).max())
+
+
+def test_pixels_are_measured_by_their_own_scores() -> None:
+    """With the wrong class's map in the wrong one's place, and in both turns."""
+    its = Protocol((InputXGradient(),), (FIDELITY, BOXES, Compactness(), ClassDiscrimination(FIDELITY, BOXES)))
+    explainer = Explainer(model(), data_config=CONFIG)
+    tool = pixelwise.PixelMeasuring(explainer, its)
+    subjects = tool.turns(sample())
+    x = subjects[0].pixels
+    own, other = pixelwise.pixel_maps(explainer, x, [1, 3], InputXGradient())
+    for subject, (right, wrong) in zip(subjects, ((own, other), (other, own)), strict=True):
+        for at_wrong, scores in ((False, right), (True, wrong)):
+            name = MapOf(InputXGradient(), at_wrong)
+            np.testing.assert_allclose(subject.enlarged(name, "bilinear"), scores.numpy(), rtol=1e-6)
+            np.testing.assert_allclose(subject.maps[name], scores.numpy(), rtol=1e-6)
 
 
 def test_of_a_sample_without_a_wrong_target_there_is_one_turn() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import published, verdicts
-from benchmarks.photographs import concepts, drawing, reporting, sigmas
+from benchmarks.photographs import concepts, drawing, pixelwise, reporting, sigmas
 from benchmarks.photographs.measuring import BOXES, TIMES_NORMALISED, Sigmas, encode_mask, names, protocol
 from benchmarks.sheets import Journal, encode
 from cdam_engine.evaluation import BoxSensitivity, Compactness, Protocol
@@ -97,6 +97,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 journal = Journal(tmp_path / f"{seed}-{part}-{shard}of2.jsonl", head)
                 for k in range(shard, PHOTOGRAPHS, 2):
                     journal.add(line(rng, its, f"photograph {k}", turns, value))
+    _pixels(tmp_path / "seed0-pixels-0of1.jsonl", rng)
     for kind, levels in sigmas.LEVELS.items():
         journal = Journal(tmp_path / f"seed0-sigma_{kind}-0of1.jsonl", {"model": "m"})
         journal.add({"id": "a", "values": [[m, 0, "a_lif_mif", float(m == 1)] for m in range(len(levels))]})
@@ -108,6 +109,28 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     maps = [[encode(scores(rng, mask if kind != "l2" else ~mask)) for kind in concepts.KINDS] for mask in masks]
     journal.add({"id": "a", "maps": maps, "masks": [encode_mask(mask) for mask in masks]})
     return tmp_path
+
+
+def _pixels(path: Path, rng: np.random.Generator) -> None:
+    """Of pixels the paper's figures; of their sums over patches none."""
+    its = pixelwise.protocol(Sigmas(0.05, 0.1))
+    journal = Journal(path, {"model": "seed0" * 4, "protocol": repr(its), "methods": names(its)})
+    places = (0, 1, 2, 7)
+    for k in range(PHOTOGRAPHS):
+        turns = {
+            scores: [
+                [
+                    [m, place, quantity, value + 0.001 * rng.standard_normal()]
+                    for m, method in enumerate(names(its))
+                    for place, metric in enumerate(its.metrics)
+                    for quantity in metric.quantities
+                    for value in [as_published(method, places[place], quantity) if scores == "pixels" else 0.3]
+                ]
+            ]
+            * 2
+            for scores in ("pixels", "patches")
+        }
+        journal.add({"id": f"photograph {k}", **turns})
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +179,15 @@ def test_the_report(blocks: dict[str, str]) -> None:
     assert rows(blocks["peaks"])["`cdam`"] == ["1.00 (1.00 to 1.00)"] * 2
     assert rows(blocks["seeds"])["Kendall's tau of the first two"][0] == "1.00"
     assert "`smooth_cdam`, 1 photographs" in blocks["sigmas"]
+    assert _cells(blocks["pixels"]) == {
+        ("`integrated_gradients`", "single pixels"): ["226 ± 0", "802 ± 0", "574 ± 0", "7.60 ± 0.00", "540 ± 0"],
+        ("`integrated_gradients`", "sums over patches"): ["0 ± 0", "0 ± 0", "0 ± 0", "0.30 ± 0.00", "0 ± 0"],
+    }
+
+
+def _cells(block: str) -> dict[tuple[str, str], list[str]]:
+    found = [[cell.strip() for cell in row.strip("|").split("|")] for row in block.splitlines() if row.startswith("|")]
+    return {(name, scores): cells[:5] for name, scores, *cells in found if name == "`integrated_gradients`"}
 
 
 def _claims(found: dict[str, list[str]]) -> None:
@@ -165,7 +197,8 @@ def _claims(found: dict[str, list[str]]) -> None:
     assert verdicts["Smooth CDAM has the best fidelity (A_LIF-MIF) on X_multi"] == "agrees"
     assert verdicts["the three CDAM variants lead class discrimination, by delta A_LIF-MIF"] == "agrees"
     # 827 - 823 of Smooth CDAM is above 0.
-    assert verdicts["maps of the wrong class are anti-correlated: their A_LIF-MIF is negative"] == "does not"
+    assert verdicts["maps of the wrong class are anti-correlated: by A_LIF-MIF they measure below 0"] == "does not"
+    assert verdicts["maps of the wrong class are anti-correlated: by boxes they measure below 0"] == "agrees"
     assert verdicts["relevance propagation is the least compact"] == "agrees"
     assert verdicts["Integrated CDAM can mostly not be told from CDAM by the eye"] == "agrees"
     assert verdicts["relevance propagation has the best fidelity on X_val"] == "does not"
