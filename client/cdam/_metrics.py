@@ -60,10 +60,12 @@ class _Metric:
     Attributes:
         kind: The metric's name.
         quantities: What it measures of each sample, and which values are better; None: neither.
+        requires: The optional fields of a sample that must be there.
     """
 
     kind: ClassVar[MetricKind]
     quantities: ClassVar[Mapping[str, Better | None]]
+    requires: ClassVar[tuple[str, ...]] = ()
 
 
 def _quantities(**better: Better | None) -> Mapping[str, Better | None]:
@@ -127,6 +129,7 @@ class ClassDiscrimination(_Metric):
         delta_box_mean="higher",
         delta_box_area="higher",
     )
+    requires: ClassVar[tuple[str, ...]] = ("wrong_target",)
     fidelity: Fidelity = field(default_factory=Fidelity)
     box_sensitivity: BoxSensitivity = field(default_factory=BoxSensitivity)
 
@@ -158,6 +161,7 @@ class MaskAgreement(_Metric):
     quantities: ClassVar[Mapping[str, Better | None]] = _quantities(
         energy="higher", pointing_game="higher", auroc="higher", patch_iou="higher"
     )
+    requires: ClassVar[tuple[str, ...]] = ("mask",)
     enlargement: Enlargement | None = None
 
 
@@ -181,6 +185,7 @@ class Localisation(_Metric):
     quantities: ClassVar[Mapping[str, Better | None]] = _quantities(
         box_acc="higher", corloc="higher", box_iou="higher", pixel_ap="higher"
     )
+    requires: ClassVar[tuple[str, ...]] = ("mask",)
     normalisation: Normalisation | None = None
     threshold: float | None = None
     iou: float | None = None
@@ -241,6 +246,7 @@ class Counterfactual(_Metric):
     quantities: ClassVar[Mapping[str, Better | None]] = _quantities(
         true_change=None, map_change=None, sign_agreement="higher"
     )
+    requires: ClassVar[tuple[str, ...]] = ("counterfactual",)
 
 
 Metric: TypeAlias = (

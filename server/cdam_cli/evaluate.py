@@ -29,14 +29,7 @@ from cdam_cli.spelling import model_option, parse_evaluated, parse_metric, prepr
 
 _METHODS: Final = (cdam.Cdam(), cdam.SmoothCdam(), cdam.IntegratedCdam(), cdam.Attention(), cdam.Anchor.RANDOM)
 _FEWER_BOXES: Final = cdam.ClassDiscrimination(box_sensitivity=cdam.BoxSensitivity(boxes=25))
-_NEEDS: Final = {
-    "class_discrimination": "wrong_target",
-    "mask_agreement": "mask",
-    "localisation": "mask",
-    "counterfactual": "counterfactual",
-    "mask": "mask",
-    "inverted_mask": "mask",
-}
+_MASKS: Final = (cdam.Anchor.MASK, cdam.Anchor.INVERTED_MASK)
 _EXTRA: Final = ("jinja2", "matplotlib", "tqdm")  # of the extra `report`, what there is no report without
 _EVERY: Final = 15.0  # seconds between two lines, where there is no terminal
 _REASONS: Final = 3
@@ -259,7 +252,7 @@ def _default_metrics(dataset: Dataset) -> list[cdam.Metric]:
         _FEWER_BOXES,
         cdam.Counterfactual(),
     ]
-    return [metric for metric in every if _fits(dataset, metric.kind, [_NEEDS.get(metric.kind, "")])]
+    return [metric for metric in every if _fits(dataset, metric.kind, metric.requires)]
 
 
 def _default_methods(
@@ -274,7 +267,7 @@ def _default_methods(
 
 def _fits(dataset: Dataset, what: str, needs: Sequence[str]) -> bool:
     """Whether every sample has what is needed; said if only some have."""
-    missing = [need for need in needs if need and need not in dataset.everywhere]
+    missing = [need for need in needs if need not in dataset.everywhere]
     if missing and set(missing) <= dataset.somewhere:
         need = missing[0]
         click.echo(f"{what} is left out: {printable(dataset.lacking[need])} has no {need}", err=True)
@@ -283,14 +276,14 @@ def _fits(dataset: Dataset, what: str, needs: Sequence[str]) -> bool:
 
 def _needs(methods: Sequence[cdam.Method | cdam.Anchor], metrics: Sequence[cdam.Metric]) -> Iterator[tuple[str, str]]:
     """What samples need to have, and for what."""
-    masks = [method.kind for method in methods if method.kind in _NEEDS]
+    masks = [method.kind for method in methods if method in _MASKS]
     for metric in metrics:
-        if metric.kind in _NEEDS:
-            yield _NEEDS[metric.kind], metric.kind
+        for need in metric.requires:
+            yield need, metric.kind
         if metric.kind == "class_discrimination" and masks:
             yield "wrong_mask", f"{masks[0]} with class_discrimination"
     for kind in masks:
-        yield _NEEDS[kind], kind
+        yield "mask", kind
 
 
 class _Measuring:

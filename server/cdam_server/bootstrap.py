@@ -101,8 +101,8 @@ class Application:
         self._ready = self._accepting = False
         self._draining = asyncio.Event()
         self._heartbeat = monotonic()
-        self._facts = Health(live=self._live, ready=lambda: self._ready, service=SERVICE)
-        self._health = health.aio.HealthServicer()
+        self._health = Health(live=self._live, ready=lambda: self._ready, service=SERVICE)
+        self._health_service = health.aio.HealthServicer()
         self.address = ""
         self.failed = asyncio.Event()
 
@@ -121,7 +121,7 @@ class Application:
             self._watchdog.start()  # not before: compiling is silent for minutes
             self._telemetry.jobs_admitted.reset()  # without those of the warm-up
             self._ready = self._accepting = True
-            await self._facts.publish_to(self._health)
+            await self._health.publish_to(self._health_service)
             self._resources = resources.pop_all()
         _log.info("ready", models=[served.loaded.name for served in self._catalog])
 
@@ -146,7 +146,7 @@ class Application:
         resources.callback(self._scheduler.abandon)
         self._decoders = resources.enter_context(closing(Pool(settings.decode_threads, "decode")))
         self._describe()
-        admin = resources.enter_context(closing(AdminServer(settings.admin_address, telemetry.registry, self._facts)))
+        admin = resources.enter_context(closing(AdminServer(settings.admin_address, telemetry.registry, self._health)))
         watchdog = Watchdog(lambda: self._scheduler.silent_seconds, settings.watchdog_seconds, self._give_up)
         self._watchdog = resources.enter_context(closing(watchdog))
         self._tracing = Tracing(settings.tracing_endpoint)
@@ -162,7 +162,7 @@ class Application:
         settings = self._settings
         async with self._resources:
             self._ready = False
-            await self._facts.publish_to(self._health)
+            await self._health.publish_to(self._health_service)
             _log.info("draining", wait_seconds=settings.drain_wait_seconds, seconds=settings.drain_seconds)
             if not self.failed.is_set():
                 await asyncio.sleep(settings.drain_wait_seconds)
@@ -187,8 +187,8 @@ class Application:
         )
         resources.push_async_callback(server.stop, _GRACE_SECONDS)
         explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(self._servicer(), server)
-        await self._facts.publish_to(self._health)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        await self._health.publish_to(self._health_service)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health_service, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
             port = server.add_insecure_port(settings.address)
@@ -267,7 +267,7 @@ class Application:
     async def _beat(self) -> None:
         while True:
             self._heartbeat = monotonic()
-            await self._facts.publish_to(self._health)
+            await self._health.publish_to(self._health_service)
             await asyncio.sleep(_HEARTBEAT_SECONDS)
 
     def _live(self) -> bool:

@@ -27,6 +27,7 @@ from cdam_engine import (
     TokenAblation,
 )
 from cdam_engine.evaluation import (
+    METRICS,
     Anchor,
     BoxSensitivity,
     ClassDiscrimination,
@@ -74,6 +75,12 @@ ALL_METRICS: tuple[Metric, ...] = (
     Randomisation(),
     Counterfactual(),
 )
+
+
+def test_no_metric_is_without_a_reference() -> None:
+    assert {type(metric) for metric in ALL_METRICS} == set(METRICS.values())
+
+
 OPTIONS: tuple[Metric, ...] = (
     Fidelity(unit="patch"),
     Fidelity(unit="patch", points=4, blur_sigma=40, enlargement="nearest"),

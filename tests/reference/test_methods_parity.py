@@ -117,6 +117,13 @@ PIXELS: tuple[tuple[Method, ...], ...] = (
     (InputXGradient(), SmoothGrad(3, Noise(0.2), seed=2), IntegratedGradients(4)),
     (IntegratedGradients(3, "gauss_legendre"), SmoothGrad(2, Noise(0.5, relative=False), seed=9), InputXGradient()),
 )
+
+
+def test_no_method_is_without_a_reference() -> None:
+    groups = (*CDAM_FAMILY, *TOKENS_AND_ATTENTION, *PIXELS)
+    assert {type(method) for group in groups for method in group} == set(METHODS.values())
+
+
 # Of the largest score of the map, in single precision, against the truth in double precision.
 SINGLE = 5e-5
 DOUBLE = 1e-10

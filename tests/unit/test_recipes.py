@@ -189,6 +189,7 @@ def test_every_method_is_in_every_table(kind: str) -> None:
     assert _fields(form) - of_the_model == _fields(client)
     assert methods.decode_method(methods.encode_method(form()), "methods[0]", 1000) == form()
     assert (form.kind, client.kind, client.needs_target) == (kind, kind, form.needs_target)
+    assert method_pb2.MethodKind.Value(f"METHOD_KIND_{kind.upper()}")  # else the server could not name it
     assert getattr(cdam, client.__name__) is client
     assert getattr(cdam_engine, form.__name__) is form
 
@@ -204,6 +205,7 @@ def test_every_metric_is_in_every_table(kind: str) -> None:
     assert (form.kind, client.kind) == (kind, kind)
     assert list(form.better.items()) == list(client.quantities.items())
     assert form.quantities == tuple(client.quantities)
+    assert form.requires == client.requires
     assert getattr(cdam, client.__name__) is client
     assert getattr(evaluation, form.__name__) is form
     assert quantities.METRICS[kind].title

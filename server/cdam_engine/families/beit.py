@@ -18,7 +18,6 @@ class BeitFamily(Family):
     block_classes = (beit.Block,)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """See `Family`."""
         model = self.model
         x = model.patch_embed(pixels)
         x = torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1)

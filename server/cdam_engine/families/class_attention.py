@@ -21,17 +21,14 @@ class ClassAttentionFamily(Family):
 
     @property
     def blocks(self) -> Sequence[Any]:
-        """See `Family`."""
         return (*self.model.blocks, *(self.model.blocks_token_only or ()))
 
     @property
     def containers(self) -> Sequence[nn.Module]:
-        """See `Family`."""
         return (self.model.blocks, *([its] if (its := self.model.blocks_token_only) is not None else []))
 
     @property
     def readout(self) -> Readout:
-        """See `Family`."""
         if self.model.global_pool == "avg":
             raise UnsupportedArchitectureError(
                 "NO_READOUT",
@@ -46,7 +43,6 @@ class ClassAttentionFamily(Family):
         return torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1), [{}] * len(self.blocks)
 
     def run(self, index: int, x: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:  # noqa: ARG002
-        """See `Family`."""
         token, patches = x[:, :1], x[:, 1:]
         if index < len(self.model.blocks):
             patches = self.blocks[index](patches)
@@ -55,12 +51,10 @@ class ClassAttentionFamily(Family):
         return torch.cat((token, patches), dim=1)
 
     def add(self, block: Any, residual: Tensor, attended: Tensor) -> Tensor:
-        """See `Family`."""
         x = residual + block.drop_path(layer_scale(block, 1, attended))
         return cast("Tensor", x + block.drop_path(layer_scale(block, 2, block.mlp(block.norm2(x)))))
 
     def check_attend(self) -> None:
-        """See `Family`."""
         raise UnsupportedMethodError(
             "UNKNOWN_BLOCK", "its talking heads and class attention are no attention of tokens on all tokens"
         )

@@ -17,7 +17,6 @@ class EvaFamily(Family):
     block_classes = (eva.EvaBlock,)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """See `Family`."""
         model = self.model
         x, rope = model._pos_embed(model.patch_embed(pixels))  # noqa: SLF001
         x = model.norm_pre(x)

@@ -18,7 +18,6 @@ class RelativePositionFamily(Family):
     block_classes = (relpos.RelPosBlock,)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """See `Family`."""
         model = self.model
         x = model.patch_embed(pixels)
         if model.cls_token is not None:

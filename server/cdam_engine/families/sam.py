@@ -24,7 +24,6 @@ class SamFamily(Family):
 
     @property
     def head(self) -> nn.Module:
-        """See `Family`."""
         return cast("nn.Module", self.model.head.fc)
 
     @property
@@ -39,7 +38,6 @@ class SamFamily(Family):
 
     @property
     def after_attention(self) -> Sequence[nn.Module]:
-        """See `Family`."""
         block = self.blocks[-1]
         return (
             block.attn.proj,
@@ -54,7 +52,6 @@ class SamFamily(Family):
         )
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """See `Family`."""
         model = self.model
         x = model.patch_embed(pixels)
         if model.pos_embed is not None:
@@ -63,7 +60,6 @@ class SamFamily(Family):
         return x.flatten(1, 2), [{}] * len(model.blocks)
 
     def run(self, index: int, x: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:  # noqa: ARG002
-        """See `Family`."""
         return cast("Tensor", self.blocks[index](torch.unflatten(x, 1, grid)).flatten(1, 2))
 
     def attend(self, tokens: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:  # noqa: ARG002
@@ -87,17 +83,14 @@ class SamFamily(Family):
         return cast("Tensor", self.model.forward_head(x.transpose(1, 2)[..., None], pre_logits=True))
 
     def logits(self, x: Tensor, latent: Tensor) -> Tensor:  # noqa: ARG002
-        """See `Family`."""
         return cast("Tensor", self.model.forward_head(x.transpose(1, 2)[..., None]))
 
     def check_attend(self) -> None:
-        """See `Family`."""
         raise UnsupportedMethodError(
             "UNKNOWN_BLOCK", "attention in windows is no attention of all tokens on all tokens"
         )
 
     def check_readout(self) -> None:
-        """See `Family`."""
         super().check_readout()
         if not isinstance(self.model.neck, nn.Identity | LayerNorm2d):
             raise UnsupportedMethodError(

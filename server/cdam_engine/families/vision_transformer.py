@@ -19,11 +19,9 @@ class VisionTransformerFamily(Family):
 
     @classmethod
     def knows(cls, model: Any) -> bool:
-        """See `Family`."""
         return super().knows(model) and not isinstance(model, VisionTransformerDistilled)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """See `Family`."""
         model = self.model
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))  # noqa: SLF001
         return x, [{}] * len(model.blocks)
@@ -37,9 +35,7 @@ class DistilledFamily(VisionTransformerFamily):
 
     @classmethod
     def knows(cls, model: Any) -> bool:
-        """See `Family`."""
         return super(VisionTransformerFamily, cls).knows(model)
 
     def logits(self, x: Tensor, latent: Tensor) -> Tensor:  # noqa: ARG002 - they are no function of the latent
-        """See `Family`."""
         return cast("Tensor", self.model.forward_head(x))

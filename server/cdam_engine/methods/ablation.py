@@ -33,15 +33,12 @@ class TokenAblation(Method):
     kind: ClassVar[str] = "token_ablation"
 
     def check(self, vit: SplitViT) -> None:
-        """See `Method`."""
         vit.check_attend()
 
     def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
-        """See `Method`."""
         return patches
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
-        """See `Method`."""
         vit = batch.vit
         patches = batch.grid.h * batch.grid.w
         if patches == 1 and not vit.num_readout_tokens:

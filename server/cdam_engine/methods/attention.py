@@ -40,7 +40,6 @@ class Attention(Method):
             raise ValueError(f"heads are different numbers from 0, not {self.heads}")
 
     def check(self, vit: SplitViT) -> None:
-        """See `Method`."""
         vit.check_readout()
         attention.check_known(vit.blocks[-1].attn)
         if max(self.heads, default=0) >= vit.num_heads:
@@ -49,7 +48,6 @@ class Attention(Method):
             )
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:  # noqa: ARG002
-        """See `Method`."""
         assert batch.trunk is not None
         trunk, vit = batch.trunk.take(images), batch.vit
         rho = vit.readout_weights(trunk.tokens)
@@ -79,16 +77,13 @@ class AttentionRollout(Method):
     reads_tokens: ClassVar[bool] = False
 
     def check(self, vit: SplitViT) -> None:
-        """See `Method`."""
         vit.check_readout()
         vit.check_attend()
 
     def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
-        """See `Method`."""
         return 1
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:  # noqa: ARG002
-        """See `Method`."""
         vit = batch.vit
         found = []
         for some in chunks(len(images), _MAX_ELEMENTS // (batch.tokens**2 * max(vit.num_heads, len(vit.blocks)))):

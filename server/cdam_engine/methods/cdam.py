@@ -41,25 +41,20 @@ class Cdam(Method):
 
     @property
     def variant(self) -> str:
-        """See `Method`."""
         return "parts" if self.parts else ""
 
     @classmethod
     def variants(cls) -> Sequence[Method]:
-        """See `Method`."""
         return cls(), cls(parts=True)
 
     def check(self, vit: SplitViT) -> None:
-        """See `Method`."""
         if self.parts:
             check_known(vit.blocks[-1].attn)
 
     def gradients(self, targets: int) -> int:
-        """See `Method`."""
         return targets * (2 if self.parts else 1)
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
-        """See `Method`."""
         found = batch.tail(images).scores(batch.resolve(images, wanted), parts=self.parts)
         return Scores(found.scores, value=found.value)
 
@@ -85,11 +80,9 @@ class SmoothCdam(Method):
         check_seed(self.seed)
 
     def gradients(self, targets: int) -> int:
-        """See `Method`."""
         return targets * self.samples
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
-        """See `Method`."""
         assert batch.trunk is not None
         targets = batch.resolve(images, wanted)
         tokens = batch.trunk.tokens
@@ -136,11 +129,9 @@ class IntegratedCdam(Method):
             raise ValueError(f"a tolerance is positive and finite, not {self.tolerance}")
 
     def gradients(self, targets: int) -> int:
-        """See `Method`."""
         return targets * (self.steps if self.tolerance is None else 2 * MAX_STEPS)  # at worst
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
-        """See `Method`."""
         targets = batch.resolve(images, wanted)
         tail = batch.tail(images)
         start = tail.values(targets, 0.0)

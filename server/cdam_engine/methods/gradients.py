@@ -34,11 +34,9 @@ class InputXGradient(Method):
     reads_tokens: ClassVar[bool] = False
 
     def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
-        """See `Method`."""
         return targets
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
-        """See `Method`."""
         found = []
         for some in chunks(len(images), _at_once(batch)):
             chosen = list(images[some])
@@ -72,11 +70,9 @@ class SmoothGrad(Method):
         check_seed(self.seed)
 
     def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
-        """See `Method`."""
         return self.samples * targets
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
-        """See `Method`."""
         targets = batch.resolve(images, wanted)
         sigma = self.noise.sigma(batch.pixels)
         moments = [Moments() for _ in images]
@@ -109,11 +105,9 @@ class IntegratedGradients(Method):
         nodes(self.quadrature, 1)
 
     def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
-        """See `Method`."""
         return self.steps * targets
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
-        """See `Method`."""
         targets = batch.resolve(images, wanted)
         points, weights = (
             torch.tensor(numbers, dtype=batch.pixels.dtype, device=batch.pixels.device)

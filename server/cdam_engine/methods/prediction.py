@@ -40,14 +40,12 @@ class PatchMaskPrediction(Method):
             raise ValueError(f"an activation is one of {', '.join(get_args(Activation))}, not {self.activation!r}")
 
     def check(self, vit: SplitViT) -> None:
-        """See `Method`."""
         if vit.readout is Readout.ATTENTION_POOL:
             raise UnsupportedMethodError(
                 "ATTENTION_POOL", "its classifier reads what attention pooled, which no single patch token resembles"
             )
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
-        """See `Method`."""
         assert batch.trunk is not None
         vit, trunk = batch.vit, batch.trunk.take(images)
         latent, logits = read_out_alone(vit, vit.leave(trunk, trunk.tokens))

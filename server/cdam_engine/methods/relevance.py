@@ -36,16 +36,13 @@ class RelevancePropagation(Method):
     reads_tokens: ClassVar[bool] = False
 
     def check(self, vit: SplitViT) -> None:
-        """See `Method`."""
         vit.check_readout()
         vit.check_attend()
 
     def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
-        """See `Method`."""
         return targets
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
-        """See `Method`."""
         vit = batch.vit
         at_once = _MAX_WEIGHTS // (batch.tokens**2 * vit.num_heads * len(vit.blocks))
         found = [self._propagate(batch, list(images[some]), wanted[some]) for some in chunks(len(images), at_once)]
@@ -95,7 +92,6 @@ class PartialLrp(Method):
     kind: ClassVar[str] = "partial_lrp"
 
     def check(self, vit: SplitViT) -> None:
-        """See `Method`."""
         block = vit.blocks[-1]
         if vit.readout is not Readout.CLS_TOKEN:
             raise UnsupportedMethodError("NO_CLS_READOUT", f"partial LRP starts at [CLS], its readout is {vit.readout}")
@@ -109,7 +105,6 @@ class PartialLrp(Method):
             raise UnsupportedMethodError("NO_LRP_RULE", "partial LRP has rules for a plain MLP and linear layers only")
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
-        """See `Method`."""
         assert batch.trunk is not None
         self.check(batch.vit)
         targets = batch.resolve(images, wanted)

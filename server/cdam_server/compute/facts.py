@@ -1,4 +1,4 @@
-"""What is known of the models that are served, as plain values: all that a request is checked against."""
+"""What is known of the models that are served and of work for them, as plain values: all that a request is checked against."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cdam_engine import ExplainerFacts, Refusal
+from cdam_engine.evaluation import Protocol
 from cdam_engine.preprocess import DataConfig
 from cdam_server.errors import FailedPreconditionError, NotFoundError
 from cdam_server.settings.specs import Task
@@ -94,3 +95,48 @@ class Models:
         if name not in self._models:
             raise NotFoundError("model", name, f"there is no model {name!r}; the server has {', '.join(self._models)}")
         return self._models[name]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What the images of a batch have in common.
+
+    Attributes:
+        model: Name of the first of the models that share their trunk.
+        input_size: (height, width) in pixels.
+    """
+
+    model: str
+    input_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EvaluationBucket:
+    """What the samples of a batch have in common.
+
+    Attributes:
+        model: Name of the model.
+        input_size: (height, width) in pixels.
+        protocol: What is measured.
+    """
+
+    model: str
+    input_size: tuple[int, int]
+    protocol: Protocol
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """What is known of an evaluation before its first sample.
+
+    Attributes:
+        passes: About how many forward passes through the whole model a sample takes.
+        required: The optional fields of a sample that must be there.
+    """
+
+    passes: int
+    required: frozenset[str]
+
+
+class NonFiniteError(ArithmeticError):
+    """The model answered with NaN or infinity; the caller is told of an internal error, since it can't do better."""

@@ -27,8 +27,8 @@ from cdam_engine import (
     explain_together,
     interruptible,
 )
-from cdam_engine.evaluation import Evaluator, Measured, Protocol, Sample, SampleError
-from cdam_server.compute.facts import ModelFacts, Models
+from cdam_engine.evaluation import Evaluator, Measured, Sample, SampleError
+from cdam_server.compute.facts import Bucket, EvaluationBucket, EvaluationFacts, ModelFacts, Models, NonFiniteError
 from cdam_server.compute.loading import LoadedModel
 from cdam_server.compute.scheduling import DeviceLostError, Rest, TooLargeError
 from cdam_server.errors import FailedPreconditionError, InvalidArgumentError
@@ -49,47 +49,6 @@ class Job:
     targets: tuple[Target, ...]
     methods: tuple[Method, ...]
     model: str = ""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """What the images of a batch have in common.
-
-    Attributes:
-        model: Name of the first of the models that share their trunk.
-        input_size: (height, width) in pixels.
-    """
-
-    model: str
-    input_size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class EvaluationBucket:
-    """What the samples of a batch have in common.
-
-    Attributes:
-        model: Name of the model.
-        input_size: (height, width) in pixels.
-        protocol: What is measured.
-    """
-
-    model: str
-    input_size: tuple[int, int]
-    protocol: Protocol
-
-
-@dataclass(frozen=True)
-class EvaluationFacts:
-    """What is known of an evaluation before its first sample.
-
-    Attributes:
-        passes: About how many forward passes through the whole model a sample takes.
-        required: The optional fields of a sample that must be there.
-    """
-
-    passes: int
-    required: frozenset[str]
 
 
 class ServedModel:
@@ -281,7 +240,7 @@ class Catalog:
         self._models = {model.loaded.name: model for model in models}
         self.cache = cache
         self._cores = _Cores(torch.get_num_threads())
-        self._evaluations: dict[EvaluationBucket, Evaluations] = {}
+        self._evaluations: dict[EvaluationBucket, SharedEvaluator] = {}
 
     def __iter__(self) -> Iterator[ServedModel]:
         """The models, in the order of the settings."""
@@ -302,9 +261,9 @@ class Catalog:
         return self.get(bucket.model).compute(jobs, self._sharing(rest), models)
 
     @contextmanager
-    def evaluation(self, bucket: EvaluationBucket) -> Iterator[Evaluations]:
+    def evaluation(self, bucket: EvaluationBucket) -> Iterator[SharedEvaluator]:
         """What measures the samples of a bucket, held as long as the block runs; equal buckets share it."""
-        held = self._evaluations.setdefault(bucket, Evaluations(self.get(bucket.model), bucket))
+        held = self._evaluations.setdefault(bucket, SharedEvaluator(self.get(bucket.model), bucket))
         held.count += 1
         try:
             yield held
@@ -328,7 +287,7 @@ class Catalog:
         return rest_and_share
 
 
-class Evaluations:
+class SharedEvaluator:
     """What measures the samples of a bucket, made when it is first asked for.
 
     Args:
@@ -405,7 +364,3 @@ def _checked(explanation: Explanation) -> Explanation | Exception:
     if all(np.isfinite(array).all() for array in arrays) and np.isfinite(values).all():
         return explanation
     return NonFiniteError("the model's latent, outputs or gradients for this image are not finite")
-
-
-class NonFiniteError(ArithmeticError):
-    """The model answered with NaN or infinity; the caller is told of an internal error, since it can't do better."""

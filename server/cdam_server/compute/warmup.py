@@ -12,7 +12,8 @@ import structlog
 import torch
 
 from cdam_engine import Cdam, Concept, TopK
-from cdam_server.compute.models import Catalog, NonFiniteError, ServedModel
+from cdam_server.compute.facts import NonFiniteError
+from cdam_server.compute.models import Catalog, ServedModel
 from cdam_server.compute.scheduling import DeviceLostError, Scheduler, Terms, TooLargeError
 from cdam_server.compute.work import ExplainWork, Works
 

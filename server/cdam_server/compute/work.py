@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cdam_engine import Explanation, Method, Target
 from cdam_engine.evaluation import Measured, Sample
-from cdam_server.compute.facts import ModelFacts
-from cdam_server.compute.models import Bucket, Catalog, EvaluationBucket, Evaluations, Job
+from cdam_server.compute.facts import Bucket, EvaluationBucket, EvaluationFacts, ModelFacts
+from cdam_server.compute.models import Catalog, Job
 from cdam_server.compute.scheduling import Computed, Rest
 
 
@@ -57,11 +57,9 @@ class ImageWork(ABC):
         """What the engine is asked."""
 
     def run(self, batch: Sequence[ImageWork], rest: Rest) -> list[Explanation | Exception]:
-        """See `cdam_server.compute.scheduling.Work`."""
         return self.catalog.compute(self.bucket, [work.job for work in batch], rest)
 
     def book(self, batch: Sequence[ImageWork], answers: Sequence[Explanation | Exception], computed: Computed) -> None:
-        """See `cdam_server.compute.scheduling.Work`."""
         if self.books is None:
             return
         explained = next((answer for answer in answers if isinstance(answer, Explanation)), None)
@@ -89,7 +87,6 @@ class ExplainWork(ImageWork):
 
     @property
     def job(self) -> Job:
-        """See `ImageWork`."""
         return Job(self.pixels, self.targets, self.methods, self.model)
 
 
@@ -99,7 +96,6 @@ class EmbedWork(ImageWork):
 
     @property
     def job(self) -> Job:
-        """See `ImageWork`."""
         return Job(self.pixels, (), (), self.model)
 
 
@@ -139,7 +135,7 @@ class Works:
 
     Args:
         catalog: The models.
-        telemetry: Where batches of images are booked; None: nowhere.
+        books: Where batches are counted; None: nowhere.
     """
 
     def __init__(self, catalog: Catalog, books: Books | None) -> None:
@@ -164,9 +160,11 @@ class Works:
         height, width, _ = pixels.shape
         return EmbedWork(self.bucket(model, (height, width)), self._catalog, self._books, model.name, pixels)
 
-    def evaluation(self, bucket: EvaluationBucket) -> AbstractContextManager[Evaluations]:
-        """What measures the samples of a bucket, held as long as the block runs."""
-        return self._catalog.evaluation(bucket)
+    @contextmanager
+    def evaluation(self, bucket: EvaluationBucket) -> Iterator[Callable[[], EvaluationFacts]]:
+        """Hold what measures the samples of a bucket as long as the block runs; yields what tells of it, slowly."""
+        with self._catalog.evaluation(bucket) as held:
+            yield held.facts
 
     def evaluate(self, bucket: EvaluationBucket, sample: Sample) -> EvaluateWork:
         """A sample to measure, of an evaluation that is held."""

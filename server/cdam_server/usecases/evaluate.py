@@ -19,8 +19,7 @@ from cdam.statistics import CORRELATED, Statistics, Table
 from cdam_engine import Method, UnsupportedMethodError
 from cdam_engine.evaluation import Evaluated, Geometry, Measured, Metric, ParameterError, Protocol, Sample
 from cdam_engine.preprocess import Resize, prepare
-from cdam_server.compute.facts import ModelFacts
-from cdam_server.compute.models import EvaluationBucket, EvaluationFacts, Evaluations
+from cdam_server.compute.facts import EvaluationBucket, EvaluationFacts, ModelFacts
 from cdam_server.compute.scheduling import BACKGROUND, Pool, Scheduler, Terms
 from cdam_server.compute.work import Works
 from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, within
@@ -149,8 +148,8 @@ class EvaluateUseCase:
         _check_resamples(protocol, cost.levels, plan.resamples)
         self._check_images(cost.images)
         bucket = EvaluationBucket(model.name, input_size, protocol)
-        with self._tools.works.evaluation(bucket) as held:
-            facts = await asyncio.to_thread(_facts, held, model)
+        with self._tools.works.evaluation(bucket) as tell:
+            facts = await asyncio.to_thread(_facts, tell, model)
             passes = math.ceil(model.times_larger(input_size) * facts.passes)
             if passes > self._max_passes:
                 message = (
@@ -304,10 +303,10 @@ def _check_resamples(protocol: Protocol, levels: int, resamples: int) -> None:
         raise InvalidArgumentError("resamples", message)
 
 
-def _facts(held: Evaluations, model: ModelFacts) -> EvaluationFacts:
+def _facts(tell: Callable[[], EvaluationFacts], model: ModelFacts) -> EvaluationFacts:
     """What is known of an evaluation before its first sample; slow."""
     try:
-        return held.facts()
+        return tell()
     except UnsupportedMethodError as error:
         message = f"model {model.name!r} can't serve one: {error}"
         raise FailedPreconditionError(error.reason, message, field="methods", model=model.name) from error

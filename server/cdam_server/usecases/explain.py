@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdam_engine import Method, Output, TopK
-from cdam_server.compute.facts import ModelFacts
-from cdam_server.compute.models import NonFiniteError
+from cdam_server.compute.facts import ModelFacts, NonFiniteError
 from cdam_server.errors import InvalidArgumentError
 from cdam_server.usecases.images import Answered, Images, Picture
 from cdam_server.usecases.resolve import Resolver, Wanted, probabilities, resolve_methods

@@ -12,8 +12,9 @@ import torch
 from pydantic import JsonValue
 
 from cdam_engine import Attention, Cdam, Concept, Explanation, IntegratedCdam, Output, SmoothCdam
+from cdam_server.compute.facts import NonFiniteError
 from cdam_server.compute.loading import ModelSpec, load_model
-from cdam_server.compute.models import Job, NonFiniteError, ServedModel
+from cdam_server.compute.models import Job, ServedModel
 from cdam_server.compute.scheduling import TooLargeError
 from cdam_server.errors import FailedPreconditionError
 from cdam_server.usecases.resolve import resolve_method, resolve_methods

@@ -57,26 +57,21 @@ class BoxSensitivity(Metric):
             raise ValueError(f"box_sizes: {self.box_sizes}, but sides are at least 1, distinct, and in ascending order")
 
     def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:  # noqa: ARG002
-        """See `Metric`."""
         return replace(self, box_sizes=self.sizes(geometry.input_size))
 
     def cost(self, geometry: Geometry) -> Cost:
-        """See `Metric`."""
         return Cost(images=len(self.sizes(geometry.input_size)) * self.boxes)
 
     def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
-        """See `Metric`."""
         return ()
 
     def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:
-        """See `Metric`."""
         boxes = (
             self._images(side, self._corners(seed, sample, geometry, side)) for side in self.sizes(geometry.input_size)
         )
         return [CLEAN, *(image for images in boxes for image in images)]
 
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
-        """See `Metric`."""
         geometry = subject.geometry
         (clean,) = subject.values([CLEAN])
         integral = _integral(subject.enlarged(its, self.enlargement))

@@ -27,23 +27,18 @@ class Counterfactual(Metric):
     requires: ClassVar[tuple[Field, ...]] = ("counterfactual",)
 
     def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:  # noqa: ARG002
-        """See `Metric`."""
         return self
 
     def cost(self, geometry: Geometry) -> Cost:  # noqa: ARG002 - no image of it is perturbed
-        """See `Metric`."""
         return Cost()
 
     def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
-        """See `Metric`."""
         return ()
 
     def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
-        """See `Metric`."""
         return _IMAGES
 
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
-        """See `Metric`."""
         assert subject.difference is not None
         before, after = subject.values(_IMAGES)
         true_change = float(before - after)

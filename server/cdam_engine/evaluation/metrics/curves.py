@@ -26,12 +26,10 @@ class _OfRanks(ABC):
     def _curves(self, its: MapOf, geometry: Geometry) -> tuple[list[Perturbation], list[Perturbation]]: ...
 
     def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:
-        """See `Metric`."""
         one, other = self._curves(its, geometry)
         return one + other
 
     def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
-        """See `Metric`."""
         return ()
 
 
@@ -71,15 +69,12 @@ class Fidelity(_OfRanks, Metric):
             raise ValueError(f"points: {self.points}, but a curve has 2 at least")
 
     def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:  # noqa: ARG002
-        """See `Metric`."""
         return self
 
     def cost(self, geometry: Geometry) -> Cost:  # noqa: ARG002
-        """See `Metric`."""
         return Cost(images=2 * self.points)
 
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
-        """See `Metric`."""
         percent = 100 * np.arange(self.points) / (self.points - 1)
         most, least = (subject.values(images) for images in self._curves(its, subject.geometry))
         mif, lif = curve(percent, most), curve(percent, least)
@@ -138,15 +133,12 @@ class InsertionDeletion(_OfRanks, Metric):
             at_least_one("steps", self.steps)
 
     def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:
-        """See `Metric`."""
         return replace(self, steps=self._steps(geometry), activation=activation or self.activation)
 
     def cost(self, geometry: Geometry) -> Cost:
-        """See `Metric`."""
         return Cost(images=2 * self._steps(geometry))
 
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
-        """See `Metric`."""
         steps = self._steps(subject.geometry)
         insertion, deletion = (
             curve(np.arange(steps + 1) / steps, subject.values(images, self.activation))

@@ -41,7 +41,6 @@ class ClassDiscrimination(Metric):
     box_sensitivity: BoxSensitivity = field(default_factory=BoxSensitivity)
 
     def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:
-        """See `Metric`."""
         try:
             boxes = self.box_sensitivity.resolved(geometry, activation)
         except ParameterError as error:
@@ -50,19 +49,15 @@ class ClassDiscrimination(Metric):
         return replace(self, fidelity=self.fidelity.resolved(geometry, activation), box_sensitivity=boxes)
 
     def cost(self, geometry: Geometry) -> Cost:
-        """See `Metric`."""
         return Cost(images=2 * self.fidelity.cost(geometry).images + self.box_sensitivity.cost(geometry).images)
 
     def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:
-        """See `Metric`."""
         return [image for each in _right_and_wrong(its) for image in self.fidelity.images_of_map(each, geometry)]
 
     def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:
-        """See `Metric`."""
         return self.box_sensitivity.images_of_sample(seed, sample, geometry)
 
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
-        """See `Metric`."""
         right, wrong = (
             self.fidelity.measure(each, seed, subject) | self.box_sensitivity.measure(each, seed, subject)
             for each in _right_and_wrong(its)

@@ -74,11 +74,9 @@ class Localisation(OfMaps, Metric):
         at_least_one("points", self.points)
 
     def cost(self, geometry: Geometry) -> Cost:  # noqa: ARG002
-        """See `Metric`."""
         return Cost(levels=self.points)
 
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
-        """See `Metric`."""
         pause(subject.pixels.device)  # of many maps and points this takes seconds
         mask = subject.sample.mask
         assert mask is not None

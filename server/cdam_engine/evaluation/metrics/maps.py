@@ -36,7 +36,6 @@ class Compactness(OfMaps, Metric):
             raise ValueError(f"threshold: {self.threshold}, but a fraction is from 0 to less than 1")
 
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
-        """See `Metric`."""
         scores = subject.maps[its]
         taken = np.abs(scores) if self.absolute else scores
         largest = float(taken.max())
@@ -53,7 +52,6 @@ class Sparseness(OfMaps, Metric):
     requires: ClassVar[tuple[Field, ...]] = ()
 
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
-        """See `Metric`."""
         sizes = np.sort(np.abs(subject.maps[its].astype(np.float64)), axis=None)
         count, total = len(sizes), float(sizes.sum())
         weights = 2 * np.arange(1, count + 1) - count - 1

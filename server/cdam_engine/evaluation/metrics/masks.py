@@ -36,7 +36,6 @@ class MaskAgreement(OfMaps, Metric):
         one_of("enlargement", self.enlargement, get_args(Enlargement))
 
     def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
-        """See `Metric`."""
         mask = subject.sample.mask
         assert mask is not None
         pixels = subject.enlarged(its, self.enlargement)
