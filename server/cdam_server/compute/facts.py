@@ -64,7 +64,7 @@ class ModelFacts:
         return grid.h * grid.w
 
     def times_larger(self, input_size: tuple[int, int]) -> float:
-        """How many times more patches than the input that the operator chose the limits for, the model's own; at least 1."""
+        """Patches of this input divided by those of the model's own, which limits are set for; at least 1."""
         return max(1.0, self.patches(input_size) / self.patches(self.data_config.input_size))
 
 

@@ -136,7 +136,7 @@ class ConceptStore(Protocol):
     """Keeps concepts; safe to call from one event loop at a time, by many tasks, and by several processes on one database.
 
     Every operation may raise `StoreUnavailableError`; those that write, `StoreFullError` and `StoreUnwritableError`. What a writing operation has
-    returned is on disk. A name whose newest version was deleted is as one that never was, but for its count.
+    returned is on disk. A deleted name behaves as if it had never existed, except that its version numbers continue.
     """
 
     async def open(self) -> None:

@@ -249,7 +249,7 @@ def _digest(value: object) -> str:
 
 
 def _token(last: Version, question: str) -> str:
-    """What says: the list of this question goes on behind this version."""
+    """Says that the list which answers this question continues after this version."""
     return base64.urlsafe_b64encode(json.dumps([question, last.model, last.name]).encode()).decode()
 
 

@@ -177,9 +177,9 @@ class RegisterUseCase:
             return await self._store.register(registration)
 
     async def _content_of_vector(self, model: ModelFacts, order: Order, vector: ReadyVector) -> Content:
-        """What is said about a vector's images can't be checked; so its id covers all that is said, and is not theirs.
+        """What a caller says about a vector's images can't be checked, so the id covers those statements, too.
 
-        Only where those images were seen, and gave this vector, it is the concept that they made.
+        Unless the store has this concept, made here of the same images: then it is that one.
         """
         check_vector(model, vector.values, needs_direction=True)
         if not vector.examples:
@@ -370,7 +370,7 @@ async def _each(images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]) ->
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    """The first error of a group; the others, if any, have the same right to be told."""
+    """The first error of a group; any of them may be reported."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

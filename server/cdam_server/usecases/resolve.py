@@ -28,7 +28,7 @@ ACTIVATIONS: Final[dict[Task, Activation]] = {
     Task.BINARY: "sigmoid",
     Task.REGRESSION: "identity",
 }
-"""What turns a logit into what it means."""
+"""What turns logits into probabilities, by task."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Admission:
         if terms.timeout is None or own is None or not self._queue.held:  # an idle server tries
             return 0.0
         ahead = self._queue.backlog(terms, self._forecast.share(terms))
-        # What is ahead goes with it as far as a batch may last, and the rest before it.
+        # Jobs ahead share its batch, up to the longest one; the others are computed before it.
         batch = min(ahead + own, max(own, self._forecast.longest_batch(terms)))
         work = ahead + own - batch + batch * self._device.slots
         if terms.light and any(not run.terms.light for run in self._device.foreground):

@@ -47,7 +47,7 @@ class Batching:
         )
 
     def fits(self, entries: Sequence[Entry], most: float = math.inf) -> bool:
-        """Whether so many jobs may be one batch, of so many seconds at most."""
+        """Whether these jobs may be one batch, which takes at most `most` seconds."""
         first, last = entries[0], entries[-1]
         seconds = self._forecast.batch(entries)
         if seconds is None:
@@ -59,7 +59,7 @@ class Batching:
         return seconds <= min(most, policy.MAX_BATCH_SHARE * _shortest_timeout(entries) / self._device.slots)
 
     def is_behind(self, entry: Entry, others: Sequence[Entry]) -> bool:
-        """Whether its caller has had less than each of the others', by more than a full batch: two who ask for much never differ so."""
+        """Whether its caller has received less than each of the others', by more than a full batch; two busy callers never differ so much."""
         return self._queue.lag(entry, others) > self._device.ceilings.max_batch_size
 
     def _is_late(self, entry: Entry, now: float) -> bool:

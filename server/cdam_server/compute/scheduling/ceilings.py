@@ -43,14 +43,14 @@ class Ceilings:
         return None if lowered is None else replace(lowered)
 
     def restore(self, bucket: Hashable, ceiling: Ceiling | None) -> None:
-        """What was known before holds again."""
+        """Put an earlier ceiling back."""
         if ceiling is None:
             self._lowered.pop(bucket, None)
         else:
             self._lowered[bucket] = ceiling
 
     def lower(self, bucket: Hashable, size: int) -> None:
-        """So many jobs did not fit into memory together."""
+        """A batch of this size did not fit into memory."""
         ceiling = self._lowered.get(bucket)
         if ceiling is None:
             self._lowered[bucket] = Ceiling(size // 2)
@@ -60,7 +60,7 @@ class Ceilings:
         ceiling.full = 0
 
     def fitted(self, bucket: Hashable, size: int) -> None:
-        """So many jobs were computed together."""
+        """A batch of this size fitted."""
         ceiling = self._lowered.get(bucket)
         if ceiling is None or size < ceiling.jobs:
             return

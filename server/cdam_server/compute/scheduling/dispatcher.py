@@ -120,7 +120,9 @@ class Dispatcher:
         """A batch is done; learn from it if all of it was computed at once."""
         with self._changed:
             now = time.monotonic()
-            if computed and not run.terms.background:  # of whose kinds there are too many, each with few batches
+            if (
+                computed and not run.terms.background
+            ):  # their kinds are too many, each with too few batches to learn from
                 self._forecast.learn(run, now)
                 self._admission.tested(run.terms.kind, now)
                 self._ceilings.fitted(run.terms.bucket, len(run.entries))

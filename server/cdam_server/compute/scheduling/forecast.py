@@ -81,7 +81,7 @@ class Forecast:
         return sum(run.remaining(now, sharing) / sharing for run in self._device.foreground)
 
     def until_free(self, terms: Terms, now: float) -> float:
-        """Until a slot is free for a job; one is as good as free if all that is computed in it gives way to the job."""
+        """Seconds until a slot is free for a job; a slot counts as free if the job may interrupt all that is computed in it."""
         sharing = self._device.sharing
         slots: defaultdict[Run, float] = defaultdict(float)
         for run in self._device.runs:

@@ -214,8 +214,8 @@ class Queue:
     def backlog(self, terms: Terms, own_seconds: float) -> float:
         """Estimated seconds of work that will be done before a job that comes now, its own not counted.
 
-        All that is of better rank; of equal rank its caller's own, and as much of each other caller's, since they take turns, and
-        what those have had less.
+        All work of better rank. Of equal rank its caller's own, and of each other caller's as much at most, since they take turns,
+        plus what that caller has received less.
         """
         own = self._callers.get(_key(terms))
         _, before = (0.0, 0.0) if own is None else own.ahead(terms)

@@ -102,7 +102,7 @@ class Scheduler:
 
     @property
     def silent_seconds(self) -> float:
-        """How long the worker that is busy and has been silent for longest has been so."""
+        """The longest silence of a worker that is busy, in seconds."""
         return max(worker.silent_seconds for worker in self._workers)
 
     def ceiling(self, bucket: Hashable) -> int:
