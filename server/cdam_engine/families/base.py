@@ -194,11 +194,11 @@ class Family:
         """From normalised input (B, C, H, W) to the first block's tokens (B, N, D) and what each block is called with."""
         raise NotImplementedError
 
-    def run(self, index: int, x: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:  # noqa: ARG002
+    def run(self, index: int, x: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:
         """A block as the model runs it, the last one excepted: from its input (B, N, D) to the next one's."""
         return cast("Tensor", self.blocks[index](x, **arguments))
 
-    def attend(self, tokens: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:  # noqa: ARG002
+    def attend(self, tokens: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:
         """The last attention's output (B, M, D) for the M tokens that it changes, the first ones, from T (B, N, D)."""
         return cast("Tensor", self.blocks[-1].attn(tokens, **arguments))
 
@@ -207,7 +207,7 @@ class Family:
         x = residual + block.drop_path1(layer_scale(block, 1, attended))
         return cast("Tensor", x + block.drop_path2(layer_scale(block, 2, block.mlp(block.norm2(x)))))
 
-    def final_norm(self, x: Tensor, grid: Grid) -> Tensor:  # noqa: ARG002
+    def final_norm(self, x: Tensor, grid: Grid) -> Tensor:
         """What comes between the last block and the pooling, (B, N, D)."""
         return cast("Tensor", self.model.norm(x))
 
@@ -215,7 +215,7 @@ class Family:
         """Pooling: from the final norm's output (B, N, D) to the latent."""
         return cast("Tensor", self.model.forward_head(x, pre_logits=True))
 
-    def logits(self, x: Tensor, latent: Tensor) -> Tensor:  # noqa: ARG002
+    def logits(self, x: Tensor, latent: Tensor) -> Tensor:
         """What the head makes of the latent; `x` is the final norm's output that it was read from."""
         return cast("Tensor", self.head(latent))
 

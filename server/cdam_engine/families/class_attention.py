@@ -42,7 +42,7 @@ class ClassAttentionFamily(Family):
         x = model.pos_drop(model.patch_embed(pixels) + model.pos_embed)
         return torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1), [{}] * len(self.blocks)
 
-    def run(self, index: int, x: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:  # noqa: ARG002
+    def run(self, index: int, x: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:
         token, patches = x[:, :1], x[:, 1:]
         if index < len(self.model.blocks):
             patches = self.blocks[index](patches)

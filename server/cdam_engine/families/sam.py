@@ -59,10 +59,10 @@ class SamFamily(Family):
         x = model.norm_pre(model.patch_drop(model.pos_drop(x)))
         return x.flatten(1, 2), [{}] * len(model.blocks)
 
-    def run(self, index: int, x: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:  # noqa: ARG002
+    def run(self, index: int, x: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:
         return cast("Tensor", self.blocks[index](torch.unflatten(x, 1, grid)).flatten(1, 2))
 
-    def attend(self, tokens: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:  # noqa: ARG002
+    def attend(self, tokens: Tensor, arguments: Mapping[str, Any], grid: Grid) -> Tensor:
         """See `Family`. Windows at the edge are padded with zeros after the norm, as timm does it."""
         block = self.blocks[-1]
         x = torch.unflatten(tokens, 1, grid)
@@ -82,7 +82,7 @@ class SamFamily(Family):
         """See `Family`. To the head a row of N patches is as good as a grid: it pools over all."""
         return cast("Tensor", self.model.forward_head(x.transpose(1, 2)[..., None], pre_logits=True))
 
-    def logits(self, x: Tensor, latent: Tensor) -> Tensor:  # noqa: ARG002
+    def logits(self, x: Tensor, latent: Tensor) -> Tensor:
         return cast("Tensor", self.model.forward_head(x.transpose(1, 2)[..., None]))
 
     def check_attend(self) -> None:

@@ -37,5 +37,5 @@ class DistilledFamily(VisionTransformerFamily):
     def knows(cls, model: Any) -> bool:
         return super(VisionTransformerFamily, cls).knows(model)
 
-    def logits(self, x: Tensor, latent: Tensor) -> Tensor:  # noqa: ARG002 - they are no function of the latent
+    def logits(self, x: Tensor, latent: Tensor) -> Tensor:
         return cast("Tensor", self.model.forward_head(x))

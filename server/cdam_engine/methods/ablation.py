@@ -35,7 +35,7 @@ class TokenAblation(Method):
     def check(self, vit: SplitViT) -> None:
         vit.check_attend()
 
-    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+    def passes(self, targets: int, patches: int) -> int:
         return patches
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:

@@ -47,7 +47,7 @@ class Attention(Method):
                 "NO_SUCH_HEAD", f"the last block has heads 0 to {vit.num_heads - 1}, not {max(self.heads)}"
             )
 
-    def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:  # noqa: ARG002
+    def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         assert batch.trunk is not None
         trunk, vit = batch.trunk.take(images), batch.vit
         rho = vit.readout_weights(trunk.tokens)
@@ -80,10 +80,10 @@ class AttentionRollout(Method):
         vit.check_readout()
         vit.check_attend()
 
-    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+    def passes(self, targets: int, patches: int) -> int:
         return 1
 
-    def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:  # noqa: ARG002
+    def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         vit = batch.vit
         found = []
         for some in chunks(len(images), _MAX_ELEMENTS // (batch.tokens**2 * max(vit.num_heads, len(vit.blocks)))):

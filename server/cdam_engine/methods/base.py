@@ -92,7 +92,7 @@ class Method(ABC):
             UnsupportedMethodError: With the reason.
         """
 
-    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+    def passes(self, targets: int, patches: int) -> int:
         """How often the whole model runs for one image, over and above the trunk that all methods share.
 
         Args:
@@ -101,7 +101,7 @@ class Method(ABC):
         """
         return 0
 
-    def gradients(self, targets: int) -> int:  # noqa: ARG002
+    def gradients(self, targets: int) -> int:
         """How many gradients through the tail it takes for one image.
 
         Args:

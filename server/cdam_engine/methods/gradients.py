@@ -33,7 +33,7 @@ class InputXGradient(Method):
     kind: ClassVar[str] = "input_x_gradient"
     reads_tokens: ClassVar[bool] = False
 
-    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+    def passes(self, targets: int, patches: int) -> int:
         return targets
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
@@ -69,7 +69,7 @@ class SmoothGrad(Method):
         at_least_one("samples", self.samples)
         check_seed(self.seed)
 
-    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+    def passes(self, targets: int, patches: int) -> int:
         return self.samples * targets
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
@@ -104,7 +104,7 @@ class IntegratedGradients(Method):
         at_least_one("steps", self.steps)
         nodes(self.quadrature, 1)
 
-    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+    def passes(self, targets: int, patches: int) -> int:
         return self.steps * targets
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:

@@ -39,7 +39,7 @@ class RelevancePropagation(Method):
         vit.check_readout()
         vit.check_attend()
 
-    def passes(self, targets: int, patches: int) -> int:  # noqa: ARG002
+    def passes(self, targets: int, patches: int) -> int:
         return targets
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:

@@ -144,19 +144,19 @@ class Metric(ABC):
 class OfMaps:
     """What a metric is that reads maps alone: the model is asked about no image, and decides no parameter."""
 
-    def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:  # noqa: ARG002
+    def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:
         """See `Metric`."""
         return self
 
-    def cost(self, geometry: Geometry) -> Cost:  # noqa: ARG002
+    def cost(self, geometry: Geometry) -> Cost:
         """See `Metric`."""
         return Cost()
 
-    def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
+    def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:
         """See `Metric`."""
         return ()
 
-    def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
+    def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:
         """See `Metric`."""
         return ()
 

@@ -56,13 +56,13 @@ class BoxSensitivity(Metric):
         if any(size < 1 for size in self.box_sizes) or list(self.box_sizes) != sorted(set(self.box_sizes)):
             raise ValueError(f"box_sizes: {self.box_sizes}, but sides are at least 1, distinct, and in ascending order")
 
-    def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:  # noqa: ARG002
+    def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:
         return replace(self, box_sizes=self.sizes(geometry.input_size))
 
     def cost(self, geometry: Geometry) -> Cost:
         return Cost(images=len(self.sizes(geometry.input_size)) * self.boxes)
 
-    def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
+    def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:
         return ()
 
     def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:

@@ -26,19 +26,19 @@ class Counterfactual(Metric):
     better: ClassVar[Better] = {"true_change": None, "map_change": None, "sign_agreement": "higher"}
     requires: ClassVar[tuple[Field, ...]] = ("counterfactual",)
 
-    def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:  # noqa: ARG002
+    def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:
         return self
 
-    def cost(self, geometry: Geometry) -> Cost:  # noqa: ARG002 - no image of it is perturbed
+    def cost(self, geometry: Geometry) -> Cost:
         return Cost()
 
-    def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
+    def images_of_map(self, its: MapOf, geometry: Geometry) -> Sequence[Perturbation]:
         return ()
 
-    def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
+    def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:
         return _IMAGES
 
-    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
+    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
         assert subject.difference is not None
         before, after = subject.values(_IMAGES)
         true_change = float(before - after)

@@ -29,7 +29,7 @@ class _OfRanks(ABC):
         one, other = self._curves(its, geometry)
         return one + other
 
-    def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:  # noqa: ARG002
+    def images_of_sample(self, seed: int, sample: str, geometry: Geometry) -> Sequence[Perturbation]:
         return ()
 
 
@@ -68,13 +68,13 @@ class Fidelity(_OfRanks, Metric):
         if self.points < 2:
             raise ValueError(f"points: {self.points}, but a curve has 2 at least")
 
-    def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:  # noqa: ARG002
+    def resolved(self, geometry: Geometry, activation: Activation | None = None) -> Self:
         return self
 
-    def cost(self, geometry: Geometry) -> Cost:  # noqa: ARG002
+    def cost(self, geometry: Geometry) -> Cost:
         return Cost(images=2 * self.points)
 
-    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
+    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
         percent = 100 * np.arange(self.points) / (self.points - 1)
         most, least = (subject.values(images) for images in self._curves(its, subject.geometry))
         mif, lif = curve(percent, most), curve(percent, least)
@@ -138,7 +138,7 @@ class InsertionDeletion(_OfRanks, Metric):
     def cost(self, geometry: Geometry) -> Cost:
         return Cost(images=2 * self._steps(geometry))
 
-    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
+    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
         steps = self._steps(subject.geometry)
         insertion, deletion = (
             curve(np.arange(steps + 1) / steps, subject.values(images, self.activation))

@@ -73,10 +73,10 @@ class Localisation(OfMaps, Metric):
                 raise ValueError(f"{name}: {getattr(self, name)}, but it is greater than 0, and at most 1")
         at_least_one("points", self.points)
 
-    def cost(self, geometry: Geometry) -> Cost:  # noqa: ARG002
+    def cost(self, geometry: Geometry) -> Cost:
         return Cost(levels=self.points)
 
-    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
+    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
         pause(subject.pixels.device)  # of many maps and points this takes seconds
         mask = subject.sample.mask
         assert mask is not None

@@ -35,7 +35,7 @@ class Compactness(OfMaps, Metric):
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold: {self.threshold}, but a fraction is from 0 to less than 1")
 
-    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
+    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
         scores = subject.maps[its]
         taken = np.abs(scores) if self.absolute else scores
         largest = float(taken.max())
@@ -51,7 +51,7 @@ class Sparseness(OfMaps, Metric):
     better: ClassVar[Better] = {"gini": "higher"}
     requires: ClassVar[tuple[Field, ...]] = ()
 
-    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
+    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
         sizes = np.sort(np.abs(subject.maps[its].astype(np.float64)), axis=None)
         count, total = len(sizes), float(sizes.sum())
         weights = 2 * np.arange(1, count + 1) - count - 1

@@ -35,7 +35,7 @@ class MaskAgreement(OfMaps, Metric):
     def __post_init__(self) -> None:
         one_of("enlargement", self.enlargement, get_args(Enlargement))
 
-    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
+    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
         mask = subject.sample.mask
         assert mask is not None
         pixels = subject.enlarged(its, self.enlargement)

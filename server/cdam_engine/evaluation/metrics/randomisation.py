@@ -33,7 +33,7 @@ class Randomisation(OfMaps, Metric):
 
     absolute: bool = False
 
-    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:  # noqa: ARG002
+    def measure(self, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
         true = subject.maps[its]
         others = [true if isinstance(its.evaluated, Anchor) else maps[its] for maps in subject.randomised]
         taken = (np.abs(scores) if self.absolute else scores for scores in others)
