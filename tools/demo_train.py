@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m demo_train --out DIR`, an hour on two CPU cores.
+"""Trains the demo model: `python tools/demo_train.py --out DIR`, an hour on two CPU cores.
 
 Supervision is image-level labels only. A scene of several digits is meant to be labelled with *one* of them, drawn
 evenly, as ImageNet labels one of several objects; we take the expectation of that loss, which is cross entropy against
@@ -318,7 +318,7 @@ def write_result(training: Training, out: Path) -> None:
     report = {
         "held_out": asdict(figures.measure(training.average, "test")),
         "training": {
-            "command": f"python -m demo_train --out OUT --seed {training.recipe.seed}",
+            "command": f"python tools/demo_train.py --out OUT --seed {training.recipe.seed}",
             "steps": training.step,
             "minutes": round(training.seconds / 60, 1),
             "cpu_threads": torch.get_num_threads(),

@@ -171,6 +171,28 @@ def test_a_metric_that_leaves_something_unsaid_is_no_class(missing: str) -> None
         _without(Removal, missing)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"better": {"drop": "up"}}, "better must say"),
+        ({"better": {}}, "better must say"),
+        ({"requires": "mask"}, "requires must be a tuple of wrong_target, mask"),
+        ({"requires": ("maks",)}, "requires must be a tuple of wrong_target, mask"),
+    ],
+)
+def test_a_metric_that_says_something_wrong_is_no_class(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^metric Wrong: {message}"):
+        type(Removal)("Wrong", (Removal,), wrong)
+
+
+@pytest.mark.parametrize("found", [{"rest": Found(1.0), "drop": Found(1.0)}, {"drop": Found(1.0)}, {}, 1.0, None])
+def test_a_metric_measures_what_it_says(model: VisionTransformer, monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
+    monkeypatch.setattr(Removal, "measure", lambda *_: found)
+    evaluator = Evaluator(Explainer(model, data_config=CONFIG), Protocol((Length(),), (Removal(),)))
+    with pytest.raises(TypeError, match=r"^metric randomisation must measure a Found of each of drop, rest"):
+        evaluator.evaluate([Sample("a", image(3), Output(2))])
+
+
 def test_a_method_that_explains_nothing_cannot_be_constructed() -> None:
     with pytest.raises(TypeError, match=r"abstract method '?explain'?$"):
         _without(Length, "explain")()

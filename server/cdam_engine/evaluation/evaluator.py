@@ -10,7 +10,7 @@ import torch
 
 from cdam_engine.evaluation.forwards import Forwards
 from cdam_engine.evaluation.geometry import Geometry
-from cdam_engine.evaluation.metrics.base import Metric
+from cdam_engine.evaluation.metrics.base import Found, Metric
 from cdam_engine.evaluation.perturbation import MapOf, Perturbation
 from cdam_engine.evaluation.preparation import Preparation
 from cdam_engine.evaluation.protocol import Protocol
@@ -123,10 +123,27 @@ class Evaluator:
                 Value(m, k, quantity, found.value, found.curve)
                 for m, evaluated in enumerate(self.protocol.methods)
                 for k, metric in enumerate(self.protocol.metrics)
-                for quantity, found in metric.measure(MapOf(evaluated), self.protocol.seed, subject).items()
+                for quantity, found in _found(metric, MapOf(evaluated), self.protocol.seed, subject).items()
             )
         except SampleError as error:
             return error
         if not all(math.isfinite(value.value) for value in values):
             return SampleError("image", "a metric of it is not finite")
         return Measured(values)
+
+
+def _found(metric: Metric, its: MapOf, seed: int, subject: Subject) -> dict[str, Found]:
+    """What a metric measures, which is what it says that it does.
+
+    Raises:
+        TypeError: It is not.
+    """
+    found = metric.measure(its, seed, subject)
+    if not (
+        isinstance(found, dict)
+        and tuple(found) == metric.quantities
+        and all(isinstance(value, Found) for value in found.values())
+    ):
+        said = ", ".join(metric.quantities)
+        raise TypeError(f"metric {metric.kind} must measure a Found of each of {said}, in this order, not {found!r}")
+    return found

@@ -26,6 +26,7 @@ _CONCEPT_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_METHODS = 16
 _MAX_NAME = 256
+_MAX_NAME_BYTES = 768  # as an error shows it, which has it up to four times in 8 KiB of trailers
 _MAX_VECTOR = 1e15  # beyond it numbers overflow in float32, where the squares of a thousand of them are summed
 _RANK = {
     explain_pb2.PRIORITY_UNSPECIFIED: 0,
@@ -116,6 +117,8 @@ def check_name(name: str, field: str) -> None:
     """
     if len(name) > _MAX_NAME:
         raise InvalidArgumentError(field, f"has {len(name)} characters; at most {_MAX_NAME} are allowed")
+    if (shown := len(repr(name).encode())) > _MAX_NAME_BYTES + 2:
+        raise InvalidArgumentError(field, f"takes {shown - 2} bytes to show; at most {_MAX_NAME_BYTES} are allowed")
 
 
 # --- targets

@@ -46,7 +46,7 @@ def of_registration(field: str) -> str:
     """A part of a registration: of its specification, or of its images."""
     if field == "input_size":
         return f"spec.{_INPUT_SIZE}"
-    return f"spec.{field}" if field in {"name", "vector", "model_fingerprint"} else field
+    return f"spec.{field}" if field in {"expected_version", "name", "vector", "model_fingerprint"} else field
 
 
 def of_protocol(field: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cdam_engine.evaluation.metrics.base import Better, Cost, Found, Metric, ParameterError
+from cdam_engine.evaluation.metrics.base import Better, Cost, Found, Metric, OfMaps, ParameterError
 from cdam_engine.evaluation.metrics.boxes import BoxSensitivity
 from cdam_engine.evaluation.metrics.counterfactual import Counterfactual
 from cdam_engine.evaluation.metrics.curves import Fidelity, InsertionDeletion
@@ -46,6 +46,7 @@ __all__ = [
     "MaskAgreement",
     "Metric",
     "Normalisation",
+    "OfMaps",
     "ParameterError",
     "Randomisation",
     "Sparseness",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self, get_args
 
 from cdam_engine.evaluation.geometry import Geometry
 from cdam_engine.evaluation.numerics import Floats
@@ -77,10 +77,14 @@ class Metric(ABC):
         """Refuse a metric that leaves out what nobody else can say.
 
         Raises:
-            TypeError: With what is missing.
+            TypeError: With what is missing or wrong.
         """
         if missing := [name for name in ("kind", "better", "requires") if not hasattr(cls, name)]:
             raise TypeError(f"metric {cls.__name__} does not say: {', '.join(missing)}")
+        if not cls.better or not set(cls.better.values()) <= {"higher", "lower", None}:
+            raise TypeError(f"metric {cls.__name__}: better must say of each quantity higher, lower or None")
+        if not isinstance(cls.requires, tuple) or not set(cls.requires) <= set(get_args(Field)):
+            raise TypeError(f"metric {cls.__name__}: requires must be a tuple of {', '.join(get_args(Field))}")
         cls.quantities = tuple(cls.better)
 
     @property
