@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pytest
 import timm
 import torch
 from numpy.typing import NDArray
@@ -40,7 +39,7 @@ from cdam_server.demo import model as demo
 from reference import evaluation_references as references
 from reference.evaluation_references import Array, Number, Numbers
 from reference.method_expectations import function
-from reference.models import BY_ID, available, build, randomise
+from reference.models import BY_ID, build, randomise, require
 
 Key = tuple[int, int, str]
 """Index of the method, index of the metric, quantity."""
@@ -75,8 +74,7 @@ def setting(name: str, dtype: torch.dtype = torch.float64) -> Setting:
         model, size, patch, grid, outputs = _flexible(0).to(dtype), (32, 48), (16, 16), (2, 3), 1
     else:
         case = BY_ID[name]
-        if not available(case):
-            pytest.skip(f"this timm has no {case.timm_name}")
+        require(case)
         model, size, grid, outputs = build(case, dtype), case.image_size, case.grid, case.outputs
         patch = tuple(model.patch_embed.patch_size)
     return Setting(model, copy.deepcopy(model).double(), size, patch, grid, outputs)

@@ -7,6 +7,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import timm
 import torch
 from timm.layers import RmsNorm
@@ -174,6 +175,12 @@ def available(case: Case) -> bool:
     """Whether the installed timm has the architecture: the newest ones are missing from our oldest timm."""
     installed, since = (tuple(map(int, text.split(".")[:3])) for text in (timm.__version__, case.since))
     return timm.is_model(case.timm_name) and installed >= since
+
+
+def require(case: Case) -> None:
+    """Skip the test where the installed timm lacks the architecture; the newest timm lacks none."""
+    if not available(case):
+        pytest.skip(f"this timm has no {case.timm_name}")
 
 
 @functools.lru_cache(maxsize=4)

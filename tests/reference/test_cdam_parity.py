@@ -11,7 +11,7 @@ import torch
 from cdam_engine import Explainer, Output, TopK
 from reference.agreement import BATCH, Agreement, alone, explanation, in_batch, targets
 from reference.cdam_reference import cdam
-from reference.models import BY_ID, CASES, Case, available, build, images
+from reference.models import BY_ID, CASES, Case, build, images, require
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 
@@ -21,27 +21,27 @@ both_precisions = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64
 
 @every_case
 def test_map_of_one_image_equals_reference(case: Case) -> None:
-    _require(case)
+    require(case)
     _check(alone(case, torch.float64), TOLERANCE[torch.float64])
 
 
 @every_case
 def test_maps_in_a_batch_equal_reference(case: Case) -> None:
     """Different images, each with targets of its own, against the reference on each image and target alone."""
-    _require(case)
+    require(case)
     _check(in_batch(case, torch.float64), TOLERANCE[torch.float64])
 
 
 @every_case
 def test_single_precision_is_as_close_to_the_truth_as_its_rounding_allows(case: Case) -> None:
-    _require(case)
+    require(case)
     assert in_batch(case, torch.float32, truth=torch.float64).maps < 5e-5
 
 
 @every_case
 @both_precisions
 def test_logits_equal_the_plain_models(case: Case, dtype: torch.dtype) -> None:
-    _require(case)
+    require(case)
     with torch.no_grad():
         logits = build(case, dtype)(images(case, BATCH, dtype)).numpy()
     found = explanation(case, dtype)
@@ -55,7 +55,7 @@ def test_logits_equal_the_plain_models(case: Case, dtype: torch.dtype) -> None:
 
 @every_case
 def test_targets_come_back_in_the_order_asked_for(case: Case) -> None:
-    _require(case)
+    require(case)
     for item, wanted in zip(explanation(case, torch.float64), targets(case), strict=True):
         order = np.argsort(-item.logits, kind="stable")
         indices: list[int] = []
@@ -70,7 +70,7 @@ def test_targets_come_back_in_the_order_asked_for(case: Case) -> None:
 def test_without_fused_attention(name: str, dtype: torch.dtype) -> None:
     """timm writes attention out where it can't be fused; the engine must follow."""
     case = BY_ID[name]
-    _require(case)
+    require(case)
     model = copy.deepcopy(build(case, dtype))
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -98,8 +98,3 @@ def _check(agreement: Agreement, tolerance: float) -> None:
     assert agreement.maps <= tolerance
     assert agreement.logits <= tolerance
     assert agreement.prefix_share <= tolerance
-
-
-def _require(case: Case) -> None:
-    if not available(case):
-        pytest.skip(f"this timm has no {case.timm_name}")

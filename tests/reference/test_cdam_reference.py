@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reference.agreement import BATCH, expected
 from reference.cdam_reference import cdam, relative_error
-from reference.models import BY_ID, CASES, Case, available, build, images
+from reference.models import BY_ID, CASES, Case, build, images, require
 
 every_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
 
@@ -18,7 +18,7 @@ every_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for
 @every_case
 def test_zoo_is_not_degenerate(case: Case) -> None:
     """Maps are uneven and signed or at least graded, differ between images and outputs, and prefix tokens count."""
-    _require(case)
+    require(case)
     pairs = list(itertools.product(range(BATCH), sorted({0, case.outputs - 1})))
     answers = [expected(case, torch.float64, image, output) for image, output in pairs]
     for answer in answers:
@@ -40,7 +40,7 @@ def test_zoo_is_not_degenerate(case: Case) -> None:
 )
 def test_score_is_the_derivative_under_scaling_of_a_token(case: Case) -> None:
     """`S_i = d/de f(T with token i times (1 + e))` at e = 0, by central differences: no autograd involved."""
-    _require(case)
+    require(case)
     model = build(case)
     image = images(case, 1)[0]
     output = case.outputs - 1
@@ -69,8 +69,3 @@ def test_reference_leaves_nothing_behind() -> None:
         cdam(model, images(BY_ID["eight_outputs"], 1)[0], 8)
     assert not any(module._forward_hooks for module in model.modules())
     assert all(weight.grad is None for weight in model.parameters())
-
-
-def _require(case: Case) -> None:
-    if not available(case):
-        pytest.skip(f"this timm has no {case.timm_name}")

@@ -11,14 +11,14 @@ from torch import nn
 
 from cdam_engine import METHODS, Explainer, Method, UnsupportedMethodError
 from cdam_engine.families import Grid
-from reference.models import CASES, Case, available, build, images
+from reference.models import CASES, Case, build, images, require
 
 every_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
 
 
 @every_case
 def test_numbers_are_the_models(case: Case) -> None:
-    _require(case)
+    require(case)
     explainer = Explainer(build(case, torch.float32))
     facts, pixels = explainer.facts, images(case, 1, torch.float32)
     assert facts.prefix_tokens == case.prefix
@@ -31,7 +31,7 @@ def test_numbers_are_the_models(case: Case) -> None:
 
 @every_case
 def test_sizes_are_those_that_the_model_takes(case: Case) -> None:
-    _require(case)
+    require(case)
     model = build(case, torch.float32)
     sizes = Explainer(model).facts.sizes
     height, width = case.image_size
@@ -56,7 +56,7 @@ def _takes(model: nn.Module, channels: int, size: tuple[int, int]) -> bool:
 
 @every_case
 def test_methods_are_refused_as_by_the_model_itself(case: Case) -> None:
-    _require(case)
+    require(case)
     explainer = Explainer(build(case, torch.float32))
     for method in (variant for kind in METHODS.values() for variant in kind.variants()):
         assert _refusal(explainer.facts.check, method) == _refusal(explainer.check, method)
@@ -72,13 +72,8 @@ def _refusal(check: Callable[[Method], None], method: Method) -> tuple[str, str]
 
 @every_case
 def test_they_travel(case: Case) -> None:
-    _require(case)
+    require(case)
     facts = Explainer(build(case, torch.float32)).facts
     packed = pickle.dumps(facts)
     assert pickle.loads(packed) == facts
     assert len(packed) < 10_000  # and carry no weights
-
-
-def _require(case: Case) -> None:
-    if not available(case):
-        pytest.skip(f"this timm has no {case.timm_name}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reference import attention_references, captum_maps, cdam_reference, pixel_references, tail_references
 from reference.attention_references import attention, attention_rollout, partial_lrp, relevance_propagation
 from reference.cdam_reference import relative_error
-from reference.models import BY_ID, available, build, images
+from reference.models import BY_ID, build, images, require
 from reference.token_references import patch_mask_prediction, token_ablation
 from reference.whole_model import Function, ReferenceMap, quadrature_rule, readout_weights, run, written_out
 
@@ -28,8 +28,7 @@ def models(*names: str) -> pytest.MarkDecorator:
 
 def setting(name: str) -> tuple[nn.Module, Tensor]:
     case = BY_ID[name]
-    if not available(case):
-        pytest.skip(f"this timm has no {case.timm_name}")
+    require(case)
     return build(case), images(case, 1)[0]
 
 

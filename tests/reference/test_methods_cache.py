@@ -27,7 +27,7 @@ from cdam_engine import (
     TopK,
 )
 from reference.method_expectations import concept, supported
-from reference.models import BY_ID, Case, available, build, images
+from reference.models import BY_ID, Case, build, images, require
 from reference.test_cdam_hygiene import BreaksForward, BrokenError
 from reference.test_methods_properties import METHODS, assert_equal
 
@@ -67,8 +67,7 @@ def counting(model: nn.Module) -> Iterator[list[int]]:
 def test_hit_gives_what_a_miss_gives(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """For every method, several times over, so that none spoils what is kept."""
     case = BY_ID[name]
-    if not available(case):
-        pytest.skip(f"this timm has no {case.timm_name}")
+    require(case)
     methods = [method for method in METHODS if supported(case, method) and not getattr(method, "tolerance", None)]
     if name == "beitv2_shared_bias":
         methods = [Cdam(parts=True), Attention()]

@@ -24,7 +24,7 @@ from cdam_engine import (
 )
 from reference import captum_maps
 from reference.method_expectations import Target, concept, function
-from reference.models import BY_ID, available, build, images
+from reference.models import BY_ID, build, images, require
 from reference.whole_model import run
 
 SAMPLES, SEED, STEPS = 5, 3, 6
@@ -97,8 +97,7 @@ def test_integrated_gradients(name: str, rule: str) -> None:
 
 def _setting(name: str) -> tuple[torch.nn.Module, Tensor, tuple[Target, ...]]:
     case = BY_ID[name]
-    if not available(case):
-        pytest.skip(f"this timm has no {case.timm_name}")
+    require(case)
     model = build(case)
     vector = Concept(concept(model, 1), "cosine")
     return model, images(case, 1)[0], (Output(case.outputs - 1), vector, Contrast(Output(0), vector))

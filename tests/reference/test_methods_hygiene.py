@@ -16,7 +16,7 @@ from torch import nn
 
 from cdam_engine import Concept, Contrast, Explainer, Explanation, Method, Output, TopK, UnsupportedMethodError
 from reference.method_expectations import concept, supported
-from reference.models import BY_ID, available, build, images
+from reference.models import BY_ID, build, images, require
 from reference.test_cdam_hygiene import CALLERS, BreaksBackward, BreaksForward, BrokenError, _tensors_alive, unchanged
 from reference.test_methods_properties import METHODS, assert_equal
 
@@ -131,8 +131,7 @@ def test_results_carry_no_graph() -> None:
 @pytest.mark.parametrize("name", ["eight_outputs", "dinov3_token", "beit", "dynamic_size"])
 def test_two_threads_share_an_explainer(name: str) -> None:
     case = BY_ID[name]
-    if not available(case):
-        pytest.skip(f"this timm has no {case.timm_name}")
+    require(case)
     explainer = Explainer(build(case))
     methods = [method for method in METHODS if supported(case, method)]
     jobs = [

@@ -40,7 +40,7 @@ from cdam_engine import (
 )
 from cdam_engine.preprocess import DataConfig
 from reference.method_expectations import Target, concept, expected, supported
-from reference.models import BY_ID, CASES, Case, available, build, images
+from reference.models import BY_ID, CASES, Case, build, images, require
 from reference.whole_model import ReferenceMap, run
 
 FEW = (
@@ -395,8 +395,3 @@ def test_raw_pixels() -> None:
             method, target = its[relevance.method_index], item.targets[0].target
             # The channels' means are kept in single precision.
             compare(relevance, expected(build(case), image, method, target), 1e-5, str(method))
-
-
-def require(case: Case) -> None:
-    if not available(case):
-        pytest.skip(f"this timm has no {case.timm_name}")

@@ -35,7 +35,7 @@ from cdam_engine import (
     TopK,
 )
 from reference.method_expectations import concept, supported
-from reference.models import BY_ID, available, build, images
+from reference.models import BY_ID, build, images, require
 
 CASE = BY_ID["eight_outputs"]
 COUNT = 3
@@ -276,8 +276,7 @@ def test_scaled_target_gives_scaled_map(method: Method) -> None:
 @pytest.mark.parametrize("name", ["eight_outputs", "deit_distilled", "siglip", "beit", "rope_mixed", "qk_norm"])
 def test_parts_sum_to_the_scores(name: str) -> None:
     case = BY_ID[name]
-    if not available(case):
-        pytest.skip(f"this timm has no {case.timm_name}")
+    require(case)
     (found,) = Explainer(build(case)).explain(images(case, 1), [[Output(1), TopK(2)]], [[Cdam(), Cdam(parts=True)]])
     plain, split = found.maps[:3], found.maps[3:]
     for one, parts in zip(plain, split, strict=True):

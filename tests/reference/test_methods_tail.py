@@ -32,7 +32,7 @@ from cdam_engine.tail import AutogradTail, ClsTail, make_tail
 from cdam_engine.vit import SplitViT
 from reference.cdam_reference import relative_error
 from reference.method_expectations import concept, expected
-from reference.models import BY_ID, CASES, Case, available, build, images
+from reference.models import BY_ID, CASES, Case, build, images, require
 
 # Reads out [CLS] (and DeiT's second token), no rotary positions, no norm of queries and keys.
 FAST = {
@@ -82,8 +82,7 @@ PATHS: dict[str, tuple[list[float], list[float]]] = {
 
 
 def tails(case: Case, dtype: torch.dtype = torch.float64) -> tuple[SplitViT, Any]:
-    if not available(case):
-        pytest.skip(f"this timm has no {case.timm_name}")
+    require(case)
     vit = SplitViT(build(case, dtype))
     with torch.no_grad():
         return vit, vit.trunk(images(case, 2, dtype))
