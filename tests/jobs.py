@@ -7,11 +7,11 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from cdam_server.compute.scheduling import Bounds, Computed, Done, Rest, Scheduler, Terms
-from cdam_server.compute.scheduling.entry import Entry
+from cdam_server.compute.scheduling import Bounds, Computed, Done, JobSpec, Pause, Scheduler
+from cdam_server.compute.scheduling.job import Job
 from cdam_server.compute.scheduling.queue import Queue
 
-Compute: TypeAlias = Callable[[Any, Sequence[Any], Rest], Sequence[Any]]
+Compute: TypeAlias = Callable[[Any, Sequence[Any], Pause], Sequence[Any]]
 _LOOP = asyncio.new_event_loop()
 _LOOP.close()
 
@@ -24,10 +24,10 @@ class Call:
     bucket: Hashable
     job: object
 
-    def run(self, batch: Sequence[Call], rest: Rest) -> Sequence[Any]:
-        return self.compute(self.bucket, [work.job for work in batch], rest)
+    def run(self, batch: Sequence[Call], pause: Pause) -> Sequence[Any]:
+        return self.compute(self.bucket, [work.job for work in batch], pause)
 
-    def book(self, batch: Sequence[Call], answers: Sequence[Any], computed: Computed) -> None:
+    def record(self, batch: Sequence[Call], answers: Sequence[Any], computed: Computed) -> None:
         pass
 
 
@@ -38,24 +38,24 @@ class Calls(Scheduler):
         super().__init__(**settings)
         self._compute = compute
 
-    async def submit(self, terms: Terms, job: object) -> Done[Any]:
-        with self.admit(terms) as ticket:
-            return await ticket.submit(Call(self._compute, terms.bucket, job))
+    async def submit(self, spec: JobSpec, job: object) -> Done[Any]:
+        with self.admit(spec) as ticket:
+            return await ticket.submit(Call(self._compute, spec.bucket, job))
 
-    async def submit_together(self, jobs: Sequence[tuple[Terms, object]]) -> list[Done[Any]]:
-        return await self.submit_all([(terms, Call(self._compute, terms.bucket, job)) for terms, job in jobs])
+    async def submit_together(self, jobs: Sequence[tuple[JobSpec, object]]) -> list[Done[Any]]:
+        return await self.submit_all([(spec, Call(self._compute, spec.bucket, job)) for spec, job in jobs])
 
 
-def entry(number: int, seconds: float = 1.0, **terms: Any) -> Entry:
+def job(number: int, seconds: float = 1.0, **spec: Any) -> Job:
     """A job of bucket "a" that arrives at the second of its number."""
     future: asyncio.Future[Done[object]] = asyncio.Future(loop=_LOOP)
-    return Entry(Terms(**{"bucket": "a", **terms}), float(number), number, future, seconds, submitted=float(number))
+    return Job(JobSpec(**{"bucket": "a", **spec}), float(number), number, future, seconds, submitted=float(number))
 
 
-def queue_of(entries: Sequence[Entry]) -> Queue:
+def queue_of(jobs: Sequence[Job]) -> Queue:
     """A queue in which these wait."""
     queue = Queue(Bounds(10_000, 1e9, 1 << 40), credit=8.0)
-    for item in entries:
+    for item in jobs:
         queue.hold(item)
         queue.push(item)
     return queue

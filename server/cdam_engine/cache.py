@@ -25,7 +25,7 @@ def digest(image: Tensor) -> bytes:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class CacheEntry:
     """What is kept of an image.
 
     Attributes:
@@ -59,7 +59,7 @@ class TokenCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = self.hits = self.misses = 0
-        self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
+        self._kept: OrderedDict[Hashable, CacheEntry] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class TokenCache:
         """Whether something is kept of an image; neither hit nor miss."""
         return key in self._kept
 
-    def get(self, key: Hashable) -> Kept | None:
+    def get(self, key: Hashable) -> CacheEntry | None:
         """What is kept of an image; None if nothing is."""
         with self._lock:
             found = self._kept.get(key)
@@ -83,7 +83,7 @@ class TokenCache:
     def put(self, key: Hashable, trunk: TrunkOutput, tail: Tail | None = None) -> None:
         """Keep a batch of one, in the place of what is kept, if it is not too large for the cache."""
         # A view would keep its whole batch alive.
-        kept = Kept(replace(trunk, residual=_owned(trunk.residual), tokens=_owned(trunk.tokens)), tail)
+        kept = CacheEntry(replace(trunk, residual=_owned(trunk.residual), tokens=_owned(trunk.tokens)), tail)
         if kept.bytes > self.max_bytes:
             return
         with self._lock:

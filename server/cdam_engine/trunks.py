@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cdam_engine.cache import Kept, TokenCache, digest, join
+from cdam_engine.cache import CacheEntry, TokenCache, digest, join
 from cdam_engine.clock import Clock
 from cdam_engine.families import TrunkOutput
 from cdam_engine.preprocess import DataConfig, normalise
@@ -29,7 +29,7 @@ class Fetched(NamedTuple):
 
     trunk: TrunkOutput
     hits: list[bool]
-    alone: Kept | None
+    alone: CacheEntry | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from cdam_server.compute.architectures import check_explainable, none_explainabl
 from cdam_server.compute.device import find_device
 from cdam_server.compute.loading import LoadedModel, load_model, share_weights
 from cdam_server.compute.models import Catalog, ServedModel
-from cdam_server.compute.scheduling import Bounds, Pool, Room, Scheduler
+from cdam_server.compute.scheduling import Bounds, ByteBudget, Pool, Scheduler
 from cdam_server.compute.warmup import warm_up
 from cdam_server.compute.work import Works
 from cdam_server.operation.admin import AdminServer
@@ -214,10 +214,10 @@ class Application:
             max_samples=settings.max_samples,
             max_concept_images=settings.max_concept_images,
         )
-        room = Room(settings.max_pending_mib * MIB)
-        streams = StreamServer(self._telemetry, self._draining, max_items=settings.max_stream_items, room=room)
+        budget = ByteBudget(settings.max_pending_mib * MIB)
+        streams = StreamServer(self._telemetry, self._draining, max_items=settings.max_stream_items, budget=budget)
         register = RegisterUseCase(
-            resolver, self._store, images, room, most=max(1, settings.max_pending // _REGISTRATIONS)
+            resolver, self._store, images, budget, most=max(1, settings.max_pending // _REGISTRATIONS)
         )
         evaluate = EvaluateUseCase(
             EvaluationTools(resolver, self._scheduler, self._decoders, self._telemetry, works),
@@ -229,7 +229,7 @@ class Application:
             self._telemetry,
             self._draining,
             max_items=settings.max_stream_items,
-            room=Room(settings.max_pending_mib * MIB // _EVALUATION_MEMORY),
+            budget=ByteBudget(settings.max_pending_mib * MIB // _EVALUATION_MEMORY),
         )
         return ExplainerServicer(
             models, ExplainUseCase(resolver, images), concepts, register, evaluate, limits, streams, evaluations

@@ -29,7 +29,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from cdam_server.store import ConceptStore, Content, Example, Facts, Registration
+from cdam_server.store import ConceptFacts, ConceptStore, Content, Example, Registration
 from cdam_server.store.cache import CachedStore
 from contract.backends import Place, digest
 from postgres import postgres_server
@@ -81,7 +81,7 @@ class Row:
 def registration(number: int) -> Registration:
     """A concept like no other."""
     draw = np.random.default_rng(number)
-    facts = Facts(
+    facts = ConceptFacts(
         id=digest("concept", number),
         model_fingerprint=digest("model"),
         resize="model",

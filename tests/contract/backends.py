@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cdam_server.store import ConceptStore, Content, Example, Facts, Registration
+from cdam_server.store import ConceptFacts, ConceptStore, Content, Example, Registration
 
 SIZE = 768  # of a latent
 
@@ -44,7 +44,7 @@ def content(seed: int, **facts: Any) -> Content:
     draw = np.random.default_rng(seed)
     return Content(
         facts=replace(
-            Facts(
+            ConceptFacts(
                 id=digest("content", seed),
                 model_fingerprint=digest("model", 1),
                 resize="model",

@@ -12,9 +12,9 @@ import psycopg
 import pytest
 
 from cdam_server.store import (
+    ConceptFacts,
     ConceptStore,
     Content,
-    Facts,
     NameTakenError,
     Registration,
     StoreUnusableError,
@@ -54,7 +54,7 @@ async def test_what_was_registered_is_found_by_name_and_by_id(store: ConceptStor
 
 
 async def test_a_vector_alone(store: ConceptStore) -> None:
-    facts = Facts(
+    facts = ConceptFacts(
         id=digest("vector"),
         model_fingerprint=digest("model", 1),
         resize="",

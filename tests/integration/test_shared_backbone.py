@@ -17,7 +17,7 @@ import cdam
 from cdam_engine import Cdam, Explainer, Output
 from cdam_server.bootstrap import load_catalog
 from cdam_server.compute.loading import share_weights
-from cdam_server.compute.models import Catalog, Job
+from cdam_server.compute.models import Catalog, ImageQuery
 from cdam_server.compute.work import Works
 from cdam_server.settings.config import Settings
 from processes import serving
@@ -85,10 +85,10 @@ def test_one_batch_serves_all_heads(catalog: Catalog) -> None:
     assert len(buckets) == 1
     assert Works.bucket(catalog.get("other").facts, (32, 32)) not in buckets
     jobs = [
-        Job(pictures[place], (Output(1),), (Cdam(),), name)
+        ImageQuery(pictures[place], (Output(1),), (Cdam(),), name)
         for place, name in enumerate(["biomarkers", "malignancy", "type"])
     ]
-    jobs.append(Job(pictures[0], (Output(0),), (Cdam(),), "malignancy"))  # of a picture that is there already
+    jobs.append(ImageQuery(pictures[0], (Output(0),), (Cdam(),), "malignancy"))  # of a picture that is there already
     answers = catalog.compute(buckets.pop(), jobs, lambda: 1)
     assert sizes == [3]
     for job, answer in zip(jobs, answers, strict=True):

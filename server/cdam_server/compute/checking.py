@@ -13,7 +13,7 @@ from PIL import Image
 
 from cdam_engine import Cdam, Concept, Explanation, TopK
 from cdam_engine.preprocess import prepare
-from cdam_server.compute.models import Job, ServedModel
+from cdam_server.compute.models import ImageQuery, ServedModel
 from cdam_server.settings.specs import Task
 
 
@@ -79,7 +79,7 @@ def answer(served: ServedModel, image: Image.Image) -> Explanation:
     prepared = prepare(image, served.loaded.data_config)
     latent = served.facts.explained.latent_size
     target = TopK(1) if served.loaded.output_count else Concept(torch.ones(latent))
-    (found,) = served.compute([Job(prepared.pixels, (target,), (Cdam(),))], lambda: None)
+    (found,) = served.compute([ImageQuery(prepared.pixels, (target,), (Cdam(),))], lambda: None)
     if isinstance(found, Exception):
         raise found
     return found

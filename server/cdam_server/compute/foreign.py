@@ -220,9 +220,9 @@ def _as_load_error(setting: str) -> Iterator[None]:
         yield
     except ConversionError as error:
         text = str(error)
-        at, separator, rest = text.partition(": ")
+        at, separator, pause = text.partition(": ")
         if at == "input_size" and separator:
-            raise LoadError(at, rest) from error
+            raise LoadError(at, pause) from error
         raise LoadError(setting, text) from error
 
 

@@ -30,12 +30,12 @@ from cdam_engine import (
 from cdam_engine.evaluation import Evaluator, Measured, Sample, SampleError
 from cdam_server.compute.facts import Bucket, EvaluationBucket, EvaluationFacts, ModelFacts, Models, NonFiniteError
 from cdam_server.compute.loading import LoadedModel
-from cdam_server.compute.scheduling import DeviceLostError, Rest, TooLargeError
+from cdam_server.compute.scheduling import DeviceLostError, Pause, TooLargeError
 from cdam_server.errors import FailedPreconditionError, InvalidArgumentError
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class ImageQuery:
     """One image, and what is to be explained about it.
 
     Attributes:
@@ -140,13 +140,13 @@ class ServedModel:
         )
 
     def compute(
-        self, jobs: Sequence[Job], rest: Callable[[], None], models: Sequence[ServedModel] | None = None
+        self, jobs: Sequence[ImageQuery], pause: Callable[[], None], models: Sequence[ServedModel] | None = None
     ) -> list[Explanation | Exception]:
         """Explain a batch of images of one size; blocks until the device is done.
 
         Args:
             jobs: The images, and what is asked about them.
-            rest: Called wherever the work may rest.
+            pause: Called wherever the work may pause.
             models: Who explains each, of those that share this one's trunk; None: this one, all of them.
 
         Raises:
@@ -158,7 +158,7 @@ class ServedModel:
             places: dict[ServedModel, list[int]] = {}
             for place, model in enumerate(models or [self] * len(jobs)):
                 places.setdefault(model, []).append(place)
-            with interruptible(rest):
+            with interruptible(pause):
                 if len(places) == 1:
                     (model,) = places
                     its = _asked(model, jobs)
@@ -170,21 +170,21 @@ class ServedModel:
         return [_checked(answers[place]) for place in range(len(jobs))]
 
     def evaluate(
-        self, evaluator: Evaluator, samples: Sequence[Sample], rest: Callable[[], None]
+        self, evaluator: Evaluator, samples: Sequence[Sample], pause: Callable[[], None]
     ) -> list[Measured | Exception]:
         """Measure samples of one evaluation; blocks until the device is done.
 
         Args:
             evaluator: Of this model.
             samples: What is measured on.
-            rest: Called wherever the work may rest.
+            pause: Called wherever the work may pause.
 
         Raises:
             TooLargeError: A sample does not fit into the device's memory.
             DeviceLostError: The device computes no more.
             FailedPreconditionError: A method is not defined for inputs of this size.
         """
-        with self._engine_errors(), interruptible(rest):
+        with self._engine_errors(), interruptible(pause):
             answers = evaluator.evaluate(samples)
         return [
             InvalidArgumentError(answer.field, answer.reason) if isinstance(answer, SampleError) else answer
@@ -255,10 +255,10 @@ class Catalog:
         """What requests are checked against."""
         return Models([served.facts for served in self])
 
-    def compute(self, bucket: Bucket, jobs: Sequence[Job], rest: Rest) -> list[Explanation | Exception]:
+    def compute(self, bucket: Bucket, jobs: Sequence[ImageQuery], pause: Pause) -> list[Explanation | Exception]:
         """Explain one batch; called in a worker's thread."""
         models = [self.get(job.model or bucket.model) for job in jobs]
-        return self.get(bucket.model).compute(jobs, self._sharing(rest), models)
+        return self.get(bucket.model).compute(jobs, self._sharing(pause), models)
 
     @contextmanager
     def evaluation(self, bucket: EvaluationBucket) -> Iterator[SharedEvaluator]:
@@ -272,16 +272,16 @@ class Catalog:
             if not held.count:
                 del self._evaluations[bucket]
 
-    def evaluate(self, bucket: EvaluationBucket, samples: Sequence[Sample], rest: Rest) -> list[Measured | Exception]:
+    def evaluate(self, bucket: EvaluationBucket, samples: Sequence[Sample], pause: Pause) -> list[Measured | Exception]:
         """Measure one batch of samples, of an evaluation that is held; called in a worker's thread."""
         evaluator = self._evaluations[bucket].evaluator()
-        return self.get(bucket.model).evaluate(evaluator, samples, self._sharing(rest))
+        return self.get(bucket.model).evaluate(evaluator, samples, self._sharing(pause))
 
-    def _sharing(self, rest: Rest) -> Callable[[], None]:
+    def _sharing(self, pause: Pause) -> Callable[[], None]:
         """Rest, and go on with the thread's share of the cores; called once now."""
 
         def rest_and_share() -> None:
-            self._cores.share(rest())
+            self._cores.share(pause())
 
         rest_and_share()
         return rest_and_share
@@ -346,7 +346,7 @@ class _Cores:
             self._last = self._own.threads = threads
 
 
-def _asked(model: ServedModel, jobs: Sequence[Job]) -> Asked:
+def _asked(model: ServedModel, jobs: Sequence[ImageQuery]) -> Asked:
     pixels = torch.from_numpy(np.stack([job.pixels for job in jobs]))
     return Asked(model.explainer, pixels, [job.targets for job in jobs], [job.methods for job in jobs])
 

@@ -14,7 +14,7 @@ import torch
 from cdam_engine import Cdam, Concept, TopK
 from cdam_server.compute.facts import NonFiniteError
 from cdam_server.compute.models import Catalog, ServedModel
-from cdam_server.compute.scheduling import DeviceLostError, Scheduler, Terms, TooLargeError
+from cdam_server.compute.scheduling import DeviceLostError, JobSpec, Scheduler, TooLargeError
 from cdam_server.compute.work import ExplainWork, Works
 
 # On a CPU a second batch teaches how time grows with size; more than this it need not take. A GPU gets the largest batch
@@ -34,7 +34,7 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler, largest: int) -> None:
     Raises:
         ValueError: A model can't be used, or not be compiled.
     """
-    works = Works(catalog, books=None)  # these batches are nobody's requests
+    works = Works(catalog, observer=None)  # these batches are nobody's requests
     models = [served for served in catalog if served.unsupported is None and served.trunk_of is None]
     for number, served in enumerate(models, 1):
         name = served.loaded.name
@@ -87,12 +87,12 @@ async def _batch(served: ServedModel, scheduler: Scheduler, works: Works, size: 
     return seconds
 
 
-def _works(served: ServedModel, works: Works, count: int) -> Iterator[tuple[Terms, ExplainWork]]:
+def _works(served: ServedModel, works: Works, count: int) -> Iterator[tuple[JobSpec, ExplainWork]]:
     """Work on pictures of noise, none like the other: equal ones would be computed once."""
     facts = served.facts
     height, width = facts.data_config.input_size
     noise = np.random.default_rng(count).integers(0, 256, (count, height, width, facts.data_config.channels), np.uint8)
     target = TopK(1) if facts.output_count else Concept(torch.ones(facts.explained.latent_size))
     for number, pixels in enumerate(noise):  # a caller for each, since one alone may not fill the queue
-        terms = Terms(works.bucket(facts, (height, width)), caller=f"warm-up {number}")
-        yield terms, works.explain(facts, pixels, (target,), (Cdam(),))
+        spec = JobSpec(works.bucket(facts, (height, width)), caller=f"warm-up {number}")
+        yield spec, works.explain(facts, pixels, (target,), (Cdam(),))

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from cdam_engine import Explanation, Method, Target
 from cdam_engine.evaluation import Measured, Sample
 from cdam_server.compute.facts import Bucket, EvaluationBucket, EvaluationFacts, ModelFacts
-from cdam_server.compute.models import Catalog, Job
-from cdam_server.compute.scheduling import Computed, Rest
+from cdam_server.compute.models import Catalog, ImageQuery
+from cdam_server.compute.scheduling import Computed, Pause
 
 
-class Books(Protocol):
+class BatchObserver(Protocol):
     """Where batches are counted."""
 
     def observe_batch(
@@ -40,37 +40,39 @@ class ImageWork(ABC):
     Attributes:
         bucket: Its bucket.
         catalog: Where it is computed.
-        books: Where batches are counted; None: nowhere.
+        observer: Where batches are counted; None: nowhere.
         model: Name of its model.
         pixels: uint8, shape (H, W, C), at the model's input size.
     """
 
     bucket: Bucket
     catalog: Catalog
-    books: Books | None
+    observer: BatchObserver | None
     model: str
     pixels: NDArray[np.uint8]
 
     @property
     @abstractmethod
-    def job(self) -> Job:
+    def job(self) -> ImageQuery:
         """What the engine is asked."""
 
-    def run(self, batch: Sequence[ImageWork], rest: Rest) -> list[Explanation | Exception]:
-        return self.catalog.compute(self.bucket, [work.job for work in batch], rest)
+    def run(self, batch: Sequence[ImageWork], pause: Pause) -> list[Explanation | Exception]:
+        return self.catalog.compute(self.bucket, [work.job for work in batch], pause)
 
-    def book(self, batch: Sequence[ImageWork], answers: Sequence[Explanation | Exception], computed: Computed) -> None:
-        if self.books is None:
+    def record(
+        self, batch: Sequence[ImageWork], answers: Sequence[Explanation | Exception], computed: Computed
+    ) -> None:
+        if self.observer is None:
             return
         explained = next((answer for answer in answers if isinstance(answer, Explanation)), None)
         if explained is not None:  # each explanation knows the whole batch's times
-            self.books.observe_batch(
+            self.observer.observe_batch(
                 self.bucket.model, len(batch), computed.fill, explained.trunk_seconds, explained.method_seconds
             )
         if self.catalog.cache is not None:
             for work, answer in zip(batch, answers, strict=True):
                 if isinstance(answer, Explanation) and any(method.reads_tokens for method in work.job.methods):
-                    self.books.observe_cache(work.model, hit=answer.token_cache_hit)
+                    self.observer.observe_cache(work.model, hit=answer.token_cache_hit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +88,8 @@ class ExplainWork(ImageWork):
     methods: tuple[Method, ...]
 
     @property
-    def job(self) -> Job:
-        return Job(self.pixels, self.targets, self.methods, self.model)
+    def job(self) -> ImageQuery:
+        return ImageQuery(self.pixels, self.targets, self.methods, self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +97,8 @@ class EmbedWork(ImageWork):
     """An image whose latent is wanted, and nothing else."""
 
     @property
-    def job(self) -> Job:
-        return Job(self.pixels, (), (), self.model)
+    def job(self) -> ImageQuery:
+        return ImageQuery(self.pixels, (), (), self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,28 +108,28 @@ class EvaluateWork:
     Attributes:
         bucket: Its bucket, whose evaluation is held while it is computed.
         catalog: Where it is computed.
-        books: Where batches are counted; None: nowhere.
+        observer: Where batches are counted; None: nowhere.
         sample: The sample.
     """
 
     bucket: EvaluationBucket
     catalog: Catalog
-    books: Books | None
+    observer: BatchObserver | None
     sample: Sample
 
-    def run(self, batch: Sequence[EvaluateWork], rest: Rest) -> list[Measured | Exception]:
+    def run(self, batch: Sequence[EvaluateWork], pause: Pause) -> list[Measured | Exception]:
         """See `cdam_server.compute.scheduling.Work`."""
-        return self.catalog.evaluate(self.bucket, [work.sample for work in batch], rest)
+        return self.catalog.evaluate(self.bucket, [work.sample for work in batch], pause)
 
-    def book(
+    def record(
         self,
         batch: Sequence[EvaluateWork],  # noqa: ARG002 - booked once, however many share it
         answers: Sequence[Measured | Exception],  # noqa: ARG002
         computed: Computed,
     ) -> None:
         """See `cdam_server.compute.scheduling.Work`."""
-        if self.books is not None:
-            self.books.observe_evaluation(self.bucket.model, computed.seconds)
+        if self.observer is not None:
+            self.observer.observe_evaluation(self.bucket.model, computed.seconds)
 
 
 class Works:
@@ -135,12 +137,12 @@ class Works:
 
     Args:
         catalog: The models.
-        books: Where batches are counted; None: nowhere.
+        observer: Where batches are counted; None: nowhere.
     """
 
-    def __init__(self, catalog: Catalog, books: Books | None) -> None:
+    def __init__(self, catalog: Catalog, observer: BatchObserver | None) -> None:
         self._catalog = catalog
-        self._books = books
+        self._observer = observer
 
     @staticmethod
     def bucket(model: ModelFacts, input_size: tuple[int, int]) -> Bucket:
@@ -153,12 +155,12 @@ class Works:
         """An image to explain; pixels are uint8 (H, W, C), at the input size."""
         height, width, _ = pixels.shape
         bucket = self.bucket(model, (height, width))
-        return ExplainWork(bucket, self._catalog, self._books, model.name, pixels, targets, methods)
+        return ExplainWork(bucket, self._catalog, self._observer, model.name, pixels, targets, methods)
 
     def embed(self, model: ModelFacts, pixels: NDArray[np.uint8]) -> EmbedWork:
         """An image to embed, likewise."""
         height, width, _ = pixels.shape
-        return EmbedWork(self.bucket(model, (height, width)), self._catalog, self._books, model.name, pixels)
+        return EmbedWork(self.bucket(model, (height, width)), self._catalog, self._observer, model.name, pixels)
 
     @contextmanager
     def evaluation(self, bucket: EvaluationBucket) -> Iterator[Callable[[], EvaluationFacts]]:
@@ -168,4 +170,4 @@ class Works:
 
     def evaluate(self, bucket: EvaluationBucket, sample: Sample) -> EvaluateWork:
         """A sample to measure, of an evaluation that is held."""
-        return EvaluateWork(bucket, self._catalog, self._books, sample)
+        return EvaluateWork(bucket, self._catalog, self._observer, sample)

@@ -17,8 +17,8 @@ from cdam_server.errors import InvalidArgumentError
 from cdam_server.rpc.images import ImageLimits, decode_image
 from cdam_server.rpc.methods import decode_method
 from cdam_server.usecases.concepts import ConceptId, ConceptName
-from cdam_server.usecases.explain import Command
-from cdam_server.usecases.images import Picture
+from cdam_server.usecases.explain import ExplainCommand
+from cdam_server.usecases.images import ImageRequest
 from cdam_server.usecases.resolve import ConceptSelected, ContrastNamed, OutputNamed, Side, Wanted
 
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{0,128}")
@@ -64,7 +64,9 @@ class Limits:
     max_concept_images: int
 
 
-def explain_command(request: explain_pb2.ExplainRequest, limits: Limits, timeout: float | None, caller: str) -> Command:
+def explain_command(
+    request: explain_pb2.ExplainRequest, limits: Limits, timeout: float | None, caller: str
+) -> ExplainCommand:
     """The command of an Explain request; its image is decoded only when the command is carried out.
 
     Args:
@@ -82,9 +84,9 @@ def explain_command(request: explain_pb2.ExplainRequest, limits: Limits, timeout
     if request.priority not in _RANK:
         raise InvalidArgumentError("priority", f"{request.priority} is not a priority")
     methods = _methods(request, limits)
-    return Command(
+    return ExplainCommand(
         model=request.model,
-        picture=Picture(
+        image=ImageRequest(
             open=partial(decode_image, request.image, limits.image),
             resize=resize(request.preprocessing, "preprocessing"),
             timeout=timeout,

@@ -10,7 +10,7 @@ from cdam_server.rpc.decode import Limits, check_name, concept_name, digest, flo
 from cdam_server.rpc.images import ImageLimits, decode_image
 from cdam_server.store import Example
 from cdam_server.usecases.concepts import ConceptId, ConceptName
-from cdam_server.usecases.registration import ExampleImage, Order, ReadyVector
+from cdam_server.usecases.registration import ExampleImage, ReadyVector, RegisterCommand
 
 _MAX_DESCRIPTION = 4096
 _MAX_LABELS = 64
@@ -18,7 +18,9 @@ _MAX_LABEL_KEY = 128
 _MAX_LABEL_VALUE = 1024
 
 
-def order(spec: concept_pb2.ConceptSpec, limits: Limits, timeout: float | None, caller: str, held: int = 0) -> Order:
+def register_command(
+    spec: concept_pb2.ConceptSpec, limits: Limits, timeout: float | None, caller: str, held: int = 0
+) -> RegisterCommand:
     """What is to be registered, apart from the images.
 
     Args:
@@ -32,7 +34,7 @@ def order(spec: concept_pb2.ConceptSpec, limits: Limits, timeout: float | None, 
         InvalidArgumentError: A field is missing or wrong.
     """
     check_name(spec.model, "spec.model")
-    return Order(
+    return RegisterCommand(
         name=concept_name(spec.name, "spec.name"),
         model=spec.model,
         description=_text(spec.description, _MAX_DESCRIPTION, "spec.description"),

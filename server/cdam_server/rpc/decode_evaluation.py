@@ -15,7 +15,7 @@ from cdam_server.rpc.decode import Limits, check_name, decode_target, input_size
 from cdam_server.rpc.images import ImageLimits, decode_image, decode_mask
 from cdam_server.rpc.methods import decode_method
 from cdam_server.rpc.metrics import ANCHORS, decode_metric
-from cdam_server.usecases.evaluate import Plan, SampleOrder
+from cdam_server.usecases.evaluate import EvaluateCommand, SampleCommand
 from cdam_server.usecases.resolve import WantedScalar
 
 _MAX_METHODS = 32
@@ -26,7 +26,7 @@ _MAX_SAMPLE_ID = 256
 _ANCHOR = {value: anchor for anchor, value in ANCHORS.items()}
 
 
-def plan(protocol: evaluation_pb2.EvaluationProtocol, limits: Limits, caller: str) -> Plan:
+def evaluate_command(protocol: evaluation_pb2.EvaluationProtocol, limits: Limits, caller: str) -> EvaluateCommand:
     """What is to be measured.
 
     Args:
@@ -51,7 +51,7 @@ def plan(protocol: evaluation_pb2.EvaluationProtocol, limits: Limits, caller: st
     resamples = protocol.bootstrap_resamples if protocol.HasField("bootstrap_resamples") else _RESAMPLES
     if resamples > _MAX_RESAMPLES:
         raise InvalidArgumentError("protocol.bootstrap_resamples", f"is {resamples}; at most {_MAX_RESAMPLES}")
-    return Plan(
+    return EvaluateCommand(
         model=protocol.model,
         protocol=Protocol(methods, metrics, protocol.seed),
         resize=resize(protocol.preprocessing, "protocol.preprocessing"),
@@ -79,7 +79,7 @@ async def samples(
                 raise InvalidArgumentError("payload", "is empty: set sample")
 
 
-def sample(message: evaluation_pb2.EvaluationSample, limits: Limits) -> SampleOrder:
+def sample(message: evaluation_pb2.EvaluationSample, limits: Limits) -> SampleCommand:
     """A sample; its images are decoded only when it is measured.
 
     Raises:
@@ -93,7 +93,7 @@ def sample(message: evaluation_pb2.EvaluationSample, limits: Limits) -> SampleOr
     for name in ("image", "target"):
         if not message.HasField(name):
             raise InvalidArgumentError(f"sample.{name}", "is required")
-    return SampleOrder(
+    return SampleCommand(
         id=sample_id,
         open_image=partial(decode_image, message.image, limits.image),
         target=_target(message, "target"),

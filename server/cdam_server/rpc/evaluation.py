@@ -79,10 +79,10 @@ class EvaluationStream:
             yield sample
 
     async def _answer(self, message: evaluation_pb2.EvaluationSample) -> evaluation_pb2.EvaluateResponse:
-        order = decode_evaluation.sample(message, self._limits)
+        sample_command = decode_evaluation.sample(message, self._limits)
         with fields.named(fields.of_sample):
-            measured = await self._evaluation.measure(order)
-        return encode_evaluation.measured(order.id, measured)
+            measured = await self._evaluation.measure(sample_command)
+        return encode_evaluation.measured(sample_command.id, measured)
 
     def _failure(self, sample_id: str, error: common_pb2.ItemError) -> evaluation_pb2.EvaluateResponse:
         self._evaluation.failed()

@@ -123,10 +123,10 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
     ) -> concept_pb2.ConceptRegisterResponse:
         """Register a concept from the images, or the vector, of one message."""
         caller, held = identity(context), request.ByteSize()
-        order = decode_concepts.order(request.spec, self._limits, context.time_remaining(), caller, held)
+        command = decode_concepts.register_command(request.spec, self._limits, context.time_remaining(), caller, held)
         images = decode_concepts.images(request, self._limits)
         with fields.named(fields.of_registration):
-            stored, created = await self._register(order, images)
+            stored, created = await self._register(command, images)
         return concept_pb2.ConceptRegisterResponse(concept=encode.concept(stored), created=created)
 
     async def ConceptRegisterStream(
@@ -139,10 +139,12 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         first = await anext(requests, concept_pb2.ConceptRegisterStreamRequest())
         if first.WhichOneof("payload") != "spec":
             raise InvalidArgumentError("spec", "is required, in the first message")
-        order = decode_concepts.order(first.spec, self._limits, context.time_remaining(), identity(context))
+        command = decode_concepts.register_command(
+            first.spec, self._limits, context.time_remaining(), identity(context)
+        )
         images = decode_concepts.streamed_images(requests, self._limits)
         with fields.named(fields.of_registration):
-            stored, created = await self._register(order, images)
+            stored, created = await self._register(command, images)
         return concept_pb2.ConceptRegisterStreamResponse(concept=encode.concept(stored), created=created)
 
     async def GetConcept(
@@ -179,10 +181,10 @@ class ExplainerServicer(explainer_service_pb2_grpc.ExplainerServiceServicer):
         first = await self._evaluations.first(request_iterator)
         if first is None or first.WhichOneof("payload") != "protocol":
             raise InvalidArgumentError("protocol", "is required, in the first message")
-        plan = decode_evaluation.plan(first.protocol, self._limits, identity(context))
+        command = decode_evaluation.evaluate_command(first.protocol, self._limits, identity(context))
         async with AsyncExitStack() as stack:
             with fields.named(fields.of_protocol):
-                evaluation = await stack.enter_async_context(self._evaluate.begin(plan))
+                evaluation = await stack.enter_async_context(self._evaluate.begin(command))
             stream = EvaluationStream(evaluation, context.write, self._limits, first.protocol.expected_samples)
             await stream.serve(request_iterator, self._evaluations)
         return

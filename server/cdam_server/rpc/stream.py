@@ -16,7 +16,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from cdam.v1 import common_pb2
-from cdam_server.compute.scheduling import Room
+from cdam_server.compute.scheduling import ByteBudget
 from cdam_server.errors import DeadlineError, InvalidArgumentError, OverloadedError, ServiceError, UnavailableError
 from cdam_server.operation.telemetry import Telemetry
 from cdam_server.rpc.status import Status, status_of
@@ -62,7 +62,7 @@ class StreamServer:
         draining: Set when the server goes down: streams then read no more, answer what they have read, and end.
         max_items: Most items of one stream that are in work at once; while they are, it reads no more, and HTTP/2's
             flow control holds the client back. An answer that the client has not taken counts as work.
-        room: For the items of all streams; while it is full, none reads more than one item.
+        budget: For the items of all streams; while it is full, none reads more than one item.
         idle_seconds: How long `messages` waits for one; for the first, which clients send at once, at most ten seconds.
     """
 
@@ -72,14 +72,14 @@ class StreamServer:
         draining: asyncio.Event,
         *,
         max_items: int = 32,
-        room: Room | None = None,
+        budget: ByteBudget | None = None,
         idle_seconds: float = 120.0,
     ) -> None:
         self._telemetry = telemetry
         self._draining = draining
         self._max_items = max_items
         self._idle_seconds = idle_seconds
-        self._room = room or Room(_MAX_BYTES)
+        self._budget = budget or ByteBudget(_MAX_BYTES)
 
     async def serve(
         self,
@@ -107,7 +107,7 @@ class StreamServer:
             UnavailableError: The server goes down, or nothing came; all items that were read have been answered.
         """
         most = min(self._max_items, max_items or self._max_items)
-        stream = _Stream(exchange, write, self._telemetry, self._draining, most, self._room)
+        stream = _Stream(exchange, write, self._telemetry, self._draining, most, self._budget)
         end: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -158,7 +158,7 @@ class _Stream(Generic[Request, Response]):
         telemetry: Telemetry,
         draining: asyncio.Event,
         max_items: int,
-        room: Room,
+        budget: ByteBudget,
     ) -> None:
         self.items = 0
         self.failures = 0
@@ -167,7 +167,7 @@ class _Stream(Generic[Request, Response]):
         self._telemetry = telemetry
         self._draining = draining
         self._slots = asyncio.Semaphore(max_items)
-        self._room = room
+        self._budget = budget
         self._writing = asyncio.Lock()
         self._unanswered: set[str] = set()
 
@@ -184,9 +184,9 @@ class _Stream(Generic[Request, Response]):
                 return request
             self.items += 1
             size = self._exchange.size(request)
-            await self._room.take(size)
+            await self._budget.take(size)
             task = tasks.create_task(self._serve(request, *self._named(request)))
-            task.add_done_callback(partial(self._room.give_back, size))
+            task.add_done_callback(partial(self._budget.give_back, size))
 
     def _named(self, request: Request) -> tuple[str, InvalidArgumentError | None]:
         """The item's id, and what is wrong with it.

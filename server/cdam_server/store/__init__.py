@@ -1,10 +1,10 @@
 """Where registered concepts are kept."""
 
 from cdam_server.store.protocol import (
+    ConceptFacts,
     ConceptStore,
     Content,
     Example,
-    Facts,
     NameTakenError,
     Registration,
     StoreBusyError,
@@ -19,10 +19,10 @@ from cdam_server.store.protocol import (
 )
 
 __all__ = [
+    "ConceptFacts",
     "ConceptStore",
     "Content",
     "Example",
-    "Facts",
     "NameTakenError",
     "Registration",
     "StoreBusyError",

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Facts:
+class ConceptFacts:
     """What is known about a concept's content, but for the long parts.
 
     Attributes:
@@ -72,7 +72,7 @@ class Content:
         negatives: The negatives, likewise.
     """
 
-    facts: Facts
+    facts: ConceptFacts
     vector: NDArray[np.float32]
     examples: tuple[Example, ...] = ()
     negatives: tuple[Example, ...] = ()
@@ -98,7 +98,7 @@ class Version:
     description: str
     labels: Mapping[str, str]
     create_time: datetime
-    facts: Facts
+    facts: ConceptFacts
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from cdam_server.store.protocol import (
+    ConceptFacts,
     Content,
     Example,
-    Facts,
     Registration,
     StoredConcept,
     StoreUnusableError,
@@ -135,9 +135,9 @@ def label_digests(labels: Mapping[str, str]) -> list[str]:
     return [label_digest(key, value) for key, value in labels.items()]
 
 
-def _facts(row: Row) -> Facts:
+def _facts(row: Row) -> ConceptFacts:
     height, width = row["input_height"], row["input_width"]
-    return Facts(
+    return ConceptFacts(
         id=row["id"],
         model_fingerprint=row["model_fingerprint"],
         resize=row["resize"],

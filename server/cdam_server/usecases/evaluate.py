@@ -20,12 +20,12 @@ from cdam_engine import Method, UnsupportedMethodError
 from cdam_engine.evaluation import Evaluated, Geometry, Measured, Metric, ParameterError, Protocol, Sample
 from cdam_engine.preprocess import Resize, prepare
 from cdam_server.compute.facts import EvaluationBucket, EvaluationFacts, ModelFacts
-from cdam_server.compute.scheduling import BACKGROUND, Pool, Scheduler, Terms
+from cdam_server.compute.scheduling import BACKGROUND, JobSpec, Pool, Scheduler
 from cdam_server.compute.work import Works
 from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, within
 from cdam_server.operation.telemetry import Telemetry
+from cdam_server.usecases.concurrency import ConcurrencyLimit
 from cdam_server.usecases.images import refusals
-from cdam_server.usecases.places import Places
 from cdam_server.usecases.resolve import ACTIVATIONS, Resolver, WantedScalar, resolve_method
 
 # Samples that take no more passes share batches: alone they would not fill a forward pass of the evaluator.
@@ -40,7 +40,7 @@ _MASK_THRESHOLD: Final = 128
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class EvaluateCommand:
     """What is to be measured, as it is asked for.
 
     Attributes:
@@ -61,7 +61,7 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class SampleOrder:
+class SampleCommand:
     """A sample, decoded but for its images. Opening one is slow, so it is done outside the event loop.
 
     Attributes:
@@ -82,7 +82,7 @@ class SampleOrder:
     open_counterfactual: Callable[[], Image.Image] | None = None
     open_wrong_mask: Callable[[], Image.Image] | None = None
 
-    def only(self, required: Collection[str]) -> SampleOrder:
+    def only(self, required: Collection[str]) -> SampleCommand:
         """The same without the optional parts that nothing requires: what is wrong with them is nobody's concern."""
         optional = {
             "wrong_target": "wrong_target",
@@ -127,25 +127,25 @@ class EvaluateUseCase:
         self._tools = tools
         self._max_passes = max_passes
         self._max_pending_passes = max_pending_passes
-        self._places = Places(most, "evaluations", _RETRY_AFTER_SECONDS)
+        self._concurrency = ConcurrencyLimit(most, "evaluations", _RETRY_AFTER_SECONDS)
         self._numbers = count()
 
     @asynccontextmanager
-    async def begin(self, plan: Plan) -> AsyncIterator[Evaluation]:
+    async def begin(self, command: EvaluateCommand) -> AsyncIterator[Evaluation]:
         """Check all that does not depend on samples, and give the evaluation a place as long as the block runs.
 
         Raises:
-            ServiceError: The plan is wrong, or there are too many evaluations.
+            ServiceError: The protocol is wrong, or there are too many evaluations.
         """
         resolver = self._tools.resolver
-        model = resolver.models.get(plan.model)
-        input_size = resolver.input_size(model, plan.input_size)
+        model = resolver.models.get(command.model)
+        input_size = resolver.input_size(model, command.input_size)
         sizes = model.explained.sizes
         geometry = Geometry(input_size, sizes.patch_size, sizes.grid(input_size))
-        protocol = _resolved(model, plan.protocol, geometry)
+        protocol = _resolved(model, command.protocol, geometry)
         cost = protocol.cost(geometry)
         _check_levels(cost.levels)
-        _check_resamples(protocol, cost.levels, plan.resamples)
+        _check_resamples(protocol, cost.levels, command.resamples)
         self._check_images(cost.images)
         bucket = EvaluationBucket(model.name, input_size, protocol)
         with self._tools.works.evaluation(bucket) as tell:
@@ -156,17 +156,17 @@ class EvaluateUseCase:
                     f"take {passes} passes through the whole model a sample; at most {self._max_passes} are allowed"
                 )
                 raise InvalidArgumentError("metrics", message)
-            with self._places.take(plan.caller):
-                terms = Terms(
+            with self._concurrency.take(command.caller):
+                spec = JobSpec(
                     bucket=bucket,
                     cost=float(max(1, passes)),
                     # Evaluations take turns among themselves, and with everyone else's images in the decoders.
-                    caller=f"evaluation {next(self._numbers)} of {plan.caller}",
+                    caller=f"evaluation {next(self._numbers)} of {command.caller}",
                     rank=BACKGROUND,
                     light_cost=_LIGHT_COST,
                 )
-                window = max(_LEAST_WINDOW, int(self._max_pending_passes / _SHARE / terms.cost))
-                yield Evaluation(self._tools, model, plan, bucket, terms, facts.required, window)
+                window = max(_LEAST_WINDOW, int(self._max_pending_passes / _SHARE / spec.cost))
+                yield Evaluation(self._tools, model, command, bucket, spec, facts.required, window)
 
     def _check_images(self, images: int) -> None:
         """Refuse what would take long even to list; an image that several methods share is listed for each."""
@@ -193,45 +193,45 @@ class Evaluation:
         self,
         tools: EvaluationTools,
         model: ModelFacts,
-        plan: Plan,
+        command: EvaluateCommand,
         bucket: EvaluationBucket,
-        terms: Terms,
+        spec: JobSpec,
         required: frozenset[str],
         window: int,
     ) -> None:
         self.model = model
         self.protocol = bucket.protocol
-        self.resize: Resize = plan.resize
+        self.resize: Resize = command.resize
         self.input_size = bucket.input_size
-        self.resamples = plan.resamples
+        self.resamples = command.resamples
         self.window = window
         self.sample_bytes = (3 + 3 + 1 + 1) * math.prod(self.input_size)  # two images, two masks
         self._tools = tools
         self._bucket = bucket
-        self._terms = terms
+        self._spec = spec
         self._required = required
         self._statistics = Statistics(
-            len(self.protocol.methods), seed=self.protocol.seed, resamples=max(1, plan.resamples)
+            len(self.protocol.methods), seed=self.protocol.seed, resamples=max(1, command.resamples)
         )
         self._adding = asyncio.Lock()
 
-    async def measure(self, order: SampleOrder) -> Measured:
+    async def measure(self, sample_command: SampleCommand) -> Measured:
         """Prepare, queue, measure, and count into the table.
 
         Raises:
             ServiceError: The sample is wrong, or can't be measured now.
         """
-        order, resolver = order.only(self._required), self._tools.resolver
+        sample_command, resolver = sample_command.only(self._required), self._tools.resolver
         with within("target"):
-            target = await resolver.scalar(self.model, order.target)
+            target = await resolver.scalar(self.model, sample_command.target)
         wrong_target = None
-        if order.wrong_target is not None:
+        if sample_command.wrong_target is not None:
             with within("wrong_target"):
-                wrong_target = await resolver.scalar(self.model, order.wrong_target)
-        with refusals(), self._tools.scheduler.admit(self._terms) as ticket:
-            pixels = await self._prepare(order)
+                wrong_target = await resolver.scalar(self.model, sample_command.wrong_target)
+        with refusals(), self._tools.scheduler.admit(self._spec) as ticket:
+            pixels = await self._prepare(sample_command)
             sample = Sample(
-                id=order.id,
+                id=sample_command.id,
                 image=pixels.image,
                 target=target,
                 wrong_target=wrong_target,
@@ -242,7 +242,7 @@ class Evaluation:
             measured = (await ticket.submit(self._tools.works.evaluate(self._bucket, sample))).answer
         values = [(v.method_index, v.metric_index, v.quantity, v.value, v.curve) for v in measured.values]
         async with self._adding:  # which takes milliseconds, of many quantities and resamples
-            await asyncio.to_thread(self._statistics.add, order.id, values)
+            await asyncio.to_thread(self._statistics.add, sample_command.id, values)
         return measured
 
     def failed(self) -> None:
@@ -254,16 +254,16 @@ class Evaluation:
         table = await asyncio.to_thread(self._statistics.table)
         return table if self.resamples else _without_intervals(table)
 
-    async def _prepare(self, order: SampleOrder) -> _Pixels:
+    async def _prepare(self, sample_command: SampleCommand) -> _Pixels:
         started = perf_counter()
         pixels = await self._tools.decoders.run(
-            self._terms.caller, _open_and_resize, self.model, order, self.resize, self.input_size
+            self._spec.caller, _open_and_resize, self.model, sample_command, self.resize, self.input_size
         )
         self._tools.telemetry.compute.labels("decode", "", self.model.name).observe(perf_counter() - started)
         return pixels
 
 
-# --- the plan
+# --- the protocol
 
 
 def _resolved(model: ModelFacts, protocol: Protocol, geometry: Geometry) -> Protocol:
@@ -333,15 +333,17 @@ class _Pixels:
     wrong_mask: NDArray[np.bool_] | None
 
 
-def _open_and_resize(model: ModelFacts, order: SampleOrder, resize: Resize, input_size: tuple[int, int]) -> _Pixels:
+def _open_and_resize(
+    model: ModelFacts, sample_command: SampleCommand, resize: Resize, input_size: tuple[int, int]
+) -> _Pixels:
     """Decode a sample's images one after the other, since each may be large."""
-    image = order.open_image()
+    image = sample_command.open_image()
     opened = _Opened(model, resize, input_size, image.size)
     return _Pixels(
         image=opened.at_input_size(image),
-        mask=opened.mask(order.open_mask, "mask"),
-        counterfactual=opened.image(order.open_counterfactual, "counterfactual"),
-        wrong_mask=opened.mask(order.open_wrong_mask, "wrong_mask"),
+        mask=opened.mask(sample_command.open_mask, "mask"),
+        counterfactual=opened.image(sample_command.open_counterfactual, "counterfactual"),
+        wrong_mask=opened.mask(sample_command.open_wrong_mask, "wrong_mask"),
     )
 
 

@@ -10,24 +10,24 @@ from numpy.typing import NDArray
 from cdam_engine import Method, Output, TopK
 from cdam_server.compute.facts import ModelFacts, NonFiniteError
 from cdam_server.errors import InvalidArgumentError
-from cdam_server.usecases.images import Answered, Images, Picture
+from cdam_server.usecases.images import Answered, ImageRequest, Images
 from cdam_server.usecases.resolve import Resolver, Wanted, probabilities, resolve_methods
 
 
 @dataclass(frozen=True, eq=False)
-class Command:
+class ExplainCommand:
     """A request to explain one image, decoded but for the image.
 
     Attributes:
         model: Name of the model; empty for the default one.
-        picture: The image.
+        image: The image.
         targets: What to explain.
         methods: How.
         input_size: (height, width) in pixels, or None for the model's own.
     """
 
     model: str
-    picture: Picture
+    image: ImageRequest
     targets: tuple[Wanted, ...]
     methods: tuple[Method, ...]
     input_size: tuple[int, int] | None
@@ -60,7 +60,7 @@ class ExplainUseCase:
         self._resolver = resolver
         self._images = images
 
-    async def __call__(self, command: Command) -> Explained:
+    async def __call__(self, command: ExplainCommand) -> Explained:
         """Resolve, admit, prepare, queue, compute.
 
         Raises:
@@ -73,7 +73,7 @@ class ExplainUseCase:
         targets = await resolver.targets(model, command.targets)
         resolver.check_passes(model, methods, targets, input_size)
         try:
-            answered = await self._images.explain(model, command.picture, input_size, targets, methods)
+            answered = await self._images.explain(model, command.image, input_size, targets, methods)
         except NonFiniteError as error:
             if all(isinstance(target, Output | TopK) for target in targets):
                 raise

@@ -22,10 +22,10 @@ from cdam_server.compute.scheduling import (
     DeviceLostError,
     Done,
     ExpiredError,
+    JobSpec,
     Pool,
     QueueFullError,
     Scheduler,
-    Terms,
     TooLargeError,
 )
 from cdam_server.compute.work import ImageWork, Works
@@ -37,7 +37,7 @@ _RETRY_AFTER_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class ImageRequest:
     """An image that something is asked about.
 
     Attributes:
@@ -91,7 +91,7 @@ class Images:
     async def explain(
         self,
         model: ModelFacts,
-        picture: Picture,
+        request: ImageRequest,
         input_size: tuple[int, int],
         targets: tuple[Target, ...],
         methods: tuple[Method, ...],
@@ -104,33 +104,35 @@ class Images:
         """
         cost = model.explained.cost(methods, count(targets), model.patches(input_size))
         return await self._answer(
-            model, picture, input_size, cost, lambda pixels: self._works.explain(model, pixels, targets, methods)
+            model, request, input_size, cost, lambda pixels: self._works.explain(model, pixels, targets, methods)
         )
 
-    async def embed(self, model: ModelFacts, picture: Picture, input_size: tuple[int, int]) -> NDArray[np.floating]:
+    async def embed(
+        self, model: ModelFacts, request: ImageRequest, input_size: tuple[int, int]
+    ) -> NDArray[np.floating]:
         """The latent of an image, shape (D,); raises what `explain` raises."""
-        answered = await self._answer(model, picture, input_size, 1.0, lambda pixels: self._works.embed(model, pixels))
+        answered = await self._answer(model, request, input_size, 1.0, lambda pixels: self._works.embed(model, pixels))
         return answered.done.answer.latent
 
     async def _answer(
         self,
         model: ModelFacts,
-        picture: Picture,
+        request: ImageRequest,
         input_size: tuple[int, int],
         cost: float,
         make: Callable[[NDArray[np.uint8]], ImageWork],
     ) -> Answered:
-        terms = Terms(
+        spec = JobSpec(
             bucket=self._works.bucket(model, input_size),
             cost=model.times_larger(input_size) * cost,
-            bytes=picture.bytes + 3 * math.prod(input_size),
-            caller=picture.caller,
-            timeout=picture.timeout,
-            rank=picture.rank,
+            bytes=request.bytes + 3 * math.prod(input_size),
+            caller=request.caller,
+            timeout=request.timeout,
+            rank=request.rank,
         )
-        with refusals(), self._scheduler.admit(terms) as ticket:
+        with refusals(), self._scheduler.admit(spec) as ticket:
             started = perf_counter()
-            prepared = await self._decoders.run(picture.caller, _open_and_resize, model, picture, input_size)
+            prepared = await self._decoders.run(request.caller, _open_and_resize, model, request, input_size)
             decode_seconds = perf_counter() - started
             done = await ticket.submit(make(prepared.pixels))
         _trace(done, decode_seconds, perf_counter())
@@ -149,8 +151,8 @@ def _trace(done: Done[Explanation], decode_seconds: float, ended: float) -> None
         started += seconds
 
 
-def _open_and_resize(model: ModelFacts, picture: Picture, input_size: tuple[int, int]) -> Prepared:
-    return prepare(picture.open(), model.data_config, resize=picture.resize, input_size=input_size)
+def _open_and_resize(model: ModelFacts, request: ImageRequest, input_size: tuple[int, int]) -> Prepared:
+    return prepare(request.open(), model.data_config, resize=request.resize, input_size=input_size)
 
 
 @contextmanager

@@ -17,22 +17,22 @@ from PIL import Image
 from cdam_engine import mean_concept
 from cdam_engine.preprocess import Resize
 from cdam_server.compute.facts import ModelFacts
-from cdam_server.compute.scheduling import Room
+from cdam_server.compute.scheduling import ByteBudget
 from cdam_server.errors import InvalidArgumentError, OverloadedError, ServiceError, UnavailableError, within
 from cdam_server.store import (
+    ConceptFacts,
     ConceptStore,
     Content,
     Example,
-    Facts,
     NameTakenError,
     Registration,
     StoredConcept,
     VersionMismatchError,
 )
 from cdam_server.usecases.concepts import check_fingerprint, store_errors
+from cdam_server.usecases.concurrency import ConcurrencyLimit
 from cdam_server.usecases.identity import Recipe, digest_of_images, digest_of_import, digest_of_vector
-from cdam_server.usecases.images import Images, Picture
-from cdam_server.usecases.places import Places
+from cdam_server.usecases.images import ImageRequest, Images
 from cdam_server.usecases.resolve import Resolver, check_vector
 
 _ROUNDING: Final = 0.05  # bfloat16's, in a difference of means
@@ -49,7 +49,7 @@ class ExampleImage:
         open_image: Decodes it, upright RGB; slow.
         digest: Computes its digest, 64 hexadecimal digits; slow if it is large.
         negative: Whether it is one that doesn't.
-        bytes: Memory that it holds until it is embedded; 0 if it is part of what the order holds.
+        bytes: Memory that it holds until it is embedded; 0 if it is part of what the request holds.
     """
 
     open_image: Callable[[], Image.Image]
@@ -74,7 +74,7 @@ class ReadyVector:
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class RegisterCommand:
     """What to register, apart from the images.
 
     Attributes:
@@ -115,68 +115,70 @@ class RegisterUseCase:
         resolver: Resolves what orders name.
         store: Where concepts are kept.
         images: Embeds images.
-        room: For the images in work, those of all callers.
+        budget: For the images in work, those of all callers.
         most: Registrations at once; a single caller has a quarter of them at most.
     """
 
-    def __init__(self, resolver: Resolver, store: ConceptStore, images: Images, room: Room, *, most: int) -> None:
+    def __init__(
+        self, resolver: Resolver, store: ConceptStore, images: Images, budget: ByteBudget, *, most: int
+    ) -> None:
         self._resolver = resolver
         self._store = store
         self._images = images
-        self._room = room
-        self._places = Places(most, "registrations", _RETRY_AFTER_SECONDS)
+        self._budget = budget
+        self._concurrency = ConcurrencyLimit(most, "registrations", _RETRY_AFTER_SECONDS)
 
     async def __call__(
-        self, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
+        self, command: RegisterCommand, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
     ) -> tuple[StoredConcept, bool]:
         """Form the concept and store it; the bool says whether anything was stored.
 
         Args:
-            order: What to register.
+            command: What to register.
             images: Of the concept. Of those that are all there, nothing is computed that is stored already.
 
         Raises:
             ServiceError: The request is wrong, or can't be served now.
         """
-        with self._places.take(order.caller), self._memory(order.bytes):
-            return await self._register(order, images)
+        with self._concurrency.take(command.caller), self._memory(command.bytes):
+            return await self._register(command, images)
 
     @contextmanager
     def _memory(self, held: int) -> Iterator[None]:
-        if not self._room.try_take(held):
+        if not self._budget.try_take(held):
             raise OverloadedError("there is no memory for it now", _RETRY_AFTER_SECONDS)
         try:
             yield
         finally:
-            self._room.give_back(held)
+            self._budget.give_back(held)
 
     async def _register(
-        self, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
+        self, command: RegisterCommand, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
     ) -> tuple[StoredConcept, bool]:
         models = self._resolver.models
-        model = models.get(order.model)
-        if order.model_fingerprint:
+        model = models.get(command.model)
+        if command.model_fingerprint:
             with within("model_fingerprint"):
-                check_fingerprint(models, model, order.model_fingerprint, "this concept")
-        if order.vector is None:
-            content = await self._content_of_images(model, order, images)
+                check_fingerprint(models, model, command.model_fingerprint, "this concept")
+        if command.vector is None:
+            content = await self._content_of_images(model, command, images)
         else:
             async for _ in _each(images):
                 raise InvalidArgumentError("vector", "stands for images; send either")
-            content = await self._content_of_vector(model, order, order.vector)
+            content = await self._content_of_vector(model, command, command.vector)
         registration = Registration(
             model=model.name,
-            name=order.name,
+            name=command.name,
             content=content,
-            description=order.description,
-            labels=order.labels,
-            replace=order.replace,
-            expected_version=order.expected_version,
+            description=command.description,
+            labels=command.labels,
+            replace=command.replace,
+            expected_version=command.expected_version,
         )
         with store_errors():
             return await self._store.register(registration)
 
-    async def _content_of_vector(self, model: ModelFacts, order: Order, vector: ReadyVector) -> Content:
+    async def _content_of_vector(self, model: ModelFacts, command: RegisterCommand, vector: ReadyVector) -> Content:
         """What a caller says about a vector's images can't be checked, so the id covers those statements, too.
 
         Unless the store has this concept, made here of the same images: then it is that one.
@@ -185,8 +187,8 @@ class RegisterUseCase:
         if not vector.examples:
             recipe, digest = Recipe(model.fingerprint), digest_of_vector(vector.values)
             return Content(_facts(recipe, digest, (), ()), vector.values)
-        size = self._resolver.input_size(model, order.input_size)
-        recipe, sides = Recipe(model.fingerprint, order.resize, size), (vector.examples, vector.negatives)
+        size = self._resolver.input_size(model, command.input_size)
+        recipe, sides = Recipe(model.fingerprint, command.resize, size), (vector.examples, vector.negatives)
         with store_errors():
             seen = await self._store.by_id(recipe.concept_id(_digest_of_images(*sides)))
         if seen is not None and _close(vector.values, seen.content.vector):
@@ -196,19 +198,19 @@ class RegisterUseCase:
         return Content(_facts(recipe, digest, *sides, imported=True), vector.values, *sides)
 
     async def _content_of_images(
-        self, model: ModelFacts, order: Order, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
+        self, model: ModelFacts, command: RegisterCommand, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
     ) -> Content:
-        size = self._resolver.input_size(model, order.input_size)
-        recipe = Recipe(model.fingerprint, order.resize, size)
+        size = self._resolver.input_size(model, command.input_size)
+        recipe = Recipe(model.fingerprint, command.resize, size)
         if isinstance(images, Sequence):
-            known = await self._known(model, order, recipe, images)
+            known = await self._known(model, command, recipe, images)
             if known is not None:
                 return known
-        embedding = _Embedding(self._images, self._room, model, order, size)
+        embedding = _Embedding(self._images, self._budget, model, command, size)
         return _formed(recipe, await embedding.all_of(images))
 
     async def _known(
-        self, model: ModelFacts, order: Order, recipe: Recipe, images: Sequence[ExampleImage]
+        self, model: ModelFacts, command: RegisterCommand, recipe: Recipe, images: Sequence[ExampleImage]
     ) -> Content | None:
         """The content, if it is stored; a registration that must fail fails here, before anything is computed."""
         digests = await asyncio.to_thread(lambda: [(image.negative, image.digest()) for image in images])
@@ -218,11 +220,11 @@ class RegisterUseCase:
             found = await self._store.by_id(recipe.concept_id(digest_of_images(examples, negatives)))
             if found is not None:
                 return found.content
-            newest = await self._store.newest(model.name, order.name)
+            newest = await self._store.newest(model.name, command.name)
             current = newest.number if newest else 0
-            if order.expected_version not in {None, current}:
+            if command.expected_version not in {None, current}:
                 raise VersionMismatchError(current)
-            if newest and not order.replace:
+            if newest and not command.replace:
                 raise NameTakenError(newest)
         return None
 
@@ -240,16 +242,21 @@ class _Embedding:
     """The images of one registration on their way."""
 
     def __init__(
-        self, images: Images, room: Room, model: ModelFacts, order: Order, input_size: tuple[int, int]
+        self,
+        images: Images,
+        budget: ByteBudget,
+        model: ModelFacts,
+        command: RegisterCommand,
+        input_size: tuple[int, int],
     ) -> None:
         self._done: dict[int, _Embedded] = {}
         self._images = images
-        self._room = room
+        self._budget = budget
         self._model = model
         self._input_size = input_size
-        self._order = order
+        self._order = command
         self._slots = asyncio.Semaphore(_WINDOW)
-        self._deadline = None if order.timeout is None else monotonic() + order.timeout
+        self._deadline = None if command.timeout is None else monotonic() + command.timeout
 
     async def all_of(self, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]) -> list[_Embedded]:
         """Embed images, in their order; at most `_WINDOW` are in work, and only they are held.
@@ -273,11 +280,11 @@ class _Embedding:
     async def _begin(self, tasks: asyncio.TaskGroup, position: int, image: ExampleImage) -> None:
         """Start with an image as soon as there is room for it."""
         await self._slots.acquire()
-        await self._room.take(image.bytes)
+        await self._budget.take(image.bytes)
         task = tasks.create_task(self._embed(position, image))
 
         def end(_: asyncio.Task[None]) -> None:
-            self._room.give_back(image.bytes)
+            self._budget.give_back(image.bytes)
             self._slots.release()
 
         task.add_done_callback(end)
@@ -290,7 +297,7 @@ class _Embedding:
         """Wait while the queue is full; but a registration whose first image finds no room is refused at once."""
         while True:
             try:
-                return await self._images.embed(self._model, self._picture(image), self._input_size)
+                return await self._images.embed(self._model, self._image_request(image), self._input_size)
             except UnavailableError:
                 raise
             except OverloadedError as full:
@@ -299,8 +306,8 @@ class _Embedding:
                 # Each for a time of its own, so that they don't all come back at once.
                 await asyncio.sleep(min(full.retry_after, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.5))  # noqa: S311
 
-    def _picture(self, image: ExampleImage) -> Picture:
-        return Picture(
+    def _image_request(self, image: ExampleImage) -> ImageRequest:
+        return ImageRequest(
             open=image.open_image,
             resize=self._order.resize,
             timeout=None if self._deadline is None else max(0.0, self._deadline - monotonic()),
@@ -340,8 +347,8 @@ def _digest_of_images(examples: Sequence[Example], negatives: Sequence[Example])
 
 def _facts(
     recipe: Recipe, digest: str, examples: Sequence[Example], negatives: Sequence[Example], *, imported: bool = False
-) -> Facts:
-    return Facts(
+) -> ConceptFacts:
+    return ConceptFacts(
         id=recipe.concept_id(digest),
         model_fingerprint=recipe.model_fingerprint,
         resize=recipe.resize,

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from cdam_engine import Attention, Cdam, Concept, Explanation, IntegratedCdam, Output, SmoothCdam
 from cdam_server.compute.facts import NonFiniteError
 from cdam_server.compute.loading import ModelSpec, load_model
-from cdam_server.compute.models import Job, ServedModel
+from cdam_server.compute.models import ImageQuery, ServedModel
 from cdam_server.compute.scheduling import TooLargeError
 from cdam_server.errors import FailedPreconditionError
 from cdam_server.usecases.resolve import resolve_method, resolve_methods
@@ -27,9 +27,9 @@ def served() -> ServedModel:
     return ServedModel(load_model(ModelSpec(name="demo", architecture="demo")))
 
 
-def _job(seed: int) -> Job:
+def _job(seed: int) -> ImageQuery:
     pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
-    return Job(pixels, (Output(3), Concept(torch.ones(128), "l2")), METHODS)
+    return ImageQuery(pixels, (Output(3), Concept(torch.ones(128), "l2")), METHODS)
 
 
 def _rest() -> None:

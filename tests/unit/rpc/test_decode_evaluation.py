@@ -34,20 +34,20 @@ BOXES = evaluation_pb2.BoxSensitivityMetric
 CURVES = evaluation_pb2.FidelityMetric
 
 
-def plan(message: evaluation_pb2.EvaluationProtocol) -> decode_evaluation.Plan:
-    return decode_evaluation.plan(message, LIMITS, "somebody")
+def command(message: evaluation_pb2.EvaluationProtocol) -> decode_evaluation.EvaluateCommand:
+    return decode_evaluation.evaluate_command(message, LIMITS, "somebody")
 
 
 def refused_field(message: evaluation_pb2.EvaluationProtocol) -> str:
     with pytest.raises(InvalidArgumentError) as caught:
-        plan(message)
+        command(message)
     return caught.value.field
 
 
 def test_what_is_not_said_is_the_engines_default() -> None:
     kinds = [field.name for field in evaluation_pb2.Metric.DESCRIPTOR.fields]
     assert kinds == list(METRICS)
-    made = plan(protocol(*map(metric, kinds)))
+    made = command(protocol(*map(metric, kinds)))
     assert made.protocol.metrics == tuple(METRICS[kind]() for kind in kinds)
     assert (made.protocol.seed, made.resamples, made.input_size, made.resize) == (0, 1000, None, "model")
 
@@ -79,16 +79,18 @@ def test_what_is_not_said_is_the_engines_default() -> None:
     ],
 )
 def test_what_is_said_counts(message: evaluation_pb2.Metric, expected: Metric) -> None:
-    assert plan(protocol(message, message)).protocol.metrics == (expected, expected)
+    assert command(protocol(message, message)).protocol.metrics == (expected, expected)
 
 
 def test_methods_and_anchors_mix() -> None:
     smooth = evaluation_pb2.EvaluatedMethod(method=method("smooth_cdam", samples=3))
-    made = plan(protocol(metric("sparseness"), methods=[RANDOM, smooth, smooth], seed=2**64 - 1, bootstrap_resamples=0))
+    made = command(
+        protocol(metric("sparseness"), methods=[RANDOM, smooth, smooth], seed=2**64 - 1, bootstrap_resamples=0)
+    )
     assert made.protocol.methods == (Anchor.RANDOM, SmoothCdam(samples=3), SmoothCdam(samples=3))
     assert (made.protocol.seed, made.resamples, made.caller) == (2**64 - 1, 0, "somebody")
     assert hash(made.protocol) == hash(
-        plan(protocol(metric("sparseness"), methods=[RANDOM, smooth, smooth], seed=2**64 - 1)).protocol
+        command(protocol(metric("sparseness"), methods=[RANDOM, smooth, smooth], seed=2**64 - 1)).protocol
     )
 
 
@@ -162,13 +164,23 @@ def test_a_bad_parameter_is_named(kind: str, parameters: dict[str, Any], field: 
 
 
 def test_a_sample() -> None:
-    order = decode_evaluation.sample(sample(0, sample_id="été 1"), LIMITS)
-    assert (order.id, order.open_image().size) == ("été 1", (64, 64))
-    assert isinstance(order.target, Output)
-    assert None not in (order.wrong_target, order.open_mask, order.open_counterfactual, order.open_wrong_mask)
+    sample_command = decode_evaluation.sample(sample(0, sample_id="été 1"), LIMITS)
+    assert (sample_command.id, sample_command.open_image().size) == ("été 1", (64, 64))
+    assert isinstance(sample_command.target, Output)
+    assert None not in (
+        sample_command.wrong_target,
+        sample_command.open_mask,
+        sample_command.open_counterfactual,
+        sample_command.open_wrong_mask,
+    )
     least = evaluation_pb2.EvaluationSample(sample_id="x", image=raw(np.zeros((2, 2), np.uint8)), target=output(1))
-    order = decode_evaluation.sample(least, LIMITS)
-    assert (order.wrong_target, order.open_mask, order.open_counterfactual, order.open_wrong_mask) == (None,) * 4
+    sample_command = decode_evaluation.sample(least, LIMITS)
+    assert (
+        sample_command.wrong_target,
+        sample_command.open_mask,
+        sample_command.open_counterfactual,
+        sample_command.open_wrong_mask,
+    ) == (None,) * 4
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2
 from structlog.testing import capture_logs
 
 from cdam.v1 import common_pb2
-from cdam_server.compute.scheduling import Room
+from cdam_server.compute.scheduling import ByteBudget
 from cdam_server.errors import (
     DeadlineError,
     ExhaustedError,
@@ -406,7 +406,7 @@ async def test_a_lost_client_is_as_good_as_a_cancelled_one(fails: str) -> None:
 
 async def test_items_of_all_streams_share_their_memory() -> None:
     """However many streams there are: what is read and not answered is bounded, and an item too large for it goes alone."""
-    server = StreamServer(Telemetry(), asyncio.Event(), room=Room(100))
+    server = StreamServer(Telemetry(), asyncio.Event(), budget=ByteBudget(100))
     held = most = 0
 
     async def answer(item: int) -> int:

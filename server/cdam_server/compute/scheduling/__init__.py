@@ -5,7 +5,8 @@ which the parts decide: `Admission` who is let in, `Queue` who is next, `Batchin
 `Ceilings` how large a batch may be, `Forecast` how long it takes. A `Worker` computes, and deals with what fails. `policy` has the numbers.
 """
 
-from cdam_server.compute.scheduling.entry import (
+from cdam_server.compute.scheduling.byte_budget import ByteBudget
+from cdam_server.compute.scheduling.job import (
     BACKGROUND,
     AbandonedError,
     Bounds,
@@ -13,32 +14,31 @@ from cdam_server.compute.scheduling.entry import (
     DeviceLostError,
     Done,
     ExpiredError,
+    JobSpec,
     QueueFullError,
-    Terms,
     TooLargeError,
 )
-from cdam_server.compute.scheduling.room import Room
+from cdam_server.compute.scheduling.pool import Pool
 from cdam_server.compute.scheduling.scheduler import Observer, Scheduler, Ticket
-from cdam_server.compute.scheduling.turns import Pool
-from cdam_server.compute.scheduling.work import Answer, Computed, Rest, Work
+from cdam_server.compute.scheduling.work import Answer, Computed, Pause, Work
 
 __all__ = [
     "BACKGROUND",
     "AbandonedError",
     "Answer",
     "Bounds",
+    "ByteBudget",
     "ClosedError",
     "Computed",
     "DeviceLostError",
     "Done",
     "ExpiredError",
+    "JobSpec",
     "Observer",
+    "Pause",
     "Pool",
     "QueueFullError",
-    "Rest",
-    "Room",
     "Scheduler",
-    "Terms",
     "Ticket",
     "TooLargeError",
     "Work",

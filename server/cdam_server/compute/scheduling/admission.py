@@ -3,8 +3,8 @@
 import math
 
 from cdam_server.compute.scheduling import policy
-from cdam_server.compute.scheduling.entry import Kind, QueueFullError, Terms
 from cdam_server.compute.scheduling.forecast import Forecast
+from cdam_server.compute.scheduling.job import JobSpec, Kind, QueueFullError
 from cdam_server.compute.scheduling.queue import Queue
 from cdam_server.compute.scheduling.run import Device
 
@@ -21,7 +21,7 @@ class Admission:
         self._margin = deadline_margin
         self._tested: dict[Kind, float] = {}  # when a job of each kind was computed, or let in to be
 
-    def check(self, terms: Terms, now: float) -> None:
+    def check(self, spec: JobSpec, now: float) -> None:
         """Refuse a job that finds no room, or that, as far as can be told, would not be done in time.
 
         Raises:
@@ -29,29 +29,29 @@ class Admission:
         """
         work = self._forecast.running(now) + self._queue.work
         retry_after = max(policy.MIN_RETRY_SECONDS, policy.RETRY_SHARE * work)
-        self._queue.check_room(terms, retry_after)
-        late = self._late(terms, now)
+        self._queue.check_room(spec, retry_after)
+        late = self._late(spec, now)
         if late <= 0:
             return
-        if now - self._tested.get(terms.kind, -math.inf) > policy.TRIAL_SECONDS:
-            self.tested(terms.kind, now)
+        if now - self._tested.get(spec.kind, -math.inf) > policy.TRIAL_SECONDS:
+            self.tested(spec.kind, now)
             return
-        message = f"too busy to answer within {terms.timeout:.3g} s; requests being served: {self._queue.held}"
+        message = f"too busy to answer within {spec.timeout:.3g} s; requests being served: {self._queue.held}"
         raise QueueFullError("deadline", message, max(retry_after, late))
 
     def tested(self, kind: Kind, now: float) -> None:
         """The estimate of a kind is being compared with the time that a batch takes."""
         self._tested[kind] = now
 
-    def _late(self, terms: Terms, now: float) -> float:
+    def _late(self, spec: JobSpec, now: float) -> float:
         """Seconds that a job would be late, at least."""
-        own = self._forecast.seconds(terms, terms.cost)
-        if terms.timeout is None or own is None or not self._queue.held:  # an idle server tries
+        own = self._forecast.seconds(spec, spec.cost)
+        if spec.timeout is None or own is None or not self._queue.held:  # an idle server tries
             return 0.0
-        ahead = self._queue.backlog(terms, self._forecast.share(terms))
+        ahead = self._queue.backlog(spec, self._forecast.share(spec))
         # Jobs ahead share its batch, up to the longest one; the others are computed before it.
-        batch = min(ahead + own, max(own, self._forecast.longest_batch(terms)))
+        batch = min(ahead + own, max(own, self._forecast.longest_batch(spec)))
         work = ahead + own - batch + batch * self._device.slots
-        if terms.light and any(not run.terms.light for run in self._device.foreground):
+        if spec.light and any(not run.spec.light for run in self._device.foreground):
             work /= 1 - policy.MIN_SPEED
-        return self._margin * (self._forecast.until_free(terms, now) + work) - terms.timeout
+        return self._margin * (self._forecast.until_free(spec, now) + work) - spec.timeout

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 from cdam_server.compute.scheduling import policy
-from cdam_server.compute.scheduling.entry import Entry
 from cdam_server.compute.scheduling.forecast import Forecast
+from cdam_server.compute.scheduling.job import Job
 from cdam_server.compute.scheduling.queue import Queue
 from cdam_server.compute.scheduling.run import Device
 
@@ -19,9 +19,9 @@ class Batching:
         self._forecast = forecast
         self._max_queue_delay = max_queue_delay
 
-    def drop_late(self, now: float) -> list[Entry]:
+    def drop_late(self, now: float) -> list[Job]:
         """Take out the jobs that nobody waits for any more, or that can't be done in time."""
-        return self._queue.drop(lambda entry: self._is_late(entry, now))
+        return self._queue.drop(lambda job: self._is_late(job, now))
 
     def delay(self, now: float, *, closed: bool) -> float | None:
         """Seconds to wait for the oldest job's batch to fill; None if no job waits."""
@@ -29,48 +29,46 @@ class Batching:
             return None
         if not self._max_queue_delay:
             return 0.0
-        entries = self._queue.entries()
-        oldest = min(entries, key=lambda entry: entry.submitted)
-        if closed or not oldest.terms.light:
+        jobs = self._queue.jobs()
+        oldest = min(jobs, key=lambda job: job.submitted)
+        if closed or not oldest.spec.light:
             return 0.0
-        bucket = oldest.terms.bucket
-        if sum(entry.terms.bucket == bucket for entry in entries) >= self._device.ceilings.jobs(bucket):
+        bucket = oldest.spec.bucket
+        if sum(job.spec.bucket == bucket for job in jobs) >= self._device.ceilings.jobs(bucket):
             return 0.0
-        delay = min(self._max_queue_delay, policy.MAX_BATCH_SHARE * _shortest_timeout(entries))
+        delay = min(self._max_queue_delay, policy.MAX_BATCH_SHARE * _shortest_timeout(jobs))
         return oldest.submitted + delay - now
 
-    def take(self) -> list[Entry]:
+    def take(self) -> list[Job]:
         """The next batch for an idle worker; empty if none may begin now."""
         busy = bool(self._device.foreground)
-        return self._queue.take(
-            self._device.ceilings.jobs, self.fits, lambda entry: not (entry.terms.background and busy)
-        )
+        return self._queue.take(self._device.ceilings.jobs, self.fits, lambda job: not (job.spec.background and busy))
 
-    def fits(self, entries: Sequence[Entry], most: float = math.inf) -> bool:
+    def fits(self, jobs: Sequence[Job], most: float = math.inf) -> bool:
         """Whether these jobs may be one batch, which takes at most `most` seconds."""
-        first, last = entries[0], entries[-1]
-        seconds = self._forecast.batch(entries)
+        first, last = jobs[0], jobs[-1]
+        seconds = self._forecast.batch(jobs)
         if seconds is None:
             return True
-        if len(entries) == 1:  # it must be computed, however long it takes
+        if len(jobs) == 1:  # it must be computed, however long it takes
             return seconds <= most
         if self.is_behind(first, [last]):
             most = min(most, policy.MAX_BATCH_STRETCH * (self._forecast.batch([first]) or math.inf))
-        return seconds <= min(most, policy.MAX_BATCH_SHARE * _shortest_timeout(entries) / self._device.slots)
+        return seconds <= min(most, policy.MAX_BATCH_SHARE * _shortest_timeout(jobs) / self._device.slots)
 
-    def is_behind(self, entry: Entry, others: Sequence[Entry]) -> bool:
+    def is_behind(self, job: Job, others: Sequence[Job]) -> bool:
         """Whether its caller has received less than each of the others', by more than a full batch; two busy callers never differ so much."""
-        return self._queue.lag(entry, others) > self._device.ceilings.max_batch_size
+        return self._queue.lag(job, others) > self._device.ceilings.max_batch_size
 
-    def _is_late(self, entry: Entry, now: float) -> bool:
-        if not entry.wanted(now):
+    def _is_late(self, job: Job, now: float) -> bool:
+        if not job.wanted(now):
             return True
-        alone = self._forecast.batch([entry])
+        alone = self._forecast.batch([job])
         # Since estimates may be wrong, the last one that waits is tried in any case.
-        if alone is None or self._queue.waiting_with(entry.terms) <= 1 or not entry.terms.light:
+        if alone is None or self._queue.waiting_with(job.spec) <= 1 or not job.spec.light:
             return False
-        return now + alone * self._device.slots > entry.deadline
+        return now + alone * self._device.slots > job.deadline
 
 
-def _shortest_timeout(entries: Sequence[Entry]) -> float:
-    return min(entry.deadline - entry.arrived for entry in entries)
+def _shortest_timeout(jobs: Sequence[Job]) -> float:
+    return min(job.deadline - job.arrived for job in jobs)

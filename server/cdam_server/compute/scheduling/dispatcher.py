@@ -8,8 +8,8 @@ from cdam_server.compute.scheduling import policy
 from cdam_server.compute.scheduling.admission import Admission
 from cdam_server.compute.scheduling.batching import Batching
 from cdam_server.compute.scheduling.ceilings import Ceilings
-from cdam_server.compute.scheduling.entry import Bounds, ClosedError, Entry
 from cdam_server.compute.scheduling.forecast import Forecast
+from cdam_server.compute.scheduling.job import Bounds, ClosedError, Job
 from cdam_server.compute.scheduling.preemption import Preemption
 from cdam_server.compute.scheduling.queue import Queue
 from cdam_server.compute.scheduling.run import Device, Run
@@ -32,7 +32,7 @@ class Dispatcher:
         max_batch_size: int,
         max_queue_delay: float,
         slots: int,
-        expired: Callable[[Sequence[Entry]], None],
+        expired: Callable[[Sequence[Job]], None],
     ) -> None:
         self._expired = expired
         self._changed = threading.Condition()
@@ -60,7 +60,7 @@ class Dispatcher:
         """Most jobs in a batch of a bucket."""
         return self._ceilings.jobs(bucket)
 
-    def admit(self, entry: Entry) -> None:
+    def admit(self, job: Job) -> None:
         """Let a job in, or refuse it.
 
         Raises:
@@ -70,22 +70,22 @@ class Dispatcher:
         with self._changed:
             if self._closed:
                 raise ClosedError
-            self._admission.check(entry.terms, time.monotonic())
-            entry.seconds = self._forecast.share(entry.terms)
-            self._queue.hold(entry)
+            self._admission.check(job.spec, time.monotonic())
+            job.seconds = self._forecast.share(job.spec)
+            self._queue.hold(job)
 
-    def submit(self, entries: Sequence[Entry]) -> None:
+    def submit(self, jobs: Sequence[Job]) -> None:
         """Their jobs may be computed from now on."""
         with self._changed:
-            for entry in entries:
-                self._queue.push(entry)
+            for job in jobs:
+                self._queue.push(job)
             self._changed.notify_all()
 
-    def release(self, entry: Entry) -> None:
+    def release(self, job: Job) -> None:
         """Its caller has an answer, or has left."""
         with self._changed:
-            entry.released = True
-            self._queue.release(entry)
+            job.released = True
+            self._queue.release(job)
             self._changed.notify_all()
 
     def next(self) -> Run | None:
@@ -111,7 +111,7 @@ class Dispatcher:
     def pause(self, run: Run) -> bool:
         """Wait a moment if the batch is in the background and another, which is not, is being computed; whether so."""
         with self._changed:
-            run.resting = run.terms.background and bool(self._device.foreground) and not self._ended
+            run.resting = run.spec.background and bool(self._device.foreground) and not self._ended
             if run.resting:
                 self._changed.wait(policy.PAUSE_SECONDS)
             return run.resting
@@ -121,11 +121,11 @@ class Dispatcher:
         with self._changed:
             now = time.monotonic()
             if (
-                computed and not run.terms.background
+                computed and not run.spec.background
             ):  # their kinds are too many, each with too few batches to learn from
                 self._forecast.learn(run, now)
-                self._admission.tested(run.terms.kind, now)
-                self._ceilings.fitted(run.terms.bucket, len(run.entries))
+                self._admission.tested(run.spec.kind, now)
+                self._ceilings.fitted(run.spec.bucket, len(run.jobs))
             self._device.runs.remove(run)
             if run.interrupts is not None:
                 run.interrupts.resting = False
@@ -136,9 +136,9 @@ class Dispatcher:
         with self._changed:
             if size == 1 and not run.one_is_too_large:  # then it was not the number
                 run.one_is_too_large = True
-                self._ceilings.restore(run.terms.bucket, run.ceiling)
-            if not (run.one_is_too_large or run.terms.background):
-                self._ceilings.lower(run.terms.bucket, size)
+                self._ceilings.restore(run.spec.bucket, run.ceiling)
+            if not (run.one_is_too_large or run.spec.background):
+                self._ceilings.lower(run.spec.bucket, size)
 
     def close(self) -> None:
         """Take no more jobs."""
@@ -152,7 +152,7 @@ class Dispatcher:
             self._closed = self._ended = True
             self._changed.notify_all()
 
-    def _wait(self) -> tuple[list[Entry], Run | None]:
+    def _wait(self) -> tuple[list[Job], Run | None]:
         """Wait for jobs, then take a batch, and those that are late; either may be empty."""
         while not self._ended:
             now = time.monotonic()
@@ -166,7 +166,7 @@ class Dispatcher:
             self._changed.wait(delay)
         return [], None
 
-    def _begin(self, batch: Sequence[Entry], now: float, interrupts: Run | None = None) -> Run:
-        run = Run(batch, now, self._forecast.batch(batch), interrupts, self._ceilings.get(batch[0].terms.bucket))
+    def _begin(self, batch: Sequence[Job], now: float, interrupts: Run | None = None) -> Run:
+        run = Run(batch, now, self._forecast.batch(batch), interrupts, self._ceilings.get(batch[0].spec.bucket))
         self._device.runs.append(run)
         return run

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from cdam_server.compute.scheduling import policy
-from cdam_server.compute.scheduling.entry import Entry, Kind, Terms
+from cdam_server.compute.scheduling.job import Job, JobSpec, Kind
 from cdam_server.compute.scheduling.run import Device, Run, cost
 
 
@@ -46,51 +46,51 @@ class Forecast:
 
     def learn(self, run: Run, now: float) -> None:
         """A batch has been computed at once."""
-        self._estimator.observe(run.terms.kind, run.cost, run.computed(now) / self._device.sharing)
+        self._estimator.observe(run.spec.kind, run.cost, run.computed(now) / self._device.sharing)
 
-    def seconds(self, terms: Terms, cost: float) -> float | None:
+    def seconds(self, spec: JobSpec, cost: float) -> float | None:
         """What a batch of this cost will take, with the device to itself; None if nothing is known of its bucket."""
-        known = self._estimator.seconds(terms.kind, cost)
-        if known is None and (one := self._estimator.seconds((terms.bucket, True), 1.0)) is not None:
+        known = self._estimator.seconds(spec.kind, cost)
+        if known is None and (one := self._estimator.seconds((spec.bucket, True), 1.0)) is not None:
             return one * cost  # of this kind there was none yet
         return known
 
-    def batch(self, entries: Sequence[Entry]) -> float | None:
+    def batch(self, jobs: Sequence[Job]) -> float | None:
         """What these jobs will take as one batch, with the device to itself; None if nothing is known of their bucket."""
-        return self.seconds(entries[0].terms, cost(entries))
+        return self.seconds(jobs[0].spec, cost(jobs))
 
-    def longest_batch(self, terms: Terms) -> float:
+    def longest_batch(self, spec: JobSpec) -> float:
         """The longest batch that a job may be in, with the device to itself."""
-        full = self.seconds(terms, self._most_jobs(terms) * terms.cost) or 0.0
-        if terms.timeout is None:
+        full = self.seconds(spec, self._most_jobs(spec) * spec.cost) or 0.0
+        if spec.timeout is None:
             return full
-        return min(full, policy.MAX_BATCH_SHARE * terms.timeout / self._device.slots)
+        return min(full, policy.MAX_BATCH_SHARE * spec.timeout / self._device.slots)
 
-    def share(self, terms: Terms) -> float:
+    def share(self, spec: JobSpec) -> float:
         """What a job adds to the work, in batches as full as its deadline lets them be."""
-        jobs = self._most_jobs(terms)
-        full = self.seconds(terms, jobs * terms.cost)
+        jobs = self._most_jobs(spec)
+        full = self.seconds(spec, jobs * spec.cost)
         if not full:
             return 0.0
-        jobs = max(1, int(jobs * self.longest_batch(terms) / full))
-        return (self.seconds(terms, jobs * terms.cost) or 0.0) / jobs
+        jobs = max(1, int(jobs * self.longest_batch(spec) / full))
+        return (self.seconds(spec, jobs * spec.cost) or 0.0) / jobs
 
     def running(self, now: float) -> float:
         """What is left of all batches in work but those in the background."""
         sharing = self._device.sharing
         return sum(run.remaining(now, sharing) / sharing for run in self._device.foreground)
 
-    def until_free(self, terms: Terms, now: float) -> float:
+    def until_free(self, spec: JobSpec, now: float) -> float:
         """Seconds until a slot is free for a job; a slot counts as free if the job may interrupt all that is computed in it."""
         sharing = self._device.sharing
         slots: defaultdict[Run, float] = defaultdict(float)
         for run in self._device.runs:
-            gives_way = (run.terms.background and not terms.background) or (terms.light and not run.terms.light)
+            gives_way = (run.spec.background and not spec.background) or (spec.light and not run.spec.light)
             slots[run.outermost] += 0.0 if gives_way else run.remaining(now, sharing)
         return 0.0 if len(slots) < self._device.slots else min(slots.values())
 
-    def _most_jobs(self, terms: Terms) -> int:
-        return self._device.ceilings.jobs(terms.bucket) if terms.light else 1
+    def _most_jobs(self, spec: JobSpec) -> int:
+        return self._device.ceilings.jobs(spec.bucket) if spec.light else 1
 
 
 def _size(cost: float) -> int:

@@ -4,7 +4,7 @@ import math
 
 from cdam_server.compute.scheduling import policy
 from cdam_server.compute.scheduling.batching import Batching
-from cdam_server.compute.scheduling.entry import Entry
+from cdam_server.compute.scheduling.job import Job
 from cdam_server.compute.scheduling.queue import Queue
 from cdam_server.compute.scheduling.run import Device, Run
 
@@ -17,30 +17,28 @@ class Preemption:
         self._device = device
         self._batching = batching
 
-    def take(self, run: Run, now: float) -> list[Entry]:
+    def take(self, run: Run, now: float) -> list[Job]:
         """The batch that interrupts one now; empty if none may."""
         slowed_enough = run.rested * policy.MIN_SPEED > run.computed(now) * (1 - policy.MIN_SPEED)
-        if not self._queue.waiting or (slowed_enough and not run.terms.background):
+        if not self._queue.waiting or (slowed_enough and not run.spec.background):
             return []
         # No longer than the rest of it: else it is soon its turn anyway.
         sharing = self._device.sharing
-        most = math.inf if run.terms.background else run.remaining(now, sharing) / sharing
-        rank = min(entry.terms.rank for entry in run.entries)
+        most = math.inf if run.spec.background else run.remaining(now, sharing) / sharing
+        rank = min(job.spec.rank for job in run.jobs)
 
-        def may_interrupt(entry: Entry) -> bool:
-            if entry.terms.rank == rank and (slowed_enough or not self._interrupts_equals(entry, run)):
+        def may_interrupt(job: Job) -> bool:
+            if job.spec.rank == rank and (slowed_enough or not self._interrupts_equals(job, run)):
                 return False
-            return entry.terms.rank <= rank and self._batching.fits([entry], most)
+            return job.spec.rank <= rank and self._batching.fits([job], most)
 
-        return self._queue.take(
-            self._device.ceilings.jobs, lambda entries: self._batching.fits(entries, most), may_interrupt
-        )
+        return self._queue.take(self._device.ceilings.jobs, lambda jobs: self._batching.fits(jobs, most), may_interrupt)
 
-    def _interrupts_equals(self, entry: Entry, run: Run) -> bool:
+    def _interrupts_equals(self, job: Job, run: Run) -> bool:
         """Whether a job interrupts a batch of its own rank."""
         # Interruptions in the background are not nested: what is not in the background must still find a place.
-        if run.terms.background and run.interrupts is not None:
+        if run.spec.background and run.interrupts is not None:
             return False
-        if not run.terms.light:
-            return entry.terms.cost * policy.MIN_COST_RATIO <= run.cost
-        return entry.terms.light and self._batching.is_behind(entry, run.entries)
+        if not run.spec.light:
+            return job.spec.cost * policy.MIN_COST_RATIO <= run.cost
+        return job.spec.light and self._batching.is_behind(job, run.jobs)

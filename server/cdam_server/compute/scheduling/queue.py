@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cdam_server.compute.scheduling import policy
-from cdam_server.compute.scheduling.entry import Bounds, Entry, QueueFullError, Terms
+from cdam_server.compute.scheduling.job import Bounds, Job, JobSpec, QueueFullError
 
 _SETTINGS: Final = {"jobs": "max_pending", "cost": "max_pending_passes", "bytes": "max_pending_mib"}
 
@@ -50,7 +50,7 @@ class _Caller:
 
     def __init__(self, group: _Group) -> None:
         self.group = group
-        self.waiting: list[Entry] = []
+        self.waiting: list[Job] = []
         self.held: defaultdict[str, float] = defaultdict(float)
         self.backlog: defaultdict[tuple[int, bool], float] = defaultdict(float)
         self.served = group.least_served
@@ -60,13 +60,13 @@ class _Caller:
         """Whether it has no jobs."""
         return not (self.held["jobs"] or self.held["background"])
 
-    def ahead(self, terms: Terms) -> tuple[float, float]:
+    def ahead(self, spec: JobSpec) -> tuple[float, float]:
         """The backlog that a job waits for: of better rank, and of its own. A light one interrupts those that are not."""
         better = same = 0.0
         for (rank, light), seconds in self.backlog.items():
-            if light or not terms.light:
-                better += seconds * (rank < terms.rank)
-                same += seconds * (rank == terms.rank)
+            if light or not spec.light:
+                better += seconds * (rank < spec.rank)
+                same += seconds * (rank == spec.rank)
         return better, same
 
 
@@ -98,18 +98,18 @@ class Queue:
         """Number of jobs that were let in and are not yet answered, but for those in the background."""
         return round(self._held["jobs"])
 
-    def check_room(self, terms: Terms, retry_after: float) -> None:
+    def check_room(self, spec: JobSpec, retry_after: float) -> None:
         """Refuse what does not fit into the bounds.
 
         Args:
-            terms: What comes.
+            spec: What comes.
             retry_after: Seconds after which there may be room.
 
         Raises:
             QueueFullError: With the bound that was hit.
         """
-        caller = self._callers.get(_key(terms))
-        for name, wanted, bound in self._amounts(terms):
+        caller = self._callers.get(_key(spec))
+        for name, wanted, bound in self._amounts(spec):
             free = bound - self._held[name]
             own = caller.held[name] if caller is not None else 0
             # Whatever its size, a job that is alone is let in: the limits of a single one are checked elsewhere.
@@ -117,27 +117,27 @@ class Queue:
                 message = f"the queue is full ({_SETTINGS[name]}); requests being served: {self.held}"
                 raise QueueFullError(name, message, retry_after)
 
-    def hold(self, entry: Entry) -> None:
+    def hold(self, job: Job) -> None:
         """Reserve room for a job that was let in."""
-        caller = self._callers.get(_key(entry.terms))
+        caller = self._callers.get(_key(job.spec))
         if caller is None:
             self._forget()
-            caller = self._callers[_key(entry.terms)] = _Caller(self._groups[entry.terms.background])
+            caller = self._callers[_key(job.spec)] = _Caller(self._groups[job.spec.background])
         elif caller.idle:
             caller.served = max(caller.served, caller.group.least_served)
-        for name, wanted, _ in self._amounts(entry.terms):
+        for name, wanted, _ in self._amounts(job.spec):
             caller.held[name] += wanted
             self._held[name] += wanted
-        caller.backlog[entry.terms.rank, entry.terms.light] += entry.seconds
+        caller.backlog[job.spec.rank, job.spec.light] += job.seconds
 
-    def release(self, entry: Entry) -> None:
+    def release(self, job: Job) -> None:
         """Give the room back, wherever the job is now."""
-        caller = self._callers[_key(entry.terms)]
-        if entry in caller.waiting:
-            self._take_out(caller, entry)
-        elif entry.submitted == math.inf:
-            caller.backlog[entry.terms.rank, entry.terms.light] -= entry.seconds
-        for name, wanted, _ in self._amounts(entry.terms):
+        caller = self._callers[_key(job.spec)]
+        if job in caller.waiting:
+            self._take_out(caller, job)
+        elif job.submitted == math.inf:
+            caller.backlog[job.spec.rank, job.spec.light] -= job.seconds
+        for name, wanted, _ in self._amounts(job.spec):
             caller.held[name] -= wanted
             self._held[name] -= wanted
         if caller.idle:
@@ -146,32 +146,32 @@ class Queue:
         if not (self._held["jobs"] or self._held["background"]):
             self._held.clear()
 
-    def push(self, entry: Entry) -> None:
+    def push(self, job: Job) -> None:
         """A job that may be computed from now on."""
-        insort(self._callers[_key(entry.terms)].waiting, entry, key=lambda its: its.order)
-        self._groups[entry.terms.background].waiting += 1
+        insort(self._callers[_key(job.spec)].waiting, job, key=lambda its: its.order)
+        self._groups[job.spec.background].waiting += 1
 
-    def waiting_with(self, terms: Terms) -> int:
-        """Number of jobs that wait, of those in the background or of the others, as the terms say."""
-        return self._groups[terms.background].waiting
+    def waiting_with(self, spec: JobSpec) -> int:
+        """Number of jobs that wait, of those in the background or of the others, as the spec says."""
+        return self._groups[spec.background].waiting
 
-    def entries(self) -> list[Entry]:
+    def jobs(self) -> list[Job]:
         """All that wait."""
-        return [entry for caller in self._callers.values() for entry in caller.waiting]
+        return [job for caller in self._callers.values() for job in caller.waiting]
 
-    def drop(self, unwanted: Callable[[Entry], bool]) -> list[Entry]:
+    def drop(self, unwanted: Callable[[Job], bool]) -> list[Job]:
         """Take out all for which it is true."""
-        found = [entry for entry in self.entries() if unwanted(entry)]
-        for entry in found:
-            self._take_out(self._callers[_key(entry.terms)], entry)
+        found = [job for job in self.jobs() if unwanted(job)]
+        for job in found:
+            self._take_out(self._callers[_key(job.spec)], job)
         return found
 
     def take(
         self,
         ceiling: Callable[[Hashable], int],
-        fits: Callable[[Sequence[Entry]], bool],
-        may: Callable[[Entry], bool] = lambda entry: True,  # noqa: ARG005
-    ) -> list[Entry]:
+        fits: Callable[[Sequence[Job]], bool],
+        may: Callable[[Job], bool] = lambda job: True,  # noqa: ARG005
+    ) -> list[Job]:
         """The next batch: the first job, and further light ones of its bucket in order, as long as they fit.
 
         Args:
@@ -179,51 +179,51 @@ class Queue:
             fits: Whether so many jobs may be one batch.
             may: Whether a job may be computed now.
         """
-        batch: list[Entry] = []
-        for entry in self._in_order():
-            if not may(entry):
+        batch: list[Job] = []
+        for job in self._in_order():
+            if not may(job):
                 continue
             if not batch:
-                batch.append(entry)
-                if not entry.terms.light:
+                batch.append(job)
+                if not job.spec.light:
                     break
-            elif entry.terms.light and entry.terms.bucket == batch[0].terms.bucket:
-                if not fits([*batch, entry]):
+            elif job.spec.light and job.spec.bucket == batch[0].spec.bucket:
+                if not fits([*batch, job]):
                     break
-                batch.append(entry)
-            if len(batch) >= ceiling(batch[0].terms.bucket):
+                batch.append(job)
+            if len(batch) >= ceiling(batch[0].spec.bucket):
                 break
-        for entry in batch:
-            caller = self._callers[_key(entry.terms)]
+        for job in batch:
+            caller = self._callers[_key(job.spec)]
             group = caller.group
-            self._take_out(caller, entry)
+            self._take_out(caller, job)
             group.virtual_time = max(group.virtual_time, caller.served)
             # Whoever had a very expensive job does not wait for as long as it took.
-            caller.served = min(caller.served + entry.terms.cost, group.virtual_time + group.credit)
+            caller.served = min(caller.served + job.spec.cost, group.virtual_time + group.credit)
         return batch
 
-    def lag(self, entry: Entry, others: Sequence[Entry]) -> float:
+    def lag(self, job: Job, others: Sequence[Job]) -> float:
         """How much less, in units of cost, a job's caller has had than each of the others; negative if it is one of them."""
-        own = self._callers[_key(entry.terms)]
-        their = {_key(other.terms) for other in others}
-        if _key(entry.terms) in their:
+        own = self._callers[_key(job.spec)]
+        their = {_key(other.spec) for other in others}
+        if _key(job.spec) in their:
             return -math.inf
         served = [caller.served for key in their if (caller := self._callers.get(key)) is not None]
         return min(served, default=math.inf) - own.served
 
-    def backlog(self, terms: Terms, own_seconds: float) -> float:
+    def backlog(self, spec: JobSpec, own_seconds: float) -> float:
         """Estimated seconds of work that will be done before a job that comes now, its own not counted.
 
         All work of better rank. Of equal rank its caller's own, and of each other caller's as much at most, since they take turns,
         plus what that caller has received less.
         """
-        own = self._callers.get(_key(terms))
-        _, before = (0.0, 0.0) if own is None else own.ahead(terms)
-        served = self._groups[terms.background].least_served if own is None else own.served
-        rate = own_seconds / terms.cost
+        own = self._callers.get(_key(spec))
+        _, before = (0.0, 0.0) if own is None else own.ahead(spec)
+        served = self._groups[spec.background].least_served if own is None else own.served
+        rate = own_seconds / spec.cost
         total = before
         for caller in self._callers.values():
-            better, same = caller.ahead(terms)
+            better, same = caller.ahead(spec)
             total += better
             if caller is not own:
                 total += min(same, before + own_seconds + max(0.0, served - caller.served) * rate)
@@ -234,35 +234,35 @@ class Queue:
         """Estimated seconds of work that was let in and is not yet begun."""
         return sum(sum(caller.backlog.values()) for caller in self._callers.values())
 
-    def _amounts(self, terms: Terms) -> tuple[tuple[str, float, float], ...]:
-        if terms.background:
+    def _amounts(self, spec: JobSpec) -> tuple[tuple[str, float, float], ...]:
+        if spec.background:
             return (("background", 1, math.inf),)
         return (
             ("jobs", 1, self._bounds.jobs),
-            ("cost", terms.cost, self._bounds.cost),
-            ("bytes", terms.bytes, self._bounds.bytes),
+            ("cost", spec.cost, self._bounds.cost),
+            ("bytes", spec.bytes, self._bounds.bytes),
         )
 
-    def _take_out(self, caller: _Caller, entry: Entry) -> None:
-        caller.waiting.remove(entry)
-        caller.backlog[entry.terms.rank, entry.terms.light] -= entry.seconds
+    def _take_out(self, caller: _Caller, job: Job) -> None:
+        caller.waiting.remove(job)
+        caller.backlog[job.spec.rank, job.spec.light] -= job.seconds
         caller.group.waiting -= 1
 
-    def _in_order(self) -> Iterator[Entry]:
+    def _in_order(self) -> Iterator[Job]:
         """All that wait, in the order in which they would be served if each took its turn."""
         heads = [
-            (caller.waiting[0].terms.rank, caller.served, number, 0, caller)
+            (caller.waiting[0].spec.rank, caller.served, number, 0, caller)
             for number, caller in enumerate(self._callers.values())
             if caller.waiting
         ]
         heapq.heapify(heads)
         while heads:
             _, served, number, place, caller = heapq.heappop(heads)
-            entry = caller.waiting[place]
+            job = caller.waiting[place]
             if place + 1 < len(caller.waiting):
                 following = caller.waiting[place + 1]
-                heapq.heappush(heads, (following.terms.rank, served + entry.terms.cost, number, place + 1, caller))
-            yield entry
+                heapq.heappush(heads, (following.spec.rank, served + job.spec.cost, number, place + 1, caller))
+            yield job
 
     def _forget(self) -> None:
         """Drop idle callers that would not be treated otherwise if they were new; if there are none, the oldest."""
@@ -274,5 +274,5 @@ class Queue:
             del self._callers[key]
 
 
-def _key(terms: Terms) -> tuple[bool, str]:
-    return terms.background, terms.caller
+def _key(spec: JobSpec) -> tuple[bool, str]:
+    return spec.background, spec.caller

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cdam_server.compute.scheduling import policy
 from cdam_server.compute.scheduling.ceilings import Ceiling, Ceilings
-from cdam_server.compute.scheduling.entry import Entry, Terms
+from cdam_server.compute.scheduling.job import Job, JobSpec
 
 
 @dataclass(eq=False)
@@ -13,7 +13,7 @@ class Run:
     """A batch that is being computed.
 
     Attributes:
-        entries: Its jobs.
+        jobs: Its jobs.
         started: When it began.
         seconds: Estimate of how long it will compute, with the device to itself; None if there is none.
         interrupts: The batch that it interrupts, if it does.
@@ -23,7 +23,7 @@ class Run:
         one_is_too_large: Whether one of its jobs does not fit into memory alone.
     """
 
-    entries: Sequence[Entry]
+    jobs: Sequence[Job]
     started: float
     seconds: float | None
     interrupts: "Run | None"
@@ -33,14 +33,14 @@ class Run:
     one_is_too_large: bool = False
 
     @property
-    def terms(self) -> Terms:
-        """Terms of its first job, which stand for all."""
-        return self.entries[0].terms
+    def spec(self) -> JobSpec:
+        """Spec of its first job, which stands for all."""
+        return self.jobs[0].spec
 
     @property
     def cost(self) -> float:
         """The jobs' costs together."""
-        return cost(self.entries)
+        return cost(self.jobs)
 
     @property
     def outermost(self) -> "Run":
@@ -79,9 +79,9 @@ class Device:
     @property
     def foreground(self) -> list[Run]:
         """The batches that are not in the background."""
-        return [run for run in self.runs if not run.terms.background]
+        return [run for run in self.runs if not run.spec.background]
 
 
-def cost(entries: Sequence[Entry]) -> float:
+def cost(jobs: Sequence[Job]) -> float:
     """The jobs' costs together."""
-    return sum(entry.terms.cost for entry in entries)
+    return sum(job.spec.cost for job in jobs)

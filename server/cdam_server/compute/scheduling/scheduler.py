@@ -9,14 +9,14 @@ from typing import cast
 
 from cdam_server.compute.scheduling import policy
 from cdam_server.compute.scheduling.dispatcher import Dispatcher
-from cdam_server.compute.scheduling.entry import (
+from cdam_server.compute.scheduling.job import (
     Bounds,
     DeviceLostError,
     Done,
-    Entry,
     ExpiredError,
+    Job,
+    JobSpec,
     QueueFullError,
-    Terms,
 )
 from cdam_server.compute.scheduling.work import Answer, Work
 from cdam_server.compute.scheduling.worker import Worker
@@ -40,20 +40,20 @@ class Observer:
 class Ticket:
     """Room that a job has been given; from `Scheduler.admit`."""
 
-    def __init__(self, entry: Entry, dispatcher: Dispatcher) -> None:
-        self.entry = entry
+    def __init__(self, job: Job, dispatcher: Dispatcher) -> None:
+        self.job = job
         self._dispatcher = dispatcher
 
     async def submit(self, work: Work[Answer]) -> Done[Answer]:
         """Wait for the work's answer; cancelling the wait withdraws it.
 
         Raises:
-            ValueError: The work is of another bucket than its terms say.
+            ValueError: The work is of another bucket than its spec says.
             ExpiredError: The deadline passed before it was computed.
             DeviceLostError: Nothing can be computed any more.
             Exception: Whatever `Work.run` raised or returned for it.
         """
-        (done,) = await _submit(self._dispatcher, [(self.entry, work)])
+        (done,) = await _submit(self._dispatcher, [(self.job, work)])
         return done
 
 
@@ -83,7 +83,7 @@ class Scheduler:
         self._on_failure = on_failure
         self._numbers = count()
         self._failure: BaseException | None = None
-        self._held: set[Entry] = set()
+        self._held: set[Job] = set()
         self._empty = asyncio.Event()
         self._empty.set()
         self._dispatcher = Dispatcher(bounds, max_batch_size, max_queue_delay, slots, self._expire)
@@ -116,7 +116,7 @@ class Scheduler:
             worker.start()
 
     @contextmanager
-    def admit(self, terms: Terms) -> Iterator[Ticket]:
+    def admit(self, spec: JobSpec) -> Iterator[Ticket]:
         """Give a job room for as long as the block runs, before anything is spent on preparing it.
 
         Raises:
@@ -127,17 +127,17 @@ class Scheduler:
         if self._failure is not None:
             raise DeviceLostError("nothing can be computed any more")
         assert self._loop is not None
-        entry = Entry(terms, time.monotonic(), next(self._numbers), self._loop.create_future())
+        job = Job(spec, time.monotonic(), next(self._numbers), self._loop.create_future())
         try:
-            self._dispatcher.admit(entry)
+            self._dispatcher.admit(job)
         except QueueFullError as refusal:
             self._observer.refused(refusal.reason)
             raise
         self._observer.admitted()
-        self._held.add(entry)
+        self._held.add(job)
         self._empty.clear()
         try:
-            yield Ticket(entry, self._dispatcher)
+            yield Ticket(job, self._dispatcher)
         except asyncio.CancelledError:
             self._observer.dropped("cancelled")
             raise
@@ -145,21 +145,21 @@ class Scheduler:
             self._observer.dropped("expired")
             raise
         finally:
-            if not entry.answered.cancel() and not entry.answered.cancelled():
-                entry.answered.exception()  # if nobody came to read it, asyncio need not complain
-            self._held.discard(entry)
+            if not job.answered.cancel() and not job.answered.cancelled():
+                job.answered.exception()  # if nobody came to read it, asyncio need not complain
+            self._held.discard(job)
             if not self._held:
                 self._empty.set()
-            self._dispatcher.release(entry)
+            self._dispatcher.release(job)
 
-    async def submit_all(self, jobs: Sequence[tuple[Terms, Work[Answer]]]) -> list[Done[Answer]]:
+    async def submit_all(self, jobs: Sequence[tuple[JobSpec, Work[Answer]]]) -> list[Done[Answer]]:
         """Let jobs in whose work is there, all or none, to be batched together, and wait for their answers.
 
         Raises:
             Exception: What `admit` and `Ticket.submit` raise.
         """
         with ExitStack() as stack:
-            admitted = [(stack.enter_context(self.admit(terms)).entry, work) for terms, work in jobs]
+            admitted = [(stack.enter_context(self.admit(spec)).job, work) for spec, work in jobs]
             return await _submit(self._dispatcher, admitted)
 
     async def close(self) -> None:
@@ -180,19 +180,19 @@ class Scheduler:
             return
         self._failure = error
         self._dispatcher.end()
-        for entry in self._held:
-            _set(entry, DeviceLostError("nothing can be computed any more"))
+        for job in self._held:
+            _set(job, DeviceLostError("nothing can be computed any more"))
         self._on_failure(error)
 
     def _fail_soon(self, error: BaseException) -> None:
         self._call(self.fail, error)
 
-    def _expire(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            self._answer(entry, ExpiredError("the deadline passed while the request waited for its turn"))
+    def _expire(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._answer(job, ExpiredError("the deadline passed while the request waited for its turn"))
 
-    def _answer(self, entry: Entry, answer: Done[object] | Exception) -> None:
-        self._call(_set, entry, answer)
+    def _answer(self, job: Job, answer: Done[object] | Exception) -> None:
+        self._call(_set, job, answer)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         """Have a function called in the event loop, from any thread; not if the loop has ended."""
@@ -201,26 +201,26 @@ class Scheduler:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-async def _submit(dispatcher: Dispatcher, jobs: Sequence[tuple[Entry, Work[Answer]]]) -> list[Done[Answer]]:
+async def _submit(dispatcher: Dispatcher, jobs: Sequence[tuple[Job, Work[Answer]]]) -> list[Done[Answer]]:
     """Hand jobs in to be batched together, and wait for their answers.
 
     Raises:
-        ValueError: A work is of another bucket than its terms say; none is handed in.
+        ValueError: A work is of another bucket than its spec says; none is handed in.
     """
-    for entry, work in jobs:
-        if work.bucket != entry.terms.bucket:
-            raise ValueError(f"the work is of bucket {work.bucket!r}; its terms say {entry.terms.bucket!r}")
-    for entry, work in jobs:
+    for job, work in jobs:
+        if work.bucket != job.spec.bucket:
+            raise ValueError(f"the work is of bucket {work.bucket!r}; its spec says {job.spec.bucket!r}")
+    for job, work in jobs:
         # Between here and the answer nothing depends on the answer's type.
-        entry.work, entry.submitted = cast("Work[object]", work), time.monotonic()
-    dispatcher.submit([entry for entry, _ in jobs])
-    return [cast("Done[Answer]", await entry.answered) for entry, _ in jobs]
+        job.work, job.submitted = cast("Work[object]", work), time.monotonic()
+    dispatcher.submit([job for job, _ in jobs])
+    return [cast("Done[Answer]", await job.answered) for job, _ in jobs]
 
 
-def _set(entry: Entry, answer: Done[object] | Exception) -> None:
-    if entry.answered.done():  # the caller has left
+def _set(job: Job, answer: Done[object] | Exception) -> None:
+    if job.answered.done():  # the caller has left
         return
     if isinstance(answer, Exception):
-        entry.answered.set_exception(answer)
+        job.answered.set_exception(answer)
     else:
-        entry.answered.set_result(answer)
+        job.answered.set_result(answer)

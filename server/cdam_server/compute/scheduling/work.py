@@ -6,8 +6,8 @@ from typing import Protocol, Self, TypeAlias, TypeVar
 
 Answer = TypeVar("Answer")
 
-Rest: TypeAlias = Callable[[], int]
-"""To be called wherever the work may rest; ends it, by an exception, if nobody waits for it any more.
+Pause: TypeAlias = Callable[[], int]
+"""To be called wherever the work may pause; ends it, by an exception, if nobody waits for it any more.
 
 Returns how many batches share the device now.
 """
@@ -27,7 +27,7 @@ class Computed:
 
 
 class Work(Protocol[Answer]):
-    """One piece of work. Pieces of one bucket may share a batch; whichever comes first must be able to run and book all of it.
+    """One piece of work. Pieces of one bucket may share a batch; whichever comes first must be able to run and record all of it.
 
     Only the structure counts: a dataclass whose field is `bucket` can't inherit from it, since the field would hide a property.
     """
@@ -36,12 +36,12 @@ class Work(Protocol[Answer]):
     def bucket(self) -> Hashable:
         """What the pieces of a batch have in common."""
 
-    def run(self, batch: Sequence[Self], rest: Rest) -> Sequence[Answer | Exception]:
+    def run(self, batch: Sequence[Self], pause: Pause) -> Sequence[Answer | Exception]:
         """Compute a batch, of which this is the first piece; called in a worker's thread, and blocks it.
 
         Args:
             batch: At least one piece, all of this one's bucket.
-            rest: To be called wherever the work may rest.
+            pause: To be called wherever the work may pause.
 
         Returns:
             One answer for each piece, in order. An exception is the answer to that piece alone.
@@ -52,7 +52,7 @@ class Work(Protocol[Answer]):
             Exception: Something else is wrong with the batch. Unless it is a single piece, its halves are tried next.
         """
 
-    def book(self, batch: Sequence[Self], answers: Sequence[Answer | Exception], computed: Computed) -> None:
+    def record(self, batch: Sequence[Self], answers: Sequence[Answer | Exception], computed: Computed) -> None:
         """Count a batch that `run` has answered, before its callers have their answers; called in the same thread.
 
         An error is logged and changes nothing else.

@@ -11,12 +11,12 @@ import structlog
 
 from cdam_server.compute.scheduling import policy
 from cdam_server.compute.scheduling.dispatcher import Dispatcher
-from cdam_server.compute.scheduling.entry import (
+from cdam_server.compute.scheduling.job import (
     AbandonedError,
     DeviceLostError,
     Done,
-    Entry,
     ExpiredError,
+    Job,
     TooLargeError,
 )
 from cdam_server.compute.scheduling.run import Run
@@ -40,7 +40,7 @@ class Worker(threading.Thread):
     def __init__(
         self,
         dispatcher: Dispatcher,
-        answer: Callable[[Entry, Done[object] | Exception], None],
+        answer: Callable[[Job, Done[object] | Exception], None],
         failed: Callable[[BaseException], None],
         number: int,
     ) -> None:
@@ -53,7 +53,7 @@ class Worker(threading.Thread):
 
     @property
     def silent_seconds(self) -> float:
-        """How long it has been since it last came to a place to rest; 0 while it has nothing to do."""
+        """How long it has been since it last came to where it may pause; 0 while it has nothing to do."""
         return time.monotonic() - self._last_rest if self._depth else 0.0
 
     def run(self) -> None:
@@ -72,70 +72,70 @@ class Worker(threading.Thread):
         self._depth += 1
         computed = False
         try:
-            computed = self._attempt(run, run.entries)
+            computed = self._attempt(run, run.jobs)
         finally:
             self._depth -= 1
             self._dispatcher.finish(run, computed=computed)
 
-    def _attempt(self, run: Run, entries: Sequence[Entry]) -> bool:
+    def _attempt(self, run: Run, jobs: Sequence[Job]) -> bool:
         """Answer some jobs of a batch; returns whether all of the batch was computed at once."""
-        entries = self._wanted(entries)
-        if not entries:
+        jobs = self._wanted(jobs)
+        if not jobs:
             return False
         try:
-            answers = self._compute(run, entries)
+            answers = self._compute(run, jobs)
         except AbandonedError:
-            self._wanted(entries)
+            self._wanted(jobs)
             return False
         except DeviceLostError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, only its cause must fail
-            self._attempt_halves(run, entries, error)
+            self._attempt_halves(run, jobs, error)
             return False
-        for entry, answer in zip(entries, answers, strict=True):
-            waited = run.started - entry.submitted
-            self._answer(entry, answer if isinstance(answer, Exception) else Done(answer, waited, len(entries)))
-        return len(entries) == len(run.entries)
+        for job, answer in zip(jobs, answers, strict=True):
+            waited = run.started - job.submitted
+            self._answer(job, answer if isinstance(answer, Exception) else Done(answer, waited, len(jobs)))
+        return len(jobs) == len(run.jobs)
 
-    def _compute(self, run: Run, entries: Sequence[Entry]) -> Sequence[object]:
+    def _compute(self, run: Run, jobs: Sequence[Job]) -> Sequence[object]:
         """The answers to some jobs of a batch, computed at once and booked."""
-        works = [entry.work for entry in entries]
+        works = [job.work for job in jobs]
         started = run.computed(time.monotonic())
-        answers = works[0].run(works, partial(self._rest, run, entries))
+        answers = works[0].run(works, partial(self._pause, run, jobs))
         if len(answers) != len(works):
             raise RuntimeError(f"{len(answers)} answers to {len(works)} jobs")
         seconds = run.computed(time.monotonic()) - started
-        fill = len(works) / self._dispatcher.ceiling(run.terms.bucket)
+        fill = len(works) / self._dispatcher.ceiling(run.spec.bucket)
         try:
-            works[0].book(works, answers, Computed(seconds, fill))
+            works[0].record(works, answers, Computed(seconds, fill))
         except Exception:  # noqa: BLE001 - the answers are there, whatever is wrong with the metrics
             _log.exception("a batch could not be booked")
         return answers
 
-    def _attempt_halves(self, run: Run, entries: Sequence[Entry], error: Exception) -> None:
+    def _attempt_halves(self, run: Run, jobs: Sequence[Job], error: Exception) -> None:
         if isinstance(error, TooLargeError):
-            self._dispatcher.too_large(run, len(entries))
-        if len(entries) == 1:
-            self._answer(entries[0], error)
+            self._dispatcher.too_large(run, len(jobs))
+        if len(jobs) == 1:
+            self._answer(jobs[0], error)
             return
-        half = len(entries) // 2
-        while entries:
-            size = min(half, self._dispatcher.ceiling(run.terms.bucket))  # which the halves before may have lowered
-            self._attempt(run, entries[:size])
-            entries = entries[size:]
+        half = len(jobs) // 2
+        while jobs:
+            size = min(half, self._dispatcher.ceiling(run.spec.bucket))  # which the halves before may have lowered
+            self._attempt(run, jobs[:size])
+            jobs = jobs[size:]
 
-    def _wanted(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+    def _wanted(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """Those that somebody still waits for; the others are answered."""
         now = time.monotonic()
-        for entry in entries:
-            if not entry.wanted(now):
-                self._answer(entry, ExpiredError("the deadline passed before the request was computed"))
-        return [entry for entry in entries if entry.wanted(now)]
+        for job in jobs:
+            if not job.wanted(now):
+                self._answer(job, ExpiredError("the deadline passed before the request was computed"))
+        return [job for job in jobs if job.wanted(now)]
 
-    def _rest(self, run: Run, entries: Sequence[Entry]) -> int:
+    def _pause(self, run: Run, jobs: Sequence[Job]) -> int:
         while True:
             self._last_rest = started = time.monotonic()
-            if not any(entry.wanted(started) for entry in entries):
+            if not any(job.wanted(started) for job in jobs):
                 raise AbandonedError
             other = self._dispatcher.interrupt(run) if self._depth <= policy.MAX_DEPTH else None
             if other is not None:
@@ -144,5 +144,5 @@ class Worker(threading.Thread):
             if rested:
                 self._last_rest = time.monotonic()
                 run.rested += self._last_rest - started
-            if not (run.terms.background and rested):
+            if not (run.spec.background and rested):
                 return self._dispatcher.sharing

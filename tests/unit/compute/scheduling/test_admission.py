@@ -4,39 +4,39 @@ from collections.abc import Sequence
 
 import pytest
 
-from cdam_server.compute.scheduling import BACKGROUND, QueueFullError, Terms, policy
+from cdam_server.compute.scheduling import BACKGROUND, JobSpec, QueueFullError, policy
 from cdam_server.compute.scheduling.admission import Admission
 from cdam_server.compute.scheduling.ceilings import Ceilings
-from cdam_server.compute.scheduling.entry import Entry
 from cdam_server.compute.scheduling.forecast import Forecast
+from cdam_server.compute.scheduling.job import Job
 from cdam_server.compute.scheduling.run import Device, Run
-from jobs import entry, queue_of
+from jobs import job, queue_of
 
 NOW = 1000.0
 
 
-def admission(waiting: Sequence[Entry], runs: Sequence[Run] = (), *, tested: float = NOW) -> Admission:
+def admission(waiting: Sequence[Job], runs: Sequence[Run] = (), *, tested: float = NOW) -> Admission:
     """Of a device that takes a second for each job, one after the other."""
     device = Device(slots=1, ceilings=Ceilings(1))
     forecast = Forecast(device)
-    device.runs.append(Run([entry(0)], 0.0, None, None, None))
+    device.runs.append(Run([job(0)], 0.0, None, None, None))
     forecast.learn(device.runs.pop(), 1.0)
     device.runs.extend(runs)
     made = Admission(queue_of(waiting), device, forecast)
-    made.tested(Terms("a").kind, tested)
+    made.tested(JobSpec("a").kind, tested)
     return made
 
 
-def refusal(made: Admission, **terms: object) -> QueueFullError | None:
+def refusal(made: Admission, **spec: object) -> QueueFullError | None:
     try:
-        made.check(Terms(**{"bucket": "a", "caller": "new", **terms}), NOW)
+        made.check(JobSpec(**{"bucket": "a", "caller": "new", **spec}), NOW)
     except QueueFullError as error:
         return error
     return None
 
 
 def test_who_would_be_late_is_refused_with_how_late() -> None:
-    made = admission([entry(0, caller="other")])
+    made = admission([job(0, caller="other")])
     refused = refusal(made, timeout=2.0)
     assert refused is not None
     assert refused.reason == "deadline"
@@ -47,30 +47,30 @@ def test_who_would_be_late_is_refused_with_how_late() -> None:
 
 
 def test_who_would_be_late_waits_until_half_of_the_work_is_done_at_least() -> None:
-    waiting = [entry(number, caller=str(number)) for number in range(9)]
-    running = Run([entry(9)], NOW - 0.25, 1.0, None, None)
+    waiting = [job(number, caller=str(number)) for number in range(9)]
+    running = Run([job(9)], NOW - 0.25, 1.0, None, None)
     refused = refusal(admission(waiting, [running]), timeout=16.0)
     assert refused is not None
     assert 0 < 1.5 * (0.75 + 9 + 1) - 16 < (0.75 + 9) / 2 == pytest.approx(refused.retry_after)
 
 
 def test_what_would_be_late_is_tried_if_its_kind_was_not_for_long() -> None:
-    made = admission([entry(0, caller="other")], tested=NOW - policy.TRIAL_SECONDS - 0.1)
+    made = admission([job(0, caller="other")], tested=NOW - policy.TRIAL_SECONDS - 0.1)
     assert refusal(made, timeout=2.0) is None
     assert refusal(made, timeout=2.0) is not None
 
 
 def test_an_idle_server_refuses_nobody_for_a_deadline() -> None:
     assert refusal(admission([]), timeout=0.001) is None
-    assert refusal(admission([entry(0, cost=500.0, rank=BACKGROUND)]), timeout=0.001) is None
+    assert refusal(admission([job(0, cost=500.0, rank=BACKGROUND)]), timeout=0.001) is None
 
 
 def test_of_what_nothing_is_known_nothing_is_refused() -> None:
-    assert refusal(admission([entry(0)]), bucket="unknown", timeout=0.001) is None
+    assert refusal(admission([job(0)]), bucket="unknown", timeout=0.001) is None
 
 
 def test_what_interrupts_a_long_batch_leaves_it_a_quarter_of_the_device() -> None:
-    long = Run([entry(9, cost=100.0)], NOW, 100.0, None, None)
-    refused = refusal(admission([entry(0, caller="other")], [long]), timeout=2.0)
+    long = Run([job(9, cost=100.0)], NOW, 100.0, None, None)
+    refused = refusal(admission([job(0, caller="other")], [long]), timeout=2.0)
     assert refused is not None
     assert refused.retry_after == pytest.approx(max(1.5 * 2 / 0.75 - 2, (100 + 1) / 2))

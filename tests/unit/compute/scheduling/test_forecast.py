@@ -2,15 +2,15 @@
 
 import pytest
 
-from cdam_server.compute.scheduling import BACKGROUND, Terms
+from cdam_server.compute.scheduling import BACKGROUND, JobSpec
 from cdam_server.compute.scheduling.ceilings import Ceilings
 from cdam_server.compute.scheduling.forecast import Estimator, Forecast
 from cdam_server.compute.scheduling.run import Device, Run
-from jobs import entry
+from jobs import job
 
 
-def run(started: float, seconds: float | None, *, interrupts: Run | None = None, **terms: object) -> Run:
-    return Run([entry(0, **terms)], started, seconds, interrupts, None)
+def run(started: float, seconds: float | None, *, interrupts: Run | None = None, **spec: object) -> Run:
+    return Run([job(0, **spec)], started, seconds, interrupts, None)
 
 
 def known(device: Device, **costs: float) -> Forecast:
@@ -18,7 +18,7 @@ def known(device: Device, **costs: float) -> Forecast:
     forecast = Forecast(device)
     for cost, seconds in costs.items():
         size = int(cost.removeprefix("of_"))
-        batch = Run([entry(number) for number in range(size)], 0.0, None, None, None)
+        batch = Run([job(number) for number in range(size)], 0.0, None, None, None)
         device.runs.append(batch)
         forecast.learn(batch, seconds)
         device.runs.remove(batch)
@@ -55,28 +55,28 @@ def test_a_batch_that_shared_the_device_would_have_taken_less_alone() -> None:
     batch.rested = 1.0
     device.runs += [batch, other]
     forecast.learn(batch, 13.0)
-    assert forecast.seconds(Terms("a"), 1.0) == pytest.approx((13 - 10 - 1) / 2)
+    assert forecast.seconds(JobSpec("a"), 1.0) == pytest.approx((13 - 10 - 1) / 2)
 
 
 def test_what_shares_no_batch_is_estimated_by_single_jobs_until_one_was_computed() -> None:
     device = Device(slots=1, ceilings=Ceilings(4))
     forecast = known(device, of_1=0.010, of_4=0.016)
-    assert forecast.seconds(Terms("a", cost=100.0), 100.0) == pytest.approx(1.0)
+    assert forecast.seconds(JobSpec("a", cost=100.0), 100.0) == pytest.approx(1.0)
     long = run(0.0, None, cost=100.0)
     device.runs.append(long)
     forecast.learn(long, 3.0)
-    assert forecast.seconds(Terms("a", cost=100.0), 100.0) == pytest.approx(3.0)
-    assert forecast.seconds(Terms("b", cost=100.0), 100.0) is None
+    assert forecast.seconds(JobSpec("a", cost=100.0), 100.0) == pytest.approx(3.0)
+    assert forecast.seconds(JobSpec("b", cost=100.0), 100.0) is None
 
 
 def test_a_job_adds_its_share_of_as_full_a_batch_as_its_deadline_allows() -> None:
     forecast = known(Device(slots=1, ceilings=Ceilings(4)), of_1=0.010, of_4=0.016)
-    assert forecast.share(Terms("a")) == pytest.approx(0.016 / 4)
+    assert forecast.share(JobSpec("a")) == pytest.approx(0.016 / 4)
     # Half of the timeout is less than a full batch takes; two jobs are thought to take no less than four.
-    assert forecast.share(Terms("a", timeout=0.020)) == pytest.approx(0.016 / 2)
-    assert forecast.longest_batch(Terms("a", timeout=0.020)) == pytest.approx(0.010)
-    assert forecast.longest_batch(Terms("a")) == pytest.approx(0.016)
-    assert forecast.share(Terms("unknown")) == 0.0
+    assert forecast.share(JobSpec("a", timeout=0.020)) == pytest.approx(0.016 / 2)
+    assert forecast.longest_batch(JobSpec("a", timeout=0.020)) == pytest.approx(0.010)
+    assert forecast.longest_batch(JobSpec("a")) == pytest.approx(0.016)
+    assert forecast.share(JobSpec("unknown")) == 0.0
 
 
 def test_a_slot_is_free_when_the_batches_in_it_are_done() -> None:
@@ -84,14 +84,14 @@ def test_a_slot_is_free_when_the_batches_in_it_are_done() -> None:
     forecast = Forecast(device)
     outer, other = run(0.0, 6.0, cost=100.0), run(0.0, 5.0)
     device.runs.append(outer)
-    assert forecast.until_free(Terms("a"), 1.0) == 0.0  # of the other slot
+    assert forecast.until_free(JobSpec("a"), 1.0) == 0.0  # of the other slot
     outer.resting = True
     device.runs += [run(0.0, 1.5, interrupts=outer), other]
     outer.rested = 1.0  # it has not been computed at all
     assert forecast.running(1.0) == pytest.approx((12 + (3 - 1) + (10 - 1)) / 2)
-    assert forecast.until_free(Terms("a", cost=100.0), 1.0) == pytest.approx(10 - 1)
-    assert forecast.until_free(Terms("a"), 1.0) == pytest.approx(3 - 1)  # the outer one gives way to it
-    assert forecast.until_free(Terms("a"), 9.0) == pytest.approx(9 / 4)  # what is late will be later
+    assert forecast.until_free(JobSpec("a", cost=100.0), 1.0) == pytest.approx(10 - 1)
+    assert forecast.until_free(JobSpec("a"), 1.0) == pytest.approx(3 - 1)  # the outer one gives way to it
+    assert forecast.until_free(JobSpec("a"), 9.0) == pytest.approx(9 / 4)  # what is late will be later
 
 
 def test_what_is_in_the_background_keeps_no_slot_from_the_others() -> None:
@@ -99,5 +99,5 @@ def test_what_is_in_the_background_keeps_no_slot_from_the_others() -> None:
     forecast = Forecast(device)
     device.runs.append(run(0.0, 50.0, rank=BACKGROUND))
     assert forecast.running(1.0) == 0.0
-    assert forecast.until_free(Terms("a"), 1.0) == 0.0
-    assert forecast.until_free(Terms("a", rank=BACKGROUND), 1.0) == pytest.approx(49.0)
+    assert forecast.until_free(JobSpec("a"), 1.0) == 0.0
+    assert forecast.until_free(JobSpec("a", rank=BACKGROUND), 1.0) == pytest.approx(49.0)

@@ -7,59 +7,59 @@ import pytest
 from cdam_server.compute.scheduling import BACKGROUND
 from cdam_server.compute.scheduling.batching import Batching
 from cdam_server.compute.scheduling.ceilings import Ceilings
-from cdam_server.compute.scheduling.entry import Entry
 from cdam_server.compute.scheduling.forecast import Forecast
+from cdam_server.compute.scheduling.job import Job
 from cdam_server.compute.scheduling.preemption import Preemption
 from cdam_server.compute.scheduling.run import Device, Run
-from jobs import entry, queue_of
+from jobs import job, queue_of
 
 NOW = 10.0
 
 
-def interrupting(run: Run, waiting: Sequence[Entry], *, known: bool = False) -> list[Entry]:
+def interrupting(run: Run, waiting: Sequence[Job], *, known: bool = False) -> list[Job]:
     """What interrupts a batch; a job takes a second for each unit of cost if it is known how long it takes."""
     device = Device(slots=1, ceilings=Ceilings(4))
     forecast = Forecast(device)
     if known:
-        device.runs.append(Run([entry(0)], 0.0, None, None, None))
+        device.runs.append(Run([job(0)], 0.0, None, None, None))
         forecast.learn(device.runs.pop(), 1.0)
     device.runs.append(run)
     queue = queue_of(waiting)
-    queue.hold(run.entries[0])
+    queue.hold(run.jobs[0])
     return Preemption(queue, device, Batching(queue, device, forecast, 0.0)).take(run, NOW)
 
 
-def running(*, computed: float = 1.0, rested: float = 0.0, interrupts: Run | None = None, **terms: object) -> Run:
-    jobs = [entry(99, **{"bucket": "running", "caller": "running", "cost": 80.0, **terms})]
+def running(*, computed: float = 1.0, rested: float = 0.0, interrupts: Run | None = None, **spec: object) -> Run:
+    jobs = [job(99, **{"bucket": "running", "caller": "running", "cost": 80.0, **spec})]
     return Run(jobs, NOW - computed - rested, 100.0, interrupts, None, rested=rested)
 
 
 @pytest.mark.parametrize(
     ("run", "waiting", "interrupts"),
     [
-        (running(), entry(0, cost=10.0), True),  # eight times cheaper
-        (running(), entry(0, cost=10.1), False),
-        (running(), entry(0, cost=200.0, rank=-1), True),  # of better rank
-        (running(), entry(0, rank=1), False),
-        (running(rested=3.0), entry(0), True),  # a quarter of its speed is left
-        (running(rested=3.1), entry(0), False),
-        (running(rested=3.1), entry(0, rank=-1), False),
-        (running(rank=BACKGROUND), entry(0, cost=200.0), True),
-        (running(rank=BACKGROUND, rested=1e6), entry(0, cost=200.0), True),
-        (running(rank=BACKGROUND), entry(0, rank=BACKGROUND), True),
-        (running(rank=BACKGROUND, rested=1e6), entry(0, rank=BACKGROUND), False),
-        (running(rank=BACKGROUND, interrupts=running(rank=BACKGROUND)), entry(0, rank=BACKGROUND), False),
-        (running(rank=BACKGROUND, interrupts=running(rank=BACKGROUND)), entry(0), True),
-        (running(cost=1.0), entry(0), False),  # both light, and neither caller has had more
-        (running(cost=1.0), entry(0, cost=0.1), False),
+        (running(), job(0, cost=10.0), True),  # eight times cheaper
+        (running(), job(0, cost=10.1), False),
+        (running(), job(0, cost=200.0, rank=-1), True),  # of better rank
+        (running(), job(0, rank=1), False),
+        (running(rested=3.0), job(0), True),  # a quarter of its speed is left
+        (running(rested=3.1), job(0), False),
+        (running(rested=3.1), job(0, rank=-1), False),
+        (running(rank=BACKGROUND), job(0, cost=200.0), True),
+        (running(rank=BACKGROUND, rested=1e6), job(0, cost=200.0), True),
+        (running(rank=BACKGROUND), job(0, rank=BACKGROUND), True),
+        (running(rank=BACKGROUND, rested=1e6), job(0, rank=BACKGROUND), False),
+        (running(rank=BACKGROUND, interrupts=running(rank=BACKGROUND)), job(0, rank=BACKGROUND), False),
+        (running(rank=BACKGROUND, interrupts=running(rank=BACKGROUND)), job(0), True),
+        (running(cost=1.0), job(0), False),  # both light, and neither caller has had more
+        (running(cost=1.0), job(0, cost=0.1), False),
     ],
 )
-def test_who_interrupts(run: Run, waiting: Entry, interrupts: bool) -> None:
+def test_who_interrupts(run: Run, waiting: Job, interrupts: bool) -> None:
     assert interrupting(run, [waiting]) == [waiting] * interrupts
 
 
 def test_what_interrupts_takes_no_longer_than_what_is_left() -> None:
-    waiting = [entry(0, cost=8.0), entry(1, cost=3.0), entry(2, cost=3.0), entry(3, cost=3.0)]
+    waiting = [job(0, cost=8.0), job(1, cost=3.0), job(2, cost=3.0), job(3, cost=3.0)]
     run = running(computed=90.0)  # of 100 seconds; what is late may still take a quarter of that
     assert interrupting(run, waiting, known=True) == waiting[:1]
     run = running(computed=3.0)
@@ -69,7 +69,7 @@ def test_what_interrupts_takes_no_longer_than_what_is_left() -> None:
 
 def test_who_has_had_little_interrupts_a_batch_of_callers_who_have_had_much() -> None:
     device = Device(slots=1, ceilings=Ceilings(4))
-    queue = queue_of([entry(number, caller="much") for number in range(20)])
+    queue = queue_of([job(number, caller="much") for number in range(20)])
     batching = Batching(queue, device, Forecast(device), 0.0)
     for _ in range(2):
         assert len(batching.take()) == 4
@@ -77,7 +77,7 @@ def test_who_has_had_little_interrupts_a_batch_of_callers_who_have_had_much() ->
     device.runs.append(run)
     preemption = Preemption(queue, device, batching)
     assert preemption.take(run, NOW) == []  # its own caller's
-    little = entry(20, caller="little")
+    little = job(20, caller="little")
     queue.hold(little)
     queue.push(little)
     assert preemption.take(run, NOW)[0] is little

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdam_server.compute.scheduling import BACKGROUND, Bounds, QueueFullError, Terms
-from cdam_server.compute.scheduling.entry import Entry
+from cdam_server.compute.scheduling import BACKGROUND, Bounds, JobSpec, QueueFullError
+from cdam_server.compute.scheduling.job import Job
 from cdam_server.compute.scheduling.queue import Queue
-from jobs import entry, queue_of
+from jobs import job, queue_of
 
 
 def take(queue: Queue, size: int = 1) -> list[int]:
@@ -25,11 +25,11 @@ def take(queue: Queue, size: int = 1) -> list[int]:
 def test_every_job_comes_out_once_and_the_books_balance(seed: int) -> None:
     draw = random.Random(seed)
     queue = Queue(Bounds(jobs=40, cost=200.0, bytes=4000), credit=8.0)
-    held: dict[int, Entry] = {}
+    held: dict[int, Job] = {}
     pushed: set[int] = set()
     out: Counter[int] = Counter()
     for number in range(150):
-        item = entry(
+        item = job(
             number,
             seconds=draw.random(),
             caller=draw.choice("abc"),
@@ -40,10 +40,10 @@ def test_every_job_comes_out_once_and_the_books_balance(seed: int) -> None:
             rank=draw.choice((-1, 0, 1, BACKGROUND)),
         )
         try:
-            queue.check_room(item.terms, 1.0)
+            queue.check_room(item.spec, 1.0)
         except QueueFullError:
             assert held
-            assert not item.terms.background
+            assert not item.spec.background
         else:
             item.submitted = math.inf
             queue.hold(item)
@@ -56,8 +56,8 @@ def test_every_job_comes_out_once_and_the_books_balance(seed: int) -> None:
                 pushed.add(chosen.number)
             case 1:
                 batch = queue.take(lambda bucket: 4, lambda batch: len(batch) <= 3)
-                assert len({its.terms.bucket for its in batch}) <= 1
-                assert len(batch) == 1 or all(its.terms.light for its in batch)
+                assert len({its.spec.bucket for its in batch}) <= 1
+                assert len(batch) == 1 or all(its.spec.light for its in batch)
                 out.update(its.number for its in batch)
             case 2 if held:
                 chosen = held.pop(draw.choice(list(held)))
@@ -66,7 +66,7 @@ def test_every_job_comes_out_once_and_the_books_balance(seed: int) -> None:
             case _:
                 dropped = queue.drop(lambda its: draw.random() < 0.1)
                 out.update(its.number for its in dropped)
-        assert queue.held == sum(not its.terms.background for its in held.values())
+        assert queue.held == sum(not its.spec.background for its in held.values())
         assert queue.held <= 40
     while batch := queue.take(lambda bucket: 4, lambda batch: True):
         out.update(its.number for its in batch)
@@ -80,25 +80,25 @@ def test_every_job_comes_out_once_and_the_books_balance(seed: int) -> None:
 
 def test_callers_get_equal_shares_of_work_whatever_they_ask_for() -> None:
     costs = {"small": 1.0, "medium": 2.0, "large": 4.0}
-    entries = [
-        entry(1000 * place + number, caller=name, cost=cost)
+    jobs = [
+        job(1000 * place + number, caller=name, cost=cost)
         for place, (name, cost) in enumerate(costs.items())
         for number in range(400)
     ]
-    queue = queue_of(entries)
+    queue = queue_of(jobs)
     had: Counter[str] = Counter()
     for _ in range(200):
         (chosen,) = queue.take(lambda bucket: 1, lambda batch: True)
-        had[chosen.terms.caller] += int(chosen.terms.cost)
+        had[chosen.spec.caller] += int(chosen.spec.cost)
     assert max(had.values()) - min(had.values()) <= 8
 
 
 def test_who_comes_back_is_ahead_for_as_much_as_its_credit_and_no_more() -> None:
-    queue = queue_of([entry(number, caller="always") for number in range(200)])
+    queue = queue_of([job(number, caller="always") for number in range(200)])
     for _ in range(100):
         take(queue)
     for number in range(1000, 1050):
-        item = entry(number, caller="back")
+        item = job(number, caller="back")
         queue.hold(item)
         queue.push(item)
     first = [take(queue)[0] >= 1000 for _ in range(40)]
@@ -107,10 +107,10 @@ def test_who_comes_back_is_ahead_for_as_much_as_its_credit_and_no_more() -> None
 
 
 def test_a_very_expensive_job_is_not_held_against_its_caller_for_long() -> None:
-    queue = queue_of([entry(0, caller="dear", cost=1000.0), entry(1, caller="dear")])
+    queue = queue_of([job(0, caller="dear", cost=1000.0), job(1, caller="dear")])
     assert take(queue) == [0]
     for number in range(100, 200):
-        item = entry(number, caller="other")
+        item = job(number, caller="other")
         queue.hold(item)
         queue.push(item)
     order = [take(queue)[0] for _ in range(40)]
@@ -120,7 +120,7 @@ def test_a_very_expensive_job_is_not_held_against_its_caller_for_long() -> None:
 def test_callers_that_went_long_ago_are_forgotten() -> None:
     queue = Queue(Bounds(), credit=8.0)
     for number in range(5000):
-        item = entry(number, caller=f"caller {number}")
+        item = job(number, caller=f"caller {number}")
         queue.hold(item)
         queue.push(item)
         assert take(queue) == [number]
@@ -131,14 +131,14 @@ def test_callers_that_went_long_ago_are_forgotten() -> None:
 def test_what_will_be_done_before() -> None:
     queue = queue_of(
         [
-            entry(0, caller="own", seconds=1.0),
-            entry(1, caller="other", seconds=5.0),
-            entry(2, caller="urgent", seconds=2.0, rank=-1),
-            entry(3, caller="bulk", seconds=9.0, rank=1),
-            entry(4, caller="heavy", seconds=60.0, cost=500.0),
+            job(0, caller="own", seconds=1.0),
+            job(1, caller="other", seconds=5.0),
+            job(2, caller="urgent", seconds=2.0, rank=-1),
+            job(3, caller="bulk", seconds=9.0, rank=1),
+            job(4, caller="heavy", seconds=60.0, cost=500.0),
         ]
     )
     # Its own 1, as much of the other's as it has itself (1 + 0.5), and all that is urgent.
-    assert queue.backlog(Terms("a", caller="own"), 0.5) == pytest.approx(1 + 1.5 + 2)
-    assert queue.backlog(Terms("a", caller="own", cost=500.0), 0.5) == pytest.approx(1 + 1.5 + 1.5 + 2)
-    assert queue.backlog(Terms("a", caller="own", rank=1), 0.5) == pytest.approx(1 + 5 + 2 + 0.5)
+    assert queue.backlog(JobSpec("a", caller="own"), 0.5) == pytest.approx(1 + 1.5 + 2)
+    assert queue.backlog(JobSpec("a", caller="own", cost=500.0), 0.5) == pytest.approx(1 + 1.5 + 1.5 + 2)
+    assert queue.backlog(JobSpec("a", caller="own", rank=1), 0.5) == pytest.approx(1 + 5 + 2 + 0.5)

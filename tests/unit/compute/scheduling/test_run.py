@@ -5,11 +5,11 @@ import pytest
 from cdam_server.compute.scheduling import BACKGROUND
 from cdam_server.compute.scheduling.ceilings import Ceilings
 from cdam_server.compute.scheduling.run import Device, Run
-from jobs import entry
+from jobs import job
 
 
 def run(seconds: float | None = None, *, interrupts: Run | None = None, rank: int = 0) -> Run:
-    return Run([entry(0, cost=2.0, rank=rank), entry(1, cost=1.5)], 10.0, seconds, interrupts, None)
+    return Run([job(0, cost=2.0, rank=rank), job(1, cost=1.5)], 10.0, seconds, interrupts, None)
 
 
 def test_the_time_that_a_batch_rests_is_not_computed() -> None:

@@ -6,14 +6,14 @@ import threading
 
 import pytest
 
-from cdam_server.compute.scheduling.turns import Pool, Turns
+from cdam_server.compute.scheduling.pool import FairSemaphore, Pool
 
 
 async def test_callers_take_turns() -> None:
-    turns, order = Turns(1), []
+    pool, order = FairSemaphore(1), []
 
     async def use(caller: str, number: int) -> None:
-        async with turns(caller):
+        async with pool(caller):
             order.append(f"{caller}{number}")
             await asyncio.sleep(0)
 
@@ -23,12 +23,12 @@ async def test_callers_take_turns() -> None:
 
 async def test_never_more_than_there_are_places_and_none_is_lost_however_many_give_up() -> None:
     draw = random.Random(0)
-    turns, inside, most, done = Turns(3), 0, 0, 0
+    pool, inside, most, done = FairSemaphore(3), 0, 0, 0
 
     async def use(caller: str) -> None:
         nonlocal inside, most, done
         await asyncio.sleep(0.05 * draw.random())
-        async with turns(caller):
+        async with pool(caller):
             inside += 1
             most = max(most, inside)
             try:
@@ -45,8 +45,8 @@ async def test_never_more_than_there_are_places_and_none_is_lost_however_many_gi
     await asyncio.gather(*tasks, return_exceptions=True)
     assert most == 3
     assert 0 < done < 500
-    assert not turns._waiting
-    assert turns._free == 3
+    assert not pool._waiting
+    assert pool._free == 3
 
 
 async def test_a_thread_keeps_its_place_until_it_is_done() -> None:

@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
 
-class Turns:
+class FairSemaphore:
     """Gives so many places; those who wait go by callers in turn, so that one who asks for much keeps nobody else waiting.
 
     Belongs to one event loop.
@@ -73,7 +73,7 @@ class Pool:
     """
 
     def __init__(self, threads: int, name: str) -> None:
-        self._turns = Turns(threads)
+        self._turns = FairSemaphore(threads)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
     async def run(self, caller: str, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:

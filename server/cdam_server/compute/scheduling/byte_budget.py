@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 
-class Room:
+class ByteBudget:
     """Bytes that messages may take while nothing else bounds them, whoever sent them; one message may take more if it is alone.
 
     Args:

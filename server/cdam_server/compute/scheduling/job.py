@@ -1,4 +1,4 @@
-"""A job in the scheduler: its terms, its answer, and the errors that can take the answer's place.
+"""A job in the scheduler: its spec, its answer, and the errors that can take the answer's place.
 
 Exception
 ├── QueueFullError    refused on arrival: no room, or it could not be done in time
@@ -6,7 +6,7 @@ Exception
 ├── ExpiredError      let in, but its deadline passed before it was computed
 ├── DeviceLostError   let in, but nothing can be computed any more
 ├── TooLargeError     raised by `Work.run`: the batch does not fit into memory
-└── AbandonedError    raised by `Rest`: nobody waits for the batch any more
+└── AbandonedError    raised by `Pause`: nobody waits for the batch any more
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Terms:
+class JobSpec:
     """What is known of a job when it arrives.
 
     Attributes:
@@ -132,13 +132,13 @@ class Done(Generic[Answer]):
 
 
 @dataclass(eq=False)
-class Entry:
+class Job:
     """A job that was let in. All times are of `time.monotonic`.
 
     The type of its answer is known to the caller alone, who has a `Ticket` for it.
 
     Attributes:
-        terms: Its terms.
+        spec: What was known of it when it arrived.
         arrived: When it arrived.
         number: Larger than that of any job that arrived before it.
         answered: Where its answer goes; belongs to the event loop.
@@ -149,7 +149,7 @@ class Entry:
         work: What is to be computed; only once it is submitted.
     """
 
-    terms: Terms
+    spec: JobSpec
     arrived: float
     number: int
     answered: "asyncio.Future[Done[object]]"
@@ -160,13 +160,13 @@ class Entry:
     work: Work[object] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        timeout = self.terms.timeout
+        timeout = self.spec.timeout
         self.deadline = math.inf if timeout is None else self.arrived + timeout
 
     @property
     def order(self) -> tuple[int, float, int]:
         """Its place among its caller's jobs: by rank, then by deadline, then by arrival."""
-        return self.terms.rank, self.deadline, self.number
+        return self.spec.rank, self.deadline, self.number
 
     def wanted(self, now: float) -> bool:
         """Whether an answer would still be read."""

@@ -13,7 +13,7 @@ from cdam_server.errors import OverloadedError
 _CALLER_SHARE: Final = 4  # of all places a single caller has one in so many
 
 
-class Places:
+class ConcurrencyLimit:
     """Belongs to one event loop.
 
     Args:
