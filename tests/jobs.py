@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,8 +11,6 @@ from cdam_server.compute.scheduling.job import Job
 from cdam_server.compute.scheduling.queue import Queue
 
 Compute: TypeAlias = Callable[[Any, Sequence[Any], Pause], Sequence[Any]]
-_LOOP = asyncio.new_event_loop()
-_LOOP.close()
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,9 @@ class Calls(Scheduler):
 
 def job(number: int, seconds: float = 1.0, **spec: Any) -> Job:
     """A job of bucket "a" that arrives at the second of its number."""
-    future: asyncio.Future[Done[object]] = asyncio.Future(loop=_LOOP)
-    return Job(JobSpec(**{"bucket": "a", **spec}), float(number), number, future, seconds, submitted=float(number))
+    return Job(
+        JobSpec(**{"bucket": "a", **spec}), float(number), number, lambda answer: None, seconds, submitted=float(number)
+    )
 
 
 def queue_of(jobs: Sequence[Job]) -> Queue:

@@ -9,9 +9,8 @@ Exception
 └── AbandonedError    raised by `Pause`: nobody waits for the batch any more
 """
 
-import asyncio
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeAlias
 
@@ -133,15 +132,15 @@ class Done(Generic[Answer]):
 
 @dataclass(eq=False)
 class Job:
-    """A job that was let in. All times are of `time.monotonic`.
+    """A job that was let in. All times are of `time.monotonic`, which all processes of a machine share.
 
-    The type of its answer is known to the caller alone, who has a `Ticket` for it.
+    The type of its answer is known to the caller alone.
 
     Attributes:
         spec: What was known of it when it arrived.
         arrived: When it arrived.
         number: Larger than that of any job that arrived before it.
-        answered: Where its answer goes; belongs to the event loop.
+        reply: Takes its answer, once, in the event loop's thread; not if it has been released.
         seconds: Estimate of what it adds to the work.
         submitted: When its work was there; infinity until then.
         released: Whether the caller has an answer, or has left.
@@ -152,7 +151,7 @@ class Job:
     spec: JobSpec
     arrived: float
     number: int
-    answered: "asyncio.Future[Done[object]]"
+    reply: "Callable[[Done[object] | Exception], None]"
     seconds: float = 0.0
     submitted: float = math.inf
     released: bool = False

@@ -1,9 +1,12 @@
 """The scheduler's face to the event loop: it lets jobs in, and waits for their answers."""
 
+from __future__ import annotations
+
 import asyncio
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import count
 from typing import cast
 
@@ -40,9 +43,10 @@ class Observer:
 class Ticket:
     """Room that a job has been given; from `Scheduler.admit`."""
 
-    def __init__(self, job: Job, dispatcher: Dispatcher) -> None:
+    def __init__(self, scheduler: Scheduler, job: Job, answered: asyncio.Future[Done[object]]) -> None:
         self.job = job
-        self._dispatcher = dispatcher
+        self.answered = answered
+        self._scheduler = scheduler
 
     async def submit(self, work: Work[Answer]) -> Done[Answer]:
         """Wait for the work's answer; cancelling the wait withdraws it.
@@ -53,8 +57,8 @@ class Ticket:
             DeviceLostError: Nothing can be computed any more.
             Exception: Whatever `Work.run` raised or returned for it.
         """
-        (done,) = await _submit(self._dispatcher, [(self.job, work)])
-        return done
+        self._scheduler.enqueue([(self.job, work)])
+        return cast("Done[Answer]", await self.answered)
 
 
 class Scheduler:
@@ -115,9 +119,15 @@ class Scheduler:
         for worker in self._workers:
             worker.start()
 
-    @contextmanager
-    def admit(self, spec: JobSpec) -> Iterator[Ticket]:
-        """Give a job room for as long as the block runs, before anything is spent on preparing it.
+    def hold(
+        self, spec: JobSpec, reply: Callable[[Done[object] | Exception], None], arrived: float | None = None
+    ) -> Job:
+        """Give a job room until `release`, before anything is spent on preparing it.
+
+        Args:
+            spec: What is known of it.
+            reply: Takes its answer, once, in the event loop's thread.
+            arrived: When it arrived, by `time.monotonic`; None: now.
 
         Raises:
             ClosedError: No more jobs are taken.
@@ -126,8 +136,7 @@ class Scheduler:
         """
         if self._failure is not None:
             raise DeviceLostError("nothing can be computed any more")
-        assert self._loop is not None
-        job = Job(spec, time.monotonic(), next(self._numbers), self._loop.create_future())
+        job = Job(spec, time.monotonic() if arrived is None else arrived, next(self._numbers), reply)
         try:
             self._dispatcher.admit(job)
         except QueueFullError as refusal:
@@ -136,21 +145,50 @@ class Scheduler:
         self._observer.admitted()
         self._held.add(job)
         self._empty.clear()
+        return job
+
+    def enqueue(self, jobs: Sequence[tuple[Job, Work[Answer]]]) -> None:
+        """Hand in jobs that were let in, to be batched together if they can be.
+
+        Raises:
+            ValueError: A work is of another bucket than its spec says; none is handed in.
+        """
+        for job, work in jobs:
+            if work.bucket != job.spec.bucket:
+                raise ValueError(f"the work is of bucket {work.bucket!r}; its spec says {job.spec.bucket!r}")
+        for job, work in jobs:
+            # Between here and the answer nothing depends on the answer's type.
+            job.work, job.submitted = cast("Work[object]", work), time.monotonic()
+        self._dispatcher.submit([job for job, _ in jobs])
+
+    def release(self, job: Job, dropped: str = "") -> None:
+        """Give its room back, whatever has become of it; the reason counts it as one that was not answered."""
+        if dropped:
+            self._observer.dropped(dropped)
+        self._held.discard(job)
+        if not self._held:
+            self._empty.set()
+        self._dispatcher.release(job)
+
+    @contextmanager
+    def admit(self, spec: JobSpec) -> Iterator[Ticket]:
+        """Give a job room for as long as the block runs; raises what `hold` raises."""
+        assert self._loop is not None
+        answered: asyncio.Future[Done[object]] = self._loop.create_future()
+        job = self.hold(spec, partial(_set, answered))
+        dropped = ""
         try:
-            yield Ticket(job, self._dispatcher)
+            yield Ticket(self, job, answered)
         except asyncio.CancelledError:
-            self._observer.dropped("cancelled")
+            dropped = "cancelled"
             raise
         except ExpiredError:
-            self._observer.dropped("expired")
+            dropped = "expired"
             raise
         finally:
-            if not job.answered.cancel() and not job.answered.cancelled():
-                job.answered.exception()  # if nobody came to read it, asyncio need not complain
-            self._held.discard(job)
-            if not self._held:
-                self._empty.set()
-            self._dispatcher.release(job)
+            if not answered.cancel() and not answered.cancelled():
+                answered.exception()  # if nobody came to read it, asyncio need not complain
+            self.release(job, dropped)
 
     async def submit_all(self, jobs: Sequence[tuple[JobSpec, Work[Answer]]]) -> list[Done[Answer]]:
         """Let jobs in whose work is there, all or none, to be batched together, and wait for their answers.
@@ -159,8 +197,9 @@ class Scheduler:
             Exception: What `admit` and `Ticket.submit` raise.
         """
         with ExitStack() as stack:
-            admitted = [(stack.enter_context(self.admit(spec)).job, work) for spec, work in jobs]
-            return await _submit(self._dispatcher, admitted)
+            tickets = [stack.enter_context(self.admit(spec)) for spec, _ in jobs]
+            self.enqueue([(ticket.job, work) for ticket, (_, work) in zip(tickets, jobs, strict=True)])
+            return [cast("Done[Answer]", await ticket.answered) for ticket in tickets]
 
     async def close(self) -> None:
         """Take no more jobs, wait until all that were let in are answered, and end the workers."""
@@ -180,19 +219,17 @@ class Scheduler:
             return
         self._failure = error
         self._dispatcher.end()
-        for job in self._held:
-            _set(job, DeviceLostError("nothing can be computed any more"))
+        _deliver([(job, DeviceLostError("nothing can be computed any more")) for job in self._held])
         self._on_failure(error)
 
     def _fail_soon(self, error: BaseException) -> None:
         self._call(self.fail, error)
 
     def _expire(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            self._answer(job, ExpiredError("the deadline passed while the request waited for its turn"))
+        self._answer([(job, ExpiredError("the deadline passed while the request waited for its turn")) for job in jobs])
 
-    def _answer(self, job: Job, answer: Done[object] | Exception) -> None:
-        self._call(_set, job, answer)
+    def _answer(self, answers: Sequence[tuple[Job, Done[object] | Exception]]) -> None:
+        self._call(_deliver, answers)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         """Have a function called in the event loop, from any thread; not if the loop has ended."""
@@ -201,26 +238,16 @@ class Scheduler:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-async def _submit(dispatcher: Dispatcher, jobs: Sequence[tuple[Job, Work[Answer]]]) -> list[Done[Answer]]:
-    """Hand jobs in to be batched together, and wait for their answers.
-
-    Raises:
-        ValueError: A work is of another bucket than its spec says; none is handed in.
-    """
-    for job, work in jobs:
-        if work.bucket != job.spec.bucket:
-            raise ValueError(f"the work is of bucket {work.bucket!r}; its spec says {job.spec.bucket!r}")
-    for job, work in jobs:
-        # Between here and the answer nothing depends on the answer's type.
-        job.work, job.submitted = cast("Work[object]", work), time.monotonic()
-    dispatcher.submit([job for job, _ in jobs])
-    return [cast("Done[Answer]", await job.answered) for job, _ in jobs]
+def _deliver(answers: Sequence[tuple[Job, Done[object] | Exception]]) -> None:
+    for job, answer in answers:
+        if not job.released:  # else the caller has left
+            job.reply(answer)
 
 
-def _set(job: Job, answer: Done[object] | Exception) -> None:
-    if job.answered.done():  # the caller has left
+def _set(answered: asyncio.Future[Done[object]], answer: Done[object] | Exception) -> None:
+    if answered.done():  # the wait was cancelled
         return
     if isinstance(answer, Exception):
-        job.answered.set_exception(answer)
+        answered.set_exception(answer)
     else:
-        job.answered.set_result(answer)
+        answered.set_result(answer)

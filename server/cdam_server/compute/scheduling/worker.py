@@ -32,7 +32,7 @@ class Worker(threading.Thread):
 
     Args:
         dispatcher: Where batches come from.
-        answer: Takes a job's answer.
+        answer: Takes the answers to jobs of a batch, all that there are at once.
         failed: Called if nothing can be computed any more.
         number: Of the worker.
     """
@@ -40,7 +40,7 @@ class Worker(threading.Thread):
     def __init__(
         self,
         dispatcher: Dispatcher,
-        answer: Callable[[Job, Done[object] | Exception], None],
+        answer: Callable[[Sequence[tuple[Job, Done[object] | Exception]]], None],
         failed: Callable[[BaseException], None],
         number: int,
     ) -> None:
@@ -92,9 +92,12 @@ class Worker(threading.Thread):
         except Exception as error:  # noqa: BLE001 - whatever it is, only its cause must fail
             self._attempt_halves(run, jobs, error)
             return False
-        for job, answer in zip(jobs, answers, strict=True):
-            waited = run.started - job.submitted
-            self._answer(job, answer if isinstance(answer, Exception) else Done(answer, waited, len(jobs)))
+        self._answer(
+            [
+                (job, answer if isinstance(answer, Exception) else Done(answer, run.started - job.submitted, len(jobs)))
+                for job, answer in zip(jobs, answers, strict=True)
+            ]
+        )
         return len(jobs) == len(run.jobs)
 
     def _compute(self, run: Run, jobs: Sequence[Job]) -> Sequence[object]:
@@ -116,7 +119,7 @@ class Worker(threading.Thread):
         if isinstance(error, TooLargeError):
             self._dispatcher.too_large(run, len(jobs))
         if len(jobs) == 1:
-            self._answer(jobs[0], error)
+            self._answer([(jobs[0], error)])
             return
         half = len(jobs) // 2
         while jobs:
@@ -127,9 +130,9 @@ class Worker(threading.Thread):
     def _wanted(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """Those that somebody still waits for; the others are answered."""
         now = time.monotonic()
-        for job in jobs:
-            if not job.wanted(now):
-                self._answer(job, ExpiredError("the deadline passed before the request was computed"))
+        if unwanted := [job for job in jobs if not job.wanted(now)]:
+            late = "the deadline passed before the request was computed"
+            self._answer([(job, ExpiredError(late)) for job in unwanted])
         return [job for job in jobs if job.wanted(now)]
 
     def _pause(self, run: Run, jobs: Sequence[Job]) -> int:
