@@ -103,6 +103,11 @@ There is neither TLS nor authentication, so only this machine is served by defau
     type=click.FloatRange(min=1),
     help="A connection is closed after this long, once its calls are answered, so that clients find new servers.  [300]",
 )
+@click.option(
+    "--front-ends",
+    type=click.IntRange(min=0, max=64),
+    help="Processes that serve the API, beside one for each device; 0: all in one process.  [by the cores]",
+)
 @click.option("--max-message-bytes", type=click.IntRange(min=1024), help="Largest message.  [67108864]")
 @click.option("--max-image-bytes", type=click.IntRange(min=1), help="Largest encoded image.  [33554432]")
 @click.option("--max-image-pixels", type=click.IntRange(min=1), help="Most pixels of an image.  [50000000]")
@@ -153,20 +158,31 @@ def serve(config: Path | None, **flags: Any) -> None:
 
 
 def _serve(settings: "Settings") -> None:
-    from cdam_server import bootstrap
+    from cdam_server.processes.failure import ServerFailedError
+    from cdam_server.processes.front_ends import number_of
+    from cdam_server.settings.config import warn_of_unknown_variables
     from cdam_server.store import StoreUnusableError
 
     try:
-        bootstrap.warn_of_unknown_variables()
+        warn_of_unknown_variables()
         # As PID 1 of a container the process would not hear a SIGTERM while it loads; serving has a handler of its own.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        asyncio.run(bootstrap.serve(settings, bootstrap.load_catalog(settings)))
+        front_ends = number_of(settings)
+        if front_ends:
+            from cdam_server.processes import supervisor
+
+            asyncio.run(supervisor.serve(settings, front_ends))
+        else:
+            from cdam_server import bootstrap
+            from cdam_server.compute.catalog import load_catalog
+
+            asyncio.run(bootstrap.serve(settings, load_catalog(settings)))
         # Requests that outlived the drain may still be computed, and their threads would keep the process.
         sys.stderr.flush()
         os._exit(0)
     except StoreUnusableError as error:
         raise click.ClickException(str(error)) from error
-    except bootstrap.ServerFailedError as error:
+    except ServerFailedError as error:
         click.echo(f"Error: {error}", err=True)
         sys.stderr.flush()
         os._exit(1)  # its threads may be stuck

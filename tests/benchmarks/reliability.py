@@ -43,7 +43,8 @@ from subject import machine
 
 from calls import method
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc
-from cdam_server.bootstrap import Application, load_catalog
+from cdam_server.bootstrap import Application
+from cdam_server.compute.catalog import load_catalog
 from cdam_server.operation import logs
 from cdam_server.settings.config import Settings
 from faults.callers import Innocents, call_and_leave, noise, raw_request, settle

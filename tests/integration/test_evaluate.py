@@ -33,7 +33,8 @@ from cdam_engine.evaluation import (
     Randomisation,
     Sparseness,
 )
-from cdam_server.bootstrap import Application, load_catalog
+from cdam_server.bootstrap import Application
+from cdam_server.compute.catalog import load_catalog
 from cdam_server.demo import model as demo_model
 from cdam_server.settings.config import Settings
 from evaluations import (

@@ -15,10 +15,10 @@ from torch import nn
 
 import cdam
 from cdam_engine import Cdam, Explainer, Output
-from cdam_server.bootstrap import load_catalog
+from cdam_server.compute.catalog import load_catalog
 from cdam_server.compute.loading import share_weights
 from cdam_server.compute.models import Catalog, ImageQuery
-from cdam_server.compute.work import Works
+from cdam_server.compute.work import image_bucket
 from cdam_server.settings.config import Settings
 from processes import serving
 
@@ -81,9 +81,9 @@ def test_one_batch_serves_all_heads(catalog: Catalog) -> None:
     catalog.get("malignancy").loaded.module.blocks[0].register_forward_hook(
         lambda _module, given, _out: sizes.append(len(given[0]))
     )
-    buckets = {Works.bucket(catalog.get(name).facts, (32, 32)) for name in HEADS}
+    buckets = {image_bucket(catalog.get(name).facts, (32, 32)) for name in HEADS}
     assert len(buckets) == 1
-    assert Works.bucket(catalog.get("other").facts, (32, 32)) not in buckets
+    assert image_bucket(catalog.get("other").facts, (32, 32)) not in buckets
     jobs = [
         ImageQuery(pictures[place], (Output(1),), (Cdam(),), name)
         for place, name in enumerate(["biomarkers", "malignancy", "type"])

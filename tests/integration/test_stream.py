@@ -22,7 +22,8 @@ from PIL import Image
 import cdam
 from calls import SAMPLES, Stub, method, output, refused, request
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
-from cdam_server.bootstrap import Application, load_catalog
+from cdam_server.bootstrap import Application
+from cdam_server.compute.catalog import load_catalog
 from cdam_server.settings.config import Settings
 from processes import serving
 

@@ -15,8 +15,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cdam_server import bootstrap
-from cdam_server.bootstrap import Application, load_catalog
+from cdam_server.processes import compute_host
+from cdam_server.bootstrap import Application
+from cdam_server.compute.catalog import load_catalog
 from cdam_server.compute.models import Catalog
 from cdam_server.settings.config import Settings
 from cdam_server.store import StoreUnusableError
@@ -113,7 +114,7 @@ def test_a_model_that_cannot_be_used_leaves_nothing(
     async def fail(*_: object) -> None:
         raise ValueError("not finite")
 
-    monkeypatch.setattr(bootstrap, "warm_up", fail)
+    monkeypatch.setattr(compute_host, "warm_up", fail)
     _nothing_is_left(lambda: asyncio.run(_fail_to_start(settings, catalog, ValueError, "not finite")), settings)
 
 
@@ -139,7 +140,7 @@ def test_a_start_that_is_cancelled_leaves_nothing(
             await starting
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    monkeypatch.setattr(bootstrap, "warm_up", hang)
+    monkeypatch.setattr(compute_host, "warm_up", hang)
     _nothing_is_left(lambda: asyncio.run(cancel()), settings)
 
 

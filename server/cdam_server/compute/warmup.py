@@ -11,11 +11,11 @@ import numpy as np
 import structlog
 import torch
 
-from cdam_engine import Cdam, Concept, TopK
+from cdam_engine import Cdam, Concept, Explanation, TopK
 from cdam_server.compute.facts import NonFiniteError
 from cdam_server.compute.models import Catalog, ServedModel
 from cdam_server.compute.scheduling import DeviceLostError, JobSpec, Scheduler, TooLargeError
-from cdam_server.compute.work import ExplainWork, Works
+from cdam_server.compute.work import Bound, ExplainWork, image_bucket
 
 # On a CPU a second batch teaches how time grows with size; more than this it need not take. A GPU gets the largest batch
 # there may be, because that shows what fits into its memory.
@@ -34,14 +34,13 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler, largest: int) -> None:
     Raises:
         ValueError: A model can't be used, or not be compiled.
     """
-    works = Works(catalog, observer=None)  # these batches are nobody's requests
     models = [served for served in catalog if served.unsupported is None and served.trunk_of is None]
     for number, served in enumerate(models, 1):
         name = served.loaded.name
         _log.info("warming up", model=name, number=number, of=len(models), compiled=bool(served.compiled_batch_sizes))
         started = perf_counter()
         try:
-            await _warm(served, scheduler, works, largest)
+            await _warm(served, scheduler, catalog, largest)
         except (NonFiniteError, DeviceLostError) as error:
             raise ValueError(f"model {name!r} can't be used: {error}") from error
         except TooLargeError as error:
@@ -56,26 +55,26 @@ async def warm_up(catalog: Catalog, scheduler: Scheduler, largest: int) -> None:
         _log.info("warm", model=name, number=number, of=len(models), seconds=round(perf_counter() - started, 3))
 
 
-async def _warm(served: ServedModel, scheduler: Scheduler, works: Works, largest: int) -> None:
+async def _warm(served: ServedModel, scheduler: Scheduler, catalog: Catalog, largest: int) -> None:
     """The batches of one model."""
     if served.compiled_batch_sizes:
         for size in served.compiled_batch_sizes:
-            await _batch(served, scheduler, works, size)
+            await _batch(served, scheduler, catalog, size)
         return
-    seconds = await _batch(served, scheduler, works, 1)
+    seconds = await _batch(served, scheduler, catalog, 1)
     if largest > 1:
         on_cpu = next(served.loaded.module.parameters()).device.type == "cpu"
-        await _batch(served, scheduler, works, min(largest, max(2, int(_SECONDS / seconds))) if on_cpu else largest)
+        await _batch(served, scheduler, catalog, min(largest, max(2, int(_SECONDS / seconds))) if on_cpu else largest)
 
 
-async def _batch(served: ServedModel, scheduler: Scheduler, works: Works, size: int) -> float:
+async def _batch(served: ServedModel, scheduler: Scheduler, catalog: Catalog, size: int) -> float:
     """Compute one batch, and say so.
 
     Returns:
         The seconds that it took.
     """
     started = perf_counter()
-    await scheduler.submit_all(list(_works(served, works, size)))
+    await scheduler.submit_all(list(_works(served, catalog, size)))
     seconds = perf_counter() - started
     _log.info(
         "warmed",
@@ -87,12 +86,13 @@ async def _batch(served: ServedModel, scheduler: Scheduler, works: Works, size: 
     return seconds
 
 
-def _works(served: ServedModel, works: Works, count: int) -> Iterator[tuple[JobSpec, ExplainWork]]:
+def _works(served: ServedModel, catalog: Catalog, count: int) -> Iterator[tuple[JobSpec, Bound[Explanation]]]:
     """Work on pictures of noise, none like the other: equal ones would be computed once."""
     facts = served.facts
     height, width = facts.data_config.input_size
     noise = np.random.default_rng(count).integers(0, 256, (count, height, width, facts.data_config.channels), np.uint8)
     target = TopK(1) if facts.output_count else Concept(torch.ones(facts.explained.latent_size))
     for number, pixels in enumerate(noise):  # a caller for each, since one alone may not fill the queue
-        spec = JobSpec(works.bucket(facts, (height, width)), caller=f"warm-up {number}")
-        yield spec, works.explain(facts, pixels, (target,), (Cdam(),))
+        bucket = image_bucket(facts, (height, width))
+        work = ExplainWork(bucket, facts.name, pixels, (target,), (Cdam(),))
+        yield JobSpec(bucket, caller=f"warm-up {number}"), Bound(work, catalog, observer=None)  # nobody's requests

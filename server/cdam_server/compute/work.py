@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdam_engine import Explanation, Method, Target
 from cdam_engine.evaluation import Measured, Sample
-from cdam_server.compute.facts import Bucket, EvaluationBucket, EvaluationFacts, ModelFacts
+from cdam_server.compute.facts import Bucket, EvaluationBucket, ModelFacts
 from cdam_server.compute.models import Catalog, ImageQuery
-from cdam_server.compute.scheduling import Computed, Pause
+from cdam_server.compute.scheduling import Answer, Computed, Pause
 
 
 class BatchObserver(Protocol):
@@ -33,46 +32,71 @@ class BatchObserver(Protocol):
         """A batch of samples."""
 
 
+class ModelWork(Protocol[Answer]):
+    """What is asked of a model, as a plain value: it may come from another process.
+
+    Only the structure counts, as for `cdam_server.compute.scheduling.Work`.
+    """
+
+    @property
+    def bucket(self) -> Hashable:
+        """What the pieces of a batch have in common."""
+
+    def run(self, catalog: Catalog, batch: Sequence[Self], pause: Pause) -> Sequence[Answer | Exception]:
+        """Compute a batch, of which this is the first piece; see `Work.run`."""
+
+    def record(
+        self,
+        catalog: Catalog,
+        observer: BatchObserver,
+        batch: Sequence[Self],
+        answers: Sequence[Answer | Exception],
+        computed: Computed,
+    ) -> None:
+        """Count a batch that `run` has answered; see `Work.record`."""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageWork(ABC):
     """One image; those of a bucket share a batch, whatever is asked about each.
 
     Attributes:
         bucket: Its bucket.
-        catalog: Where it is computed.
-        observer: Where batches are counted; None: nowhere.
         model: Name of its model.
         pixels: uint8, shape (H, W, C), at the model's input size.
     """
 
     bucket: Bucket
-    catalog: Catalog
-    observer: BatchObserver | None
     model: str
     pixels: NDArray[np.uint8]
 
     @property
     @abstractmethod
-    def job(self) -> ImageQuery:
+    def query(self) -> ImageQuery:
         """What the engine is asked."""
 
-    def run(self, batch: Sequence[ImageWork], pause: Pause) -> list[Explanation | Exception]:
-        return self.catalog.compute(self.bucket, [work.job for work in batch], pause)
+    def run(self, catalog: Catalog, batch: Sequence[ImageWork], pause: Pause) -> list[Explanation | Exception]:
+        """See `ModelWork`."""
+        return catalog.compute(self.bucket, [work.query for work in batch], pause)
 
     def record(
-        self, batch: Sequence[ImageWork], answers: Sequence[Explanation | Exception], computed: Computed
+        self,
+        catalog: Catalog,
+        observer: BatchObserver,
+        batch: Sequence[ImageWork],
+        answers: Sequence[Explanation | Exception],
+        computed: Computed,
     ) -> None:
-        if self.observer is None:
-            return
+        """See `ModelWork`."""
         explained = next((answer for answer in answers if isinstance(answer, Explanation)), None)
         if explained is not None:  # each explanation knows the whole batch's times
-            self.observer.observe_batch(
+            observer.observe_batch(
                 self.bucket.model, len(batch), computed.fill, explained.trunk_seconds, explained.method_seconds
             )
-        if self.catalog.cache is not None:
+        if catalog.cache is not None:
             for work, answer in zip(batch, answers, strict=True):
-                if isinstance(answer, Explanation) and any(method.reads_tokens for method in work.job.methods):
-                    self.observer.observe_cache(work.model, hit=answer.token_cache_hit)
+                if isinstance(answer, Explanation) and any(method.reads_tokens for method in work.query.methods):
+                    observer.observe_cache(work.model, hit=answer.token_cache_hit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +112,8 @@ class ExplainWork(ImageWork):
     methods: tuple[Method, ...]
 
     @property
-    def job(self) -> ImageQuery:
+    def query(self) -> ImageQuery:
+        """See `ImageWork`."""
         return ImageQuery(self.pixels, self.targets, self.methods, self.model)
 
 
@@ -97,7 +122,8 @@ class EmbedWork(ImageWork):
     """An image whose latent is wanted, and nothing else."""
 
     @property
-    def job(self) -> ImageQuery:
+    def query(self) -> ImageQuery:
+        """See `ImageWork`."""
         return ImageQuery(self.pixels, (), (), self.model)
 
 
@@ -107,67 +133,57 @@ class EvaluateWork:
 
     Attributes:
         bucket: Its bucket, whose evaluation is held while it is computed.
-        catalog: Where it is computed.
-        observer: Where batches are counted; None: nowhere.
         sample: The sample.
     """
 
     bucket: EvaluationBucket
-    catalog: Catalog
-    observer: BatchObserver | None
     sample: Sample
 
-    def run(self, batch: Sequence[EvaluateWork], pause: Pause) -> list[Measured | Exception]:
-        """See `cdam_server.compute.scheduling.Work`."""
-        return self.catalog.evaluate(self.bucket, [work.sample for work in batch], pause)
+    def run(self, catalog: Catalog, batch: Sequence[EvaluateWork], pause: Pause) -> list[Measured | Exception]:
+        """See `ModelWork`."""
+        return catalog.evaluate(self.bucket, [work.sample for work in batch], pause)
 
     def record(
         self,
-        batch: Sequence[EvaluateWork],  # noqa: ARG002 - booked once, however many share it
+        catalog: Catalog,  # noqa: ARG002
+        observer: BatchObserver,
+        batch: Sequence[EvaluateWork],  # noqa: ARG002 - counted once, however many share it
         answers: Sequence[Measured | Exception],  # noqa: ARG002
         computed: Computed,
     ) -> None:
-        """See `cdam_server.compute.scheduling.Work`."""
-        if self.observer is not None:
-            self.observer.observe_evaluation(self.bucket.model, computed.seconds)
+        """See `ModelWork`."""
+        observer.observe_evaluation(self.bucket.model, computed.seconds)
 
 
-class Works:
-    """Makes work of the models of this process.
+def image_bucket(model: ModelFacts, input_size: tuple[int, int]) -> Bucket:
+    """Where an image of a model goes: into one batch with those of the models that share its trunk."""
+    return Bucket(model.batches_with, input_size)
 
-    Args:
+
+@dataclass(frozen=True, eq=False)
+class Bound(Generic[Answer]):
+    """Work with the models that it is done by; what the scheduler of their process takes.
+
+    Attributes:
+        work: The work.
         catalog: The models.
         observer: Where batches are counted; None: nowhere.
     """
 
-    def __init__(self, catalog: Catalog, observer: BatchObserver | None) -> None:
-        self._catalog = catalog
-        self._observer = observer
+    work: ModelWork[Answer]
+    catalog: Catalog
+    observer: BatchObserver | None
 
-    @staticmethod
-    def bucket(model: ModelFacts, input_size: tuple[int, int]) -> Bucket:
-        """Where an image of a model goes: into one batch with those of the models that share its trunk."""
-        return Bucket(model.batches_with, input_size)
+    @property
+    def bucket(self) -> Hashable:
+        """See `Work`."""
+        return self.work.bucket
 
-    def explain(
-        self, model: ModelFacts, pixels: NDArray[np.uint8], targets: tuple[Target, ...], methods: tuple[Method, ...]
-    ) -> ExplainWork:
-        """An image to explain; pixels are uint8 (H, W, C), at the input size."""
-        height, width, _ = pixels.shape
-        bucket = self.bucket(model, (height, width))
-        return ExplainWork(bucket, self._catalog, self._observer, model.name, pixels, targets, methods)
+    def run(self, batch: Sequence[Bound[Answer]], pause: Pause) -> Sequence[Answer | Exception]:
+        """See `Work`."""
+        return self.work.run(self.catalog, [bound.work for bound in batch], pause)
 
-    def embed(self, model: ModelFacts, pixels: NDArray[np.uint8]) -> EmbedWork:
-        """An image to embed, likewise."""
-        height, width, _ = pixels.shape
-        return EmbedWork(self.bucket(model, (height, width)), self._catalog, self._observer, model.name, pixels)
-
-    @contextmanager
-    def evaluation(self, bucket: EvaluationBucket) -> Iterator[Callable[[], EvaluationFacts]]:
-        """Hold what measures the samples of a bucket as long as the block runs; yields what tells of it, slowly."""
-        with self._catalog.evaluation(bucket) as held:
-            yield held.facts
-
-    def evaluate(self, bucket: EvaluationBucket, sample: Sample) -> EvaluateWork:
-        """A sample to measure, of an evaluation that is held."""
-        return EvaluateWork(bucket, self._catalog, self._observer, sample)
+    def record(self, batch: Sequence[Bound[Answer]], answers: Sequence[Answer | Exception], computed: Computed) -> None:
+        """See `Work`."""
+        if self.observer is not None:
+            self.work.record(self.catalog, self.observer, [bound.work for bound in batch], answers, computed)

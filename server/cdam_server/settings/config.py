@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
+import structlog
 from platformdirs import user_data_path
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
@@ -34,6 +35,7 @@ _ONE_MODEL = {
     "weights_key",
 }
 _PREFIX: Final = "CDAM_"
+_log = structlog.get_logger("cdam.server")
 # Read elsewhere: by the command line and by the client's commands.
 _OTHER_VARIABLES: Final = {"CDAM_CONFIG", "CDAM_SERVER", "CDAM_TOKEN"}
 # What Kubernetes sets in every container of a namespace with a service called cdam..., and Docker for a link of such a
@@ -76,6 +78,7 @@ class Settings(BaseSettings):
     data_dir: Path = Field(default_factory=lambda: user_data_path("cdam-serve", appauthor=False))
     store: SecretStr = SecretStr("")
     device: str = "auto"
+    front_ends: int | None = Field(default=None, ge=0, le=64)
     threads: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     compile: bool = False
@@ -160,6 +163,23 @@ class Settings(BaseSettings):
         file = YamlConfigSettingsSource(settings_cls, yaml_file=cls._file)
         return init_settings, env_settings, file
 
+    @model_validator(mode="after")
+    def _one_front_end_at_a_path(self) -> Self:
+        if self.address.startswith("unix:") and (self.front_ends or 0) > 1:
+            raise ValueError("address is a path, which one front end serves alone: front_ends must be 0 or 1")
+        if self.front_ends == 0 and len(self.devices) > 1:
+            raise ValueError("device names several: each has a process of its own, so front_ends must not be 0")
+        return self
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices, each with a process of its own."""
+        return tuple(name.strip() for name in self.device.split(","))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: `load` makes a class of its own, which they don't have."""
+        return _restored, (self.__dict__, self.model_fields_set)
+
     @classmethod
     def load(cls, file: Path | None = None, **flags: Any) -> "Settings":
         """Settings from flags that were given, the environment and a YAML file.
@@ -202,6 +222,10 @@ class Settings(BaseSettings):
         return [ModelSpec.model_validate({"name": name, "architecture": self.model, **chosen})]
 
 
+def _restored(values: dict[str, Any], given: set[str]) -> Settings:
+    return Settings.model_construct(given, **values)
+
+
 def unknown_variables() -> dict[str, str]:
     """Environment variables that look like settings and are none, each with what may have been meant, or "".
 
@@ -220,3 +244,15 @@ def unknown_variables() -> dict[str, str]:
             name.startswith(service) and _SERVICE_LINK.fullmatch(name.removeprefix(service)) for service in services
         )
     }
+
+
+def warn_of_unknown_variables() -> None:
+    """Log the names of environment variables that were not read, with those that may have been meant."""
+    unknown = unknown_variables()
+    for name, similar in unknown.items():
+        if similar:
+            _log.warning("unknown environment variable", name=name, similar=similar)
+    if others := [
+        name for name, similar in unknown.items() if not similar
+    ]:  # in one line: another program's, it may be
+        _log.warning("unknown environment variables", names=others)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from time import perf_counter
@@ -19,12 +19,12 @@ from cdam.statistics import CORRELATED, Statistics, Table
 from cdam_engine import Method, UnsupportedMethodError
 from cdam_engine.evaluation import Evaluated, Geometry, Measured, Metric, ParameterError, Protocol, Sample
 from cdam_engine.preprocess import Resize, prepare
-from cdam_server.compute.facts import EvaluationBucket, EvaluationFacts, ModelFacts
-from cdam_server.compute.scheduling import BACKGROUND, JobSpec, Pool, Scheduler
-from cdam_server.compute.work import Works
+from cdam_server.compute.facts import EvaluationBucket, ModelFacts
+from cdam_server.compute.scheduling import BACKGROUND, JobSpec, Pool
+from cdam_server.compute.service import Compute
+from cdam_server.compute.work import EvaluateWork
 from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, within
 from cdam_server.operation.telemetry import Telemetry
-from cdam_server.usecases.concurrency import ConcurrencyLimit
 from cdam_server.usecases.images import refusals
 from cdam_server.usecases.resolve import ACTIVATIONS, Resolver, WantedScalar, resolve_method
 
@@ -35,7 +35,6 @@ _SHARE: Final = 4  # of the server's bound on pending work
 _MAX_NUMBERS: Final = 1 << 21  # that the bootstrap keeps: 16 MiB, and a second for the table
 _MAX_LEVELS: Final = 20_000  # of maps, where boxes are drawn: 7 s at 224 x 224
 _LISTED: Final = 16  # perturbed images, of all methods, for each pass that is allowed
-_RETRY_AFTER_SECONDS: Final = 5.0
 _MASK_THRESHOLD: Final = 128
 
 
@@ -100,17 +99,15 @@ class EvaluationTools:
 
     Attributes:
         resolver: Resolves what protocols and samples name.
-        scheduler: Where work goes.
+        compute: What computes.
         decoders: Threads for decoding images.
         telemetry: Metrics.
-        works: Makes the work.
     """
 
     resolver: Resolver
-    scheduler: Scheduler
+    compute: Compute
     decoders: Pool
     telemetry: Telemetry
-    works: Works
 
 
 class EvaluateUseCase:
@@ -120,14 +117,12 @@ class EvaluateUseCase:
         tools: What evaluations have in common.
         max_passes: Most passes through the whole model that a sample may take.
         max_pending_passes: The server's bound on pending work; an evaluation has samples for a quarter of it in work.
-        most: Evaluations at once; a single caller has a quarter of them at most.
     """
 
-    def __init__(self, tools: EvaluationTools, *, max_passes: int, max_pending_passes: int, most: int) -> None:
+    def __init__(self, tools: EvaluationTools, *, max_passes: int, max_pending_passes: int) -> None:
         self._tools = tools
         self._max_passes = max_passes
         self._max_pending_passes = max_pending_passes
-        self._concurrency = ConcurrencyLimit(most, "evaluations", _RETRY_AFTER_SECONDS)
         self._numbers = count()
 
     @asynccontextmanager
@@ -148,25 +143,26 @@ class EvaluateUseCase:
         _check_resamples(protocol, cost.levels, command.resamples)
         self._check_images(cost.images)
         bucket = EvaluationBucket(model.name, input_size, protocol)
-        with self._tools.works.evaluation(bucket) as tell:
-            facts = await asyncio.to_thread(_facts, tell, model)
+        async with AsyncExitStack() as stack:
+            with _unmeasurable(model):
+                facts = await stack.enter_async_context(self._tools.compute.evaluation(bucket))
             passes = math.ceil(model.times_larger(input_size) * facts.passes)
             if passes > self._max_passes:
                 message = (
                     f"take {passes} passes through the whole model a sample; at most {self._max_passes} are allowed"
                 )
                 raise InvalidArgumentError("metrics", message)
-            with self._concurrency.take(command.caller):
-                spec = JobSpec(
-                    bucket=bucket,
-                    cost=float(max(1, passes)),
-                    # Evaluations take turns among themselves, and with everyone else's images in the decoders.
-                    caller=f"evaluation {next(self._numbers)} of {command.caller}",
-                    rank=BACKGROUND,
-                    light_cost=_LIGHT_COST,
-                )
-                window = max(_LEAST_WINDOW, int(self._max_pending_passes / _SHARE / spec.cost))
-                yield Evaluation(self._tools, model, command, bucket, spec, facts.required, window)
+            await stack.enter_async_context(self._tools.compute.long_request("evaluations", command.caller))
+            spec = JobSpec(
+                bucket=bucket,
+                cost=float(max(1, passes)),
+                # Evaluations take turns among themselves, and with everyone else's images in the decoders.
+                caller=f"evaluation {next(self._numbers)} of {command.caller}",
+                rank=BACKGROUND,
+                light_cost=_LIGHT_COST,
+            )
+            window = max(_LEAST_WINDOW, int(self._max_pending_passes / _SHARE / spec.cost))
+            yield Evaluation(self._tools, model, command, bucket, spec, facts.required, window)
 
     def _check_images(self, images: int) -> None:
         """Refuse what would take long even to list; an image that several methods share is listed for each."""
@@ -228,18 +224,19 @@ class Evaluation:
         if sample_command.wrong_target is not None:
             with within("wrong_target"):
                 wrong_target = await resolver.scalar(self.model, sample_command.wrong_target)
-        with refusals(), self._tools.scheduler.admit(self._spec) as ticket:
-            pixels = await self._prepare(sample_command)
-            sample = Sample(
-                id=sample_command.id,
-                image=pixels.image,
-                target=target,
-                wrong_target=wrong_target,
-                mask=pixels.mask,
-                counterfactual=pixels.counterfactual,
-                wrong_mask=pixels.wrong_mask,
-            )
-            measured = (await ticket.submit(self._tools.works.evaluate(self._bucket, sample))).answer
+        with refusals():
+            async with self._tools.compute.admit(self._spec) as ticket:
+                pixels = await self._prepare(sample_command)
+                sample = Sample(
+                    id=sample_command.id,
+                    image=pixels.image,
+                    target=target,
+                    wrong_target=wrong_target,
+                    mask=pixels.mask,
+                    counterfactual=pixels.counterfactual,
+                    wrong_mask=pixels.wrong_mask,
+                )
+                measured = (await ticket.submit(EvaluateWork(self._bucket, sample))).answer
         values = [(v.method_index, v.metric_index, v.quantity, v.value, v.curve) for v in measured.values]
         async with self._adding:  # which takes milliseconds, of many quantities and resamples
             await asyncio.to_thread(self._statistics.add, sample_command.id, values)
@@ -303,10 +300,11 @@ def _check_resamples(protocol: Protocol, levels: int, resamples: int) -> None:
         raise InvalidArgumentError("resamples", message)
 
 
-def _facts(tell: Callable[[], EvaluationFacts], model: ModelFacts) -> EvaluationFacts:
-    """What is known of an evaluation before its first sample; slow."""
+@contextmanager
+def _unmeasurable(model: ModelFacts) -> Iterator[None]:
+    """What can't be measured of a model, in the service's words."""
     try:
-        return tell()
+        yield
     except UnsupportedMethodError as error:
         message = f"model {model.name!r} can't serve one: {error}"
         raise FailedPreconditionError(error.reason, message, field="methods", model=model.name) from error

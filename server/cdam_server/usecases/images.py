@@ -16,7 +16,7 @@ from PIL import Image
 from cdam_engine import Explanation, Method, Target
 from cdam_engine.preprocess import Prepared, Resize, prepare
 from cdam_engine.targets import count
-from cdam_server.compute.facts import ModelFacts
+from cdam_server.compute.facts import Bucket, ModelFacts
 from cdam_server.compute.scheduling import (
     ClosedError,
     DeviceLostError,
@@ -25,10 +25,10 @@ from cdam_server.compute.scheduling import (
     JobSpec,
     Pool,
     QueueFullError,
-    Scheduler,
     TooLargeError,
 )
-from cdam_server.compute.work import ImageWork, Works
+from cdam_server.compute.service import Compute
+from cdam_server.compute.work import EmbedWork, ExplainWork, ImageWork, image_bucket
 from cdam_server.errors import DeadlineError, ExhaustedError, OverloadedError, UnavailableError
 from cdam_server.operation import tracing
 from cdam_server.operation.telemetry import Telemetry
@@ -76,17 +76,15 @@ class Images:
     """Has images computed, one at a time; the scheduler brings them together.
 
     Args:
-        scheduler: Where work goes.
+        compute: What computes.
         decoders: Threads for decoding images.
         telemetry: Metrics.
-        works: Makes the work.
     """
 
-    def __init__(self, scheduler: Scheduler, decoders: Pool, telemetry: Telemetry, works: Works) -> None:
-        self._scheduler = scheduler
+    def __init__(self, compute: Compute, decoders: Pool, telemetry: Telemetry) -> None:
+        self._compute = compute
         self._decoders = decoders
         self._telemetry = telemetry
-        self._works = works
 
     async def explain(
         self,
@@ -103,38 +101,41 @@ class Images:
             NonFiniteError: What was found is not finite.
         """
         cost = model.explained.cost(methods, count(targets), model.patches(input_size))
+        bucket = image_bucket(model, input_size)
         return await self._answer(
-            model, request, input_size, cost, lambda pixels: self._works.explain(model, pixels, targets, methods)
+            model, request, bucket, cost, lambda pixels: ExplainWork(bucket, model.name, pixels, targets, methods)
         )
 
     async def embed(
         self, model: ModelFacts, request: ImageRequest, input_size: tuple[int, int]
     ) -> NDArray[np.floating]:
         """The latent of an image, shape (D,); raises what `explain` raises."""
-        answered = await self._answer(model, request, input_size, 1.0, lambda pixels: self._works.embed(model, pixels))
+        bucket = image_bucket(model, input_size)
+        answered = await self._answer(model, request, bucket, 1.0, lambda pixels: EmbedWork(bucket, model.name, pixels))
         return answered.done.answer.latent
 
     async def _answer(
         self,
         model: ModelFacts,
         request: ImageRequest,
-        input_size: tuple[int, int],
+        bucket: Bucket,
         cost: float,
         make: Callable[[NDArray[np.uint8]], ImageWork],
     ) -> Answered:
         spec = JobSpec(
-            bucket=self._works.bucket(model, input_size),
-            cost=model.times_larger(input_size) * cost,
-            bytes=request.bytes + 3 * math.prod(input_size),
+            bucket=bucket,
+            cost=model.times_larger(bucket.input_size) * cost,
+            bytes=request.bytes + 3 * math.prod(bucket.input_size),
             caller=request.caller,
             timeout=request.timeout,
             rank=request.rank,
         )
-        with refusals(), self._scheduler.admit(spec) as ticket:
-            started = perf_counter()
-            prepared = await self._decoders.run(request.caller, _open_and_resize, model, request, input_size)
-            decode_seconds = perf_counter() - started
-            done = await ticket.submit(make(prepared.pixels))
+        with refusals():
+            async with self._compute.admit(spec) as ticket:
+                started = perf_counter()
+                prepared = await self._decoders.run(request.caller, _open_and_resize, model, request, bucket.input_size)
+                decode_seconds = perf_counter() - started
+                done = await ticket.submit(make(prepared.pixels))
         _trace(done, decode_seconds, perf_counter())
         self._telemetry.compute.labels("decode", "", model.name).observe(decode_seconds)
         self._telemetry.queue.labels(model.name).observe(done.queue_seconds)

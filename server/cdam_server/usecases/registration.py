@@ -18,6 +18,7 @@ from cdam_engine import mean_concept
 from cdam_engine.preprocess import Resize
 from cdam_server.compute.facts import ModelFacts
 from cdam_server.compute.scheduling import ByteBudget
+from cdam_server.compute.service import Compute
 from cdam_server.errors import InvalidArgumentError, OverloadedError, ServiceError, UnavailableError, within
 from cdam_server.store import (
     ConceptFacts,
@@ -30,7 +31,6 @@ from cdam_server.store import (
     VersionMismatchError,
 )
 from cdam_server.usecases.concepts import check_fingerprint, store_errors
-from cdam_server.usecases.concurrency import ConcurrencyLimit
 from cdam_server.usecases.identity import Recipe, digest_of_images, digest_of_import, digest_of_vector
 from cdam_server.usecases.images import ImageRequest, Images
 from cdam_server.usecases.resolve import Resolver, check_vector
@@ -115,18 +115,18 @@ class RegisterUseCase:
         resolver: Resolves what requests name.
         store: Where concepts are kept.
         images: Embeds images.
+        compute: What computes.
         budget: For the images in work, those of all callers.
-        most: Registrations at once; a single caller has a quarter of them at most.
     """
 
     def __init__(
-        self, resolver: Resolver, store: ConceptStore, images: Images, budget: ByteBudget, *, most: int
+        self, resolver: Resolver, store: ConceptStore, images: Images, compute: Compute, budget: ByteBudget
     ) -> None:
         self._resolver = resolver
         self._store = store
         self._images = images
         self._budget = budget
-        self._concurrency = ConcurrencyLimit(most, "registrations", _RETRY_AFTER_SECONDS)
+        self._compute = compute
 
     async def __call__(
         self, command: RegisterCommand, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
@@ -140,8 +140,9 @@ class RegisterUseCase:
         Raises:
             ServiceError: The request is wrong, or can't be served now.
         """
-        with self._concurrency.take(command.caller), self._memory(command.bytes):
-            return await self._register(command, images)
+        async with self._compute.long_request("registrations", command.caller):
+            with self._memory(command.bytes):
+                return await self._register(command, images)
 
     @contextmanager
     def _memory(self, held: int) -> Iterator[None]:

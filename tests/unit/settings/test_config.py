@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from cdam_server.bootstrap import _batch_sizes
+from cdam_server.compute.catalog import _batch_sizes
 from cdam_server.settings.config import Settings, unknown_variables
 
 

@@ -51,6 +51,12 @@ class Dispatcher:
         return self._queue.waiting
 
     @property
+    def load(self) -> tuple[int, float]:
+        """Number of jobs that were let in and are not yet answered, and the seconds of work that are left; without the background."""
+        with self._changed:
+            return self._queue.held, self._forecast.running(time.monotonic()) + self._queue.work
+
+    @property
     def sharing(self) -> int:
         """Number of batches that share the device now."""
         with self._changed:

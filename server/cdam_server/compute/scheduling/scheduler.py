@@ -100,6 +100,11 @@ class Scheduler:
         return self._dispatcher.waiting
 
     @property
+    def load(self) -> tuple[int, float]:
+        """Number of jobs that were let in and are not yet answered, and the seconds of work that are left; without the background."""
+        return self._dispatcher.load
+
+    @property
     def alive(self) -> bool:
         """Whether it is working: started, and every worker alive."""
         return self._loop is not None and self._failure is None and all(worker.is_alive() for worker in self._workers)

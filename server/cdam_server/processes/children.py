@@ -1,0 +1,230 @@
+"""What the child processes do: each one function, from its first line to its exit.
+
+They are told what to do over a `Connection` to the supervisor; if that closes, they end at once, as the supervisor is gone. Signals that a
+terminal or a service manager sends to all processes at once are for the supervisor alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import structlog
+
+from cdam_server.compute.catalog import load_catalog
+from cdam_server.compute.facts import Models
+from cdam_server.operation import logs
+from cdam_server.operation.health import Health
+from cdam_server.operation.telemetry import Telemetry
+from cdam_server.processes.compute_host import ComputeHost
+from cdam_server.processes.control import (
+    Close,
+    Device,
+    Drain,
+    Ended,
+    Metrics,
+    Ready,
+    SendMetrics,
+    SetReady,
+)
+from cdam_server.processes.front_end import SERVICE, FrontEnd
+from cdam_server.processes.metrics import snapshot
+from cdam_server.processes.remote import RemoteCompute
+from cdam_server.processes.service import ComputeService
+from cdam_server.processes.wire import Failed
+from cdam_server.settings.config import Settings
+
+# Seconds. The event loop and the workers want the interpreter in turns, hundreds of times a batch.
+_SWITCH_SECONDS: Final = 0.0005
+# Seconds between two looks at what there is to do, where nothing else changes.
+_PUBLISH_SECONDS: Final = 0.1
+# Seconds for answers that are on their way when nothing can be computed any more.
+_LAST_WORDS_SECONDS: Final = 0.5
+
+_log = structlog.get_logger("cdam.server")
+
+
+class Assignment(NamedTuple):
+    """What a child is.
+
+    Attributes:
+        settings: The settings.
+        number: Of its row of the board.
+        board: The board.
+        control: To the supervisor.
+        folder: Where the compute processes' sockets are.
+    """
+
+    settings: Settings
+    number: int
+    board: Any
+    control: Connection
+    folder: Path
+
+    def socket(self, device: int) -> Path:
+        """Where a device's process listens."""
+        return self.folder / f"compute-{device}"
+
+
+def compute(its: Assignment) -> None:
+    """A compute process: load the models, warm up, and serve front ends until it is told to close."""
+    _begin(its.settings)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        catalog = load_catalog(its.settings)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor says it
+        _give_up(its.control, error)
+    _run(its.control, _compute(its, catalog))
+
+
+def front_end(its: Assignment, models: bytes, devices: tuple[int, ...], of: int, address: str) -> None:
+    """A front end: connect to the devices, and serve the API until it is told to drain."""
+    _begin(its.settings)
+    settings = its.settings.model_copy(update={"address": address})
+    _run(its.control, _front_end(its._replace(settings=settings), pickle.loads(models), devices, of))  # noqa: S301 - ours
+
+
+async def _compute(its: Assignment, catalog: Any) -> None:
+    telemetry, failed = Telemetry(), asyncio.Event()
+
+    def fail(error: BaseException) -> None:
+        _log.critical("failed", exc_info=error)
+        failed.set()
+
+    host = ComputeHost(its.settings, catalog, telemetry, fail)
+    async with AsyncExitStack() as resources:
+        host.open(resources)
+        await host.warm_up()
+        service = ComputeService(host, telemetry, its.board.devices[its.number])
+        listening = asyncio.create_task(service.listen(its.socket(its.number)), name="listen")
+        publishing = asyncio.create_task(_every(_PUBLISH_SECONDS, service.publish), name="publish")
+        control = _Control(its.control)
+        control.send(Ready(models=pickle.dumps(catalog.facts)))
+        async for message in control.until(failed):
+            match message:
+                case SendMetrics():
+                    control.send(Metrics(snapshot(telemetry.registry)))
+                case Close(seconds):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(seconds):
+                            await host.scheduler.close()
+                    break
+        if failed.is_set():
+            await asyncio.sleep(_LAST_WORDS_SECONDS)
+            control.send(Ended())
+            os._exit(1)  # its threads may be stuck
+        listening.cancel()
+        publishing.cancel()
+
+
+async def _front_end(its: Assignment, models: Models, devices: tuple[int, ...], of: int) -> None:
+    telemetry, row = Telemetry(), its.board.front_ends[its.number]
+    remote = RemoteCompute(its.board, its.number, its.settings.max_pending, telemetry)
+    for device in devices:
+        await remote.connect(device, its.socket(device))
+    ready = False
+    health = Health(live=lambda: True, ready=lambda: ready and remote.connected, service=SERVICE)
+    front = FrontEnd(its.settings, models, remote, telemetry, health, of)
+
+    def beat() -> None:
+        row.beat = front.beat
+
+    async with AsyncExitStack() as resources:
+        await front.open(resources, reuse_port=not front.of_a_unix_socket)
+        beating = asyncio.create_task(_every(_PUBLISH_SECONDS, beat), name="beat")
+        control = _Control(its.control)
+        control.send(Ready(address=front.address))
+        async for message in control.until(asyncio.Event()):
+            match message:
+                case SendMetrics():
+                    control.send(Metrics(snapshot(telemetry.registry)))
+                case SetReady(value):
+                    ready = value
+                    front.accepting = front.accepting or value
+                    await front.publish()
+                case Device(number):
+                    with suppress(OSError):  # it has died again
+                        await remote.connect(number, its.socket(number))
+                case Drain(seconds):
+                    await front.drain(seconds)
+                    await front.last_arrivals()
+                    break
+        beating.cancel()
+        remote.close()
+
+
+class _Control:
+    """The connection to the supervisor, in the event loop."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._messages: asyncio.Queue[Any] = asyncio.Queue()
+        asyncio.get_running_loop().add_reader(connection.fileno(), self._read)
+
+    def send(self, message: object) -> None:
+        """Tell the supervisor."""
+        with suppress(OSError):  # it is gone, which is noticed elsewhere
+            self._connection.send(message)
+
+    async def until(self, event: asyncio.Event) -> Any:
+        """Messages as they come, until the event is set."""
+        ended = asyncio.create_task(event.wait())
+        try:
+            while not event.is_set():
+                coming = asyncio.create_task(self._messages.get())
+                await asyncio.wait({coming, ended}, return_when=asyncio.FIRST_COMPLETED)
+                if not coming.done():
+                    coming.cancel()
+                    return
+                yield coming.result()
+        finally:
+            ended.cancel()
+
+    def _read(self) -> None:
+        try:
+            self._messages.put_nowait(self._connection.recv())
+        except (EOFError, OSError):
+            os._exit(1)
+
+
+def _begin(settings: Settings) -> None:
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    logs.configure(settings.log_format, settings.log_level)
+
+
+def _run(control: Connection, work: Awaitable[None]) -> None:
+    """Run a child's event loop, and exit without waiting for threads: requests that outlived the drain may still be computed."""
+
+    async def main() -> None:
+        await work
+
+    try:
+        asyncio.run(main())
+    except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor says it
+        _give_up(control, error)
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _give_up(control: Connection, error: Exception) -> None:
+    with suppress(OSError):
+        control.send(Ended(Failed.of(error)))
+    if not isinstance(error, (ValueError, OSError)):  # else it is in the user's words
+        _log.critical("failed", exc_info=error)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+async def _every(seconds: float, function: Callable[[], None]) -> None:
+    while True:
+        function()
+        await asyncio.sleep(seconds)

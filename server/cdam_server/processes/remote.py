@@ -1,0 +1,327 @@
+"""The front end's side of the connections to compute processes: `Compute`, elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import socket
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, Final, cast
+
+from cdam_server.compute.concurrency import Long
+from cdam_server.compute.facts import EvaluationBucket, EvaluationFacts
+from cdam_server.compute.scheduling import (
+    Answer,
+    DeviceLostError,
+    Done,
+    ExpiredError,
+    JobSpec,
+    Observer,
+    QueueFullError,
+    policy,
+)
+from cdam_server.compute.work import ModelWork
+from cdam_server.processes.board import Board
+from cdam_server.processes.ring import RingWriter
+from cdam_server.processes.service import GREETING
+from cdam_server.processes.wire import (
+    Admit,
+    Admitted,
+    Answered,
+    Consumed,
+    Failed,
+    Hold,
+    Link,
+    PackedWork,
+    Release,
+    Submit,
+)
+
+# Ratio to max_pending, and to a job's deadline. Below it the device has so little to do that a job is prepared before it is let in: it
+# would hardly be refused, and one message is saved.
+_LITTLE: Final = 0.25
+# Seconds. So long a caller who was refused is refused again without asking: the queue has not become much shorter.
+_REFUSAL_SECONDS: Final = 0.05
+# Callers whose last refusal is remembered.
+_REFUSALS: Final = 1024
+
+
+class RemoteCompute:
+    """Computes on the devices that compute processes own.
+
+    Args:
+        board: What the devices have to do.
+        number: Of this front end's row.
+        max_pending: The server's bound on requests.
+        observer: Told of refusals that no compute process has heard of.
+    """
+
+    def __init__(self, board: Board, number: int, max_pending: int, observer: Observer) -> None:
+        self._board = board
+        self._row = board.front_ends[number]
+        self._max_pending = max_pending
+        self._observer = observer
+        self._devices: dict[int, _Device] = {}
+        self._evaluations: defaultdict[EvaluationBucket, list[_Device]] = defaultdict(list)
+        self._refusals: dict[tuple[Any, ...], tuple[float, QueueFullError]] = {}
+
+    async def connect(self, number: int, path: Path) -> None:
+        """Use a device from now on.
+
+        Raises:
+            OSError: Its process is gone.
+        """
+        device = _Device(self._board.devices[number], lambda: self._devices.pop(number, None))
+        await device.connect(path)
+        self._devices[number] = device
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a device at all."""
+        return bool(self._devices)
+
+    def close(self) -> None:
+        """Leave all devices."""
+        for device in list(self._devices.values()):
+            device.link.close()
+
+    @asynccontextmanager
+    async def admit(self, spec: JobSpec) -> AsyncIterator[_Ticket]:
+        """See `Compute`; while there is little to do, the job is let in only when its work comes."""
+        device = self._device_for(spec)
+        self._check(device, spec)
+        ticket = _Ticket(device, spec)
+        dropped = ""
+        try:
+            if self._little_to_do(device, spec):
+                self._row.preparing += 1
+                try:
+                    yield ticket
+                finally:
+                    self._row.preparing -= 1
+            else:
+                await ticket.admit()
+                yield ticket
+        except QueueFullError as refusal:
+            self._remember(spec, refusal)
+            raise
+        except asyncio.CancelledError:
+            dropped = "cancelled"
+            raise
+        except ExpiredError:
+            dropped = "expired"
+            raise
+        finally:
+            ticket.release(dropped)
+
+    @asynccontextmanager
+    async def long_request(self, kind: Long, caller: str) -> AsyncIterator[None]:
+        """See `Compute`; all front ends ask the same process."""
+        device = self._devices.get(min(self._devices, default=-1))
+        if device is None:
+            raise DeviceLostError("nothing can be computed now")
+        async with device.holding((kind, caller)):
+            yield
+
+    @asynccontextmanager
+    async def evaluation(self, bucket: EvaluationBucket) -> AsyncIterator[EvaluationFacts]:
+        """See `Compute`; all its samples go to one device."""
+        holders = self._evaluations[bucket]
+        device = holders[0] if holders else self._least_loaded()
+        async with device.holding(bucket) as facts:
+            holders.append(device)
+            try:
+                yield cast("EvaluationFacts", facts)
+            finally:
+                holders.remove(device)
+                if not holders:
+                    self._evaluations.pop(bucket, None)
+
+    def _device_for(self, spec: JobSpec) -> _Device:
+        if isinstance(spec.bucket, EvaluationBucket) and (holders := self._evaluations.get(spec.bucket)):
+            return holders[0]
+        return self._least_loaded()
+
+    def _least_loaded(self) -> _Device:
+        if not self._devices:
+            raise DeviceLostError("nothing can be computed now")
+        return min(self._devices.values(), key=lambda device: (device.row.seconds, device.row.jobs))
+
+    def _check(self, device: _Device, spec: JobSpec) -> None:
+        """Refuse what would be refused anyway, before anybody is asked.
+
+        Raises:
+            QueueFullError: There is no room for anyone, or there was none for this caller a moment ago.
+        """
+        refusal = None
+        if not spec.background and device.row.jobs >= self._max_pending:
+            retry_after = max(policy.MIN_RETRY_SECONDS, policy.RETRY_SHARE * device.row.seconds)
+            message = f"the queue is full (max_pending); requests being served: {device.row.jobs:.0f}"
+            refusal = QueueFullError("jobs", message, retry_after)
+        elif (known := self._refusals.get(_refusal_key(spec))) is not None:
+            if time.monotonic() - known[0] < _REFUSAL_SECONDS:
+                refusal = known[1]
+            else:
+                del self._refusals[_refusal_key(spec)]
+        if refusal is not None:
+            self._observer.refused(refusal.reason)
+            raise QueueFullError(refusal.reason, str(refusal), refusal.retry_after)
+
+    def _remember(self, spec: JobSpec, refusal: QueueFullError) -> None:
+        if refusal.reason not in {"jobs", "deadline"}:  # the others depend on what the next job weighs
+            return
+        if len(self._refusals) >= _REFUSALS:
+            self._refusals.clear()
+        self._refusals.setdefault(_refusal_key(spec), (time.monotonic(), refusal))
+
+    def _little_to_do(self, device: _Device, spec: JobSpec) -> bool:
+        jobs = device.row.jobs + sum(row.preparing for row in self._board.front_ends)
+        in_time = spec.timeout is None or device.row.seconds < _LITTLE * spec.timeout
+        return bool(jobs < _LITTLE * self._max_pending and in_time)
+
+
+def _refusal_key(spec: JobSpec) -> tuple[Any, ...]:
+    """What two jobs have in common if the second one would be refused as the first one was."""
+    return spec.caller, spec.rank, spec.bucket, spec.cost, spec.timeout is None or round(spec.timeout, 1)
+
+
+class _Device:
+    """The connection to one compute process.
+
+    Args:
+        row: Its row of the board.
+        gone: Called once, when the process is gone.
+    """
+
+    def __init__(self, row: Any, gone: Any) -> None:
+        self.row = row
+        self.link = Link(self._receive, self._lost)
+        self.ring = RingWriter()
+        self._gone = gone
+        self._numbers = count()
+        self._admissions: dict[int, asyncio.Future[object]] = {}
+        self._answers: dict[int, asyncio.Future[object]] = {}
+
+    async def connect(self, path: Path) -> None:
+        """Hand the ring over, then talk."""
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            client.connect(str(path))
+            socket.send_fds(client, [GREETING], [self.ring.file])
+        except OSError:
+            client.close()
+            self.ring.close()
+            raise
+        await asyncio.get_running_loop().create_unix_connection(lambda: self.link, sock=client)
+
+    def begin(self) -> tuple[int, asyncio.Future[object]]:
+        """A number for messages, and the future of the answer to it.
+
+        Raises:
+            DeviceLostError: The process is gone.
+        """
+        if self.link.closed:
+            raise DeviceLostError("nothing can be computed any more")
+        number = next(self._numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        return number, answer
+
+    async def admission(self, number: int) -> object:
+        """What is known when it has been let in; raises the answer if it has not."""
+        admitted = self._admissions[number] = asyncio.get_running_loop().create_future()
+        return await admitted
+
+    def end(self, number: int) -> bool:
+        """Expect no answer any more; whether one was still to come."""
+        self._admissions.pop(number, None)
+        answer = self._answers.pop(number, None)
+        if answer is not None:
+            answer.cancel()
+        return answer is not None
+
+    @asynccontextmanager
+    async def holding(self, what: EvaluationBucket | tuple[Long, str]) -> AsyncIterator[object]:
+        """Have something held as long as the block runs; yields what is told of it."""
+        number, _ = self.begin()
+        self.link.send(Hold(number, what))
+        try:
+            yield await self.admission(number)
+        finally:
+            if self.end(number):
+                self.link.send(Release(number))
+
+    def pack(self, work: ModelWork[Any]) -> PackedWork:
+        """The work, its arrays in the ring as far as there is room."""
+        buffers: list[pickle.PickleBuffer] = []
+        data = pickle.dumps(work, pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
+        places = []
+        for buffer in buffers:
+            with buffer.raw() as raw:
+                places.append(self.ring.put(raw) or bytes(raw))
+        return PackedWork(data, tuple(places))
+
+    def _receive(self, messages: Sequence[Any]) -> None:
+        for message in messages:
+            match message:
+                case Answered(number, answer):
+                    self._answer(number, answer)
+                case Admitted(number, facts):
+                    _settle(self._admissions.pop(number, None), facts)
+                case Consumed(total):
+                    self.ring.consumed(total)
+
+    def _answer(self, number: int, answer: object) -> None:
+        admission, future = self._admissions.pop(number, None), self._answers.pop(number, None)
+        _settle(admission or future, answer)
+
+    def _lost(self) -> None:
+        self._gone()
+        self.ring.close()
+        for number in list(self._answers):
+            self._answer(number, Failed.of(DeviceLostError("nothing can be computed any more")))
+
+
+def _settle(future: asyncio.Future[object] | None, answer: object) -> None:
+    if future is None or future.done():  # nobody waits any more
+        return
+    if isinstance(answer, Failed):
+        future.set_exception(answer.error())
+    else:
+        future.set_result(answer)
+
+
+class _Ticket:
+    """See `Ticket`."""
+
+    def __init__(self, device: _Device, spec: JobSpec) -> None:
+        self._device = device
+        self._spec = spec
+        self._arrived = time.monotonic()
+        self._number: int | None = None
+        self._answer: asyncio.Future[object] | None = None
+
+    async def admit(self) -> None:
+        """Ask for room; raises what `Compute.admit` raises."""
+        self._number, self._answer = self._device.begin()
+        self._device.link.send(Admit(self._number, self._spec, self._arrived, None))
+        await self._device.admission(self._number)
+
+    async def submit(self, work: ModelWork[Answer]) -> Done[Answer]:
+        """See `Ticket`."""
+        device = self._device
+        if self._number is None or self._answer is None:
+            self._number, self._answer = device.begin()
+            device.link.send(Admit(self._number, self._spec, self._arrived, device.pack(work)))
+        else:
+            device.link.send(Submit(self._number, device.pack(work)))
+        return cast("Done[Answer]", await self._answer)
+
+    def release(self, dropped: str) -> None:
+        """Nobody waits for it any more."""
+        if self._number is not None and self._device.end(self._number):
+            self._device.link.send(Release(self._number, dropped))

@@ -1,0 +1,187 @@
+"""The compute process's side of the connections: front ends ask, and are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from cdam_server.compute.facts import EvaluationBucket
+from cdam_server.compute.scheduling import Done, ExpiredError
+from cdam_server.compute.scheduling.job import Job
+from cdam_server.compute.work import Bound, ModelWork
+from cdam_server.operation.telemetry import Telemetry
+from cdam_server.processes.compute_host import ComputeHost
+from cdam_server.processes.ring import RING_BYTES, RingReader
+from cdam_server.processes.wire import (
+    Admit,
+    Admitted,
+    Answered,
+    Consumed,
+    Failed,
+    Hold,
+    Link,
+    PackedWork,
+    Release,
+    Submit,
+)
+
+GREETING: Final = b"cdam"
+"""What a front end sends first, with the descriptor of its ring."""
+
+# Bytes. So much of a ring has been read when the front end is told.
+_TOLD_AFTER: Final = RING_BYTES // 8
+_log = structlog.get_logger("cdam.server")
+
+
+class ComputeService:
+    """Serves front ends, each over a connection of its own.
+
+    Args:
+        host: What computes.
+        telemetry: Metrics.
+        row: Of the board, for what there is to do.
+    """
+
+    def __init__(self, host: ComputeHost, telemetry: Telemetry, row: Any) -> None:
+        self.host = host
+        self.telemetry = telemetry
+        self._row = row
+        self._connections: set[_Connection] = set()
+
+    async def listen(self, path: Path) -> None:
+        """Accept front ends until cancelled."""
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+            server.bind(str(path))
+            server.listen(128)
+            server.setblocking(False)
+            while True:
+                client, _ = await loop.sock_accept(server)
+                try:
+                    await self._connect(client)
+                except OSError:
+                    client.close()  # it was killed meanwhile
+                    _log.warning("a front end left as it came")
+
+    async def _connect(self, client: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(client, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(client)
+        greeting, descriptors, _, _ = socket.recv_fds(client, len(GREETING), 1)
+        if greeting != GREETING or len(descriptors) != 1:
+            raise OSError("not a front end")
+        connection = _Connection(self, RingReader(descriptors[0]), self._connections.discard)
+        self._connections.add(connection)
+        await loop.connect_accepted_socket(lambda: connection.link, client)
+
+    def publish(self) -> None:
+        """Say on the board how much there is to do."""
+        self._row.jobs, self._row.seconds = self.host.scheduler.load
+        self._row.beat = time.monotonic()
+
+
+class _Connection:
+    """One front end's."""
+
+    def __init__(self, service: ComputeService, ring: RingReader, lost: Callable[[_Connection], None]) -> None:
+        self.link = Link(self._receive, self._end)
+        self._service = service
+        self._host = service.host
+        self._ring = ring
+        self._told = 0
+        self._lost = lost
+        self._jobs: dict[int, Job] = {}
+        self._held: dict[int, asyncio.Task[None]] = {}
+
+    def _receive(self, messages: Sequence[Any]) -> None:
+        """Do what is asked; all work that has come is handed in together, so that it can share a batch."""
+        ready: list[tuple[Job, Bound[Any]]] = []
+        for message in messages:
+            match message:
+                case Admit(number, spec, arrived, work):
+                    bound = None if work is None else self._unpack(work)
+                    job = self._admit(number, spec, arrived, told=bound is None)
+                    if job is not None and bound is not None:
+                        ready.append((job, bound))
+                case Submit(number, work):
+                    bound = self._unpack(work)
+                    if (job := self._jobs.get(number)) is not None:  # else it has been told why not
+                        ready.append((job, bound))
+                case Release(number, dropped):
+                    self._release(number, dropped)
+                case Hold(number, what):
+                    self._held[number] = asyncio.create_task(self._hold(number, what))
+        if ready:
+            self._host.scheduler.enqueue(ready)
+        if self._ring.consumed - self._told >= _TOLD_AFTER:
+            self._told = self._ring.consumed
+            self.link.send(Consumed(self._told))
+        self._service.publish()
+
+    def _admit(self, number: int, spec: Any, arrived: float, *, told: bool) -> Job | None:
+        try:
+            job = self._host.scheduler.hold(spec, partial(self._answer, number), arrived)
+        except Exception as error:  # noqa: BLE001 - whatever it is, whoever asks is told
+            self.link.send(Answered(number, Failed.of(error)))
+            return None
+        self._jobs[number] = job
+        if told:
+            self.link.send(Admitted(number))
+        return job
+
+    def _answer(self, number: int, answer: Done[object] | Exception) -> None:
+        late = isinstance(answer, ExpiredError)
+        self._host.scheduler.release(self._jobs.pop(number), "expired" if late else "")
+        self.link.send(Answered(number, Failed.of(answer) if isinstance(answer, Exception) else answer))
+        self._service.publish()
+
+    def _release(self, number: int, dropped: str) -> None:
+        if (job := self._jobs.pop(number, None)) is not None:
+            self._host.scheduler.release(job, dropped)
+        elif (task := self._held.pop(number, None)) is not None:
+            task.cancel()
+
+    async def _hold(self, number: int, what: Any) -> None:
+        compute = self._host.compute
+        holding: AbstractAsyncContextManager[object] = (
+            compute.evaluation(what) if isinstance(what, EvaluationBucket) else compute.long_request(*what)
+        )
+        try:
+            async with holding as facts:
+                self.link.send(Admitted(number, facts))
+                await asyncio.get_running_loop().create_future()  # until it is cancelled
+        except Exception as error:  # noqa: BLE001 - whatever it is, whoever asks is told
+            self._held.pop(number, None)
+            self.link.send(Answered(number, Failed.of(error)))
+
+    def _unpack(self, packed: PackedWork) -> Bound[Any]:
+        buffers = [
+            self._ring.take(place) if not isinstance(place, bytes) else bytearray(place) for place in packed.places
+        ]
+        work: ModelWork[Any] = pickle.loads(packed.data, buffers=buffers)  # noqa: S301 - of a process of this server
+        return Bound(work, self._host.catalog, self._service.telemetry)
+
+    def _end(self) -> None:
+        """The front end is gone: nobody waits for its jobs any more."""
+        for number in list(self._jobs):
+            self._release(number, "cancelled")
+        for task in self._held.values():
+            task.cancel()
+        self._held.clear()
+        with suppress(BufferError):
+            self._ring.close()
+        self._lost(self)
+        self._service.publish()

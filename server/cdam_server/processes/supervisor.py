@@ -1,0 +1,413 @@
+"""The parent of all processes of a server: starts them, watches them, tells probes and Prometheus about them, and ends them in order.
+
+It imports no torch, so that it is small and starts at once: the others are forked from a process that has imported all there is, and share its
+memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Awaitable, Sequence
+from contextlib import AsyncExitStack, closing, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from time import monotonic
+from typing import Any, Final
+
+import structlog
+
+from cdam_server.operation.admin import AdminServer
+from cdam_server.operation.health import Health
+from cdam_server.processes.board import make_board
+from cdam_server.processes.control import (
+    Close,
+    Device,
+    Drain,
+    Ended,
+    Metrics,
+    Ready,
+    SendMetrics,
+    SetReady,
+)
+from cdam_server.processes.failure import ServerFailedError
+from cdam_server.processes.metrics import MergedMetrics, Page
+from cdam_server.settings.config import Settings
+
+_CHILDREN: Final = "cdam_server.processes.children"
+# Seconds without a heartbeat until a front end is replaced.
+_STALL_SECONDS: Final = 10.0
+# Seconds between two looks at the heartbeats.
+_WATCH_SECONDS: Final = 0.5
+# Seconds before a process that died is started again, at first; twice as many each time it dies within a minute, up to the second number.
+_FIRST_BACK_OFF: Final = 0.1
+_LONGEST_BACK_OFF: Final = 30.0
+_CALM_SECONDS: Final = 60.0
+# Seconds for a child's metrics; a child that takes longer counts with what it said before.
+_METRICS_SECONDS: Final = 1.0
+# Seconds that a child may take for what comes after the drain, before it is killed.
+_EXIT_SECONDS: Final = 5.0
+
+_log = structlog.get_logger("cdam.server")
+
+
+async def serve(settings: Settings, front_ends: int) -> None:
+    """Serve from so many front ends until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        OSError: A port is taken.
+        StoreUnusableError: The store of concepts must not be used as it is.
+        ValueError: A model can't be loaded or used, or a setting.
+        ServerFailedError: Nothing can be computed any more; those who waited have been told.
+    """
+    stopping = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stopping.set)
+    supervisor = _Supervisor(settings, front_ends)
+    starting, told = asyncio.create_task(supervisor.start()), asyncio.create_task(stopping.wait())
+    await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        _log.info("stopped before it was ready")
+        starting.cancel()
+        await asyncio.wait([starting])
+        return
+    await starting
+    failed = asyncio.create_task(supervisor.failed.wait())
+    await asyncio.wait((told, failed), return_when=asyncio.FIRST_COMPLETED)
+    await supervisor.stop()
+    if supervisor.failed.is_set():
+        raise ServerFailedError("the device is lost, or the computing stands still; the log says more")
+
+
+class Child:
+    """A child process.
+
+    Args:
+        process: Started.
+        control: The supervisor's end of the connection to it.
+
+    Attributes:
+        exited: Set when it is no more.
+    """
+
+    def __init__(self, process: BaseProcess, control: Connection) -> None:
+        self.exited = asyncio.Event()
+        self._process = process
+        self._control = control
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[Ready] = self._loop.create_future()
+        self._metrics: asyncio.Future[Page] | None = None
+        self._loop.add_reader(control.fileno(), self._read)
+        self._loop.add_reader(process.sentinel, self._exit)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    async def ready(self) -> Ready:
+        """What it says when it works.
+
+        Raises:
+            ServerFailedError: It has died before.
+            Exception: Why it can't work.
+        """
+        return await asyncio.shield(self._ready)
+
+    def tell(self, message: object) -> None:
+        """Send it a message; nobody reads it if it is dead."""
+        with suppress(OSError):
+            self._control.send(message)
+
+    async def metrics(self) -> Page | None:
+        """Its metrics; None if it does not say."""
+        if self.exited.is_set():
+            return None
+        if self._metrics is None:
+            self._metrics = self._loop.create_future()
+            self.tell(SendMetrics())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_METRICS_SECONDS):
+                return await asyncio.shield(self._metrics)
+        return None
+
+    def kill(self) -> None:
+        """End it at once."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    async def end(self, seconds: float) -> None:
+        """Wait for its exit, and kill it if it takes longer."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.exited.wait()
+        except TimeoutError:
+            _log.warning("killed a process that did not end", pid=self.pid)
+            self.kill()
+            await self.exited.wait()
+
+    def _read(self) -> None:
+        try:
+            self._hear(self._control.recv())
+        except (EOFError, OSError):
+            self._loop.remove_reader(self._control.fileno())
+
+    def _hear(self, message: object) -> None:
+        match message:
+            case Ready():
+                if not self._ready.done():
+                    self._ready.set_result(message)
+            case Ended(reason):
+                if reason is not None and not self._ready.done():
+                    self._ready.set_exception(reason.error())
+            case Metrics(page):
+                if self._metrics is not None and not self._metrics.done():
+                    self._metrics.set_result(page)
+                self._metrics = None
+
+    def _exit(self) -> None:
+        self._loop.remove_reader(self._process.sentinel)
+        self._loop.remove_reader(self._control.fileno())
+        with suppress(EOFError, OSError):
+            while self._control.poll():  # its last words
+                self._hear(self._control.recv())
+        self._control.close()
+        self._process.join()
+        if not self._ready.done():
+            self._ready.set_exception(ServerFailedError(f"a process ended, exit code {self._process.exitcode}"))
+        if not self._ready.cancelled():
+            self._ready.exception()  # nobody may ever ask
+        self.exited.set()
+
+
+class _Supervisor:
+    def __init__(self, settings: Settings, front_ends: int) -> None:
+        self.failed = asyncio.Event()
+        self._settings = settings
+        self._devices = settings.devices
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([_CHILDREN])
+        self._board = make_board(self._context)
+        self._compute: dict[int, Child] = {}
+        self._front_ends: dict[int, Child] = {}
+        self._front_end_count = front_ends
+        self._models = b""
+        self._ready = False
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._metrics = MergedMetrics(self._gather)
+        self._health = Health(live=self._live, ready=lambda: self._ready, service="")
+        self._beat = monotonic()
+
+    async def start(self) -> None:
+        """Start everything, and report ready; what fails leaves nothing behind."""
+        async with AsyncExitStack() as resources:
+            self._loop = asyncio.get_running_loop()
+            self._folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="cdam-")))
+            resources.push_async_callback(self._kill_all)
+            address = self._claim_port(resources)
+            admin = resources.enter_context(
+                closing(AdminServer(self._settings.admin_address, self._metrics, self._health))
+            )
+            await asyncio.gather(*(self._start_compute(number) for number in range(len(self._devices))))
+            self._address = address
+            await asyncio.gather(*(self._start_front_end(number) for number in range(self._front_end_count)))
+            _log.info("listening", address=self._address, admin_port=admin.port)
+            self._set_ready(True)
+            self._spawn(self._watch())
+            self._resources = resources.pop_all()
+        _log.info("ready", front_ends=self._front_end_count, devices=list(self._devices))
+
+    async def stop(self) -> None:
+        """Report NOT_SERVING, wait, refuse new requests, finish those in flight, close; in this order."""
+        settings = self._settings
+        async with self._resources:
+            self._stopping = True
+            self._set_ready(False)
+            _log.info("draining", wait_seconds=settings.drain_wait_seconds, seconds=settings.drain_seconds)
+            if not self.failed.is_set():
+                await asyncio.sleep(settings.drain_wait_seconds)
+            ended = monotonic() + settings.drain_seconds
+            await self._end(self._front_ends, Drain(settings.drain_seconds), settings.drain_seconds)
+            left = max(0.0, ended - monotonic())
+            await self._end(self._compute, Close(left), left)
+        _log.info("stopped")
+
+    async def _end(self, children: dict[int, Child], message: object, seconds: float) -> None:
+        for child in children.values():
+            child.tell(message)
+        await asyncio.gather(*(child.end(seconds + _EXIT_SECONDS) for child in children.values()))
+
+    # --- starting
+
+    async def _start_compute(self, number: int) -> None:
+        settings = self._settings.model_copy(update={"device": self._devices[number]})
+        child = self._compute[number] = await self._child("compute", number, settings)
+        self._spawn(self._compute_ends(number, child))
+        self._models = (await child.ready()).models
+
+    async def _start_front_end(self, number: int) -> None:
+        devices = tuple(number for number, child in self._compute.items() if not child.exited.is_set())
+        child = self._front_ends[number] = await self._child(
+            "front_end", number, self._settings, self._models, devices, self._front_end_count, self._address
+        )
+        self._spawn(self._front_end_ends(number, child, monotonic()))
+        said = await child.ready()
+        self._address = said.address
+        child.tell(SetReady(self._ready))
+
+    async def _child(self, function: str, number: int, settings: Settings, *arguments: object) -> Child:
+        ours, theirs = self._context.Pipe()
+        assignment = (settings, number, self._board, theirs, self._folder)
+        process = self._context.Process(
+            target=run_child, args=(function, assignment, *arguments), name=f"{function}-{number}"
+        )
+        # In a thread: the first one waits until everything has been imported.
+        await asyncio.to_thread(process.start)
+        theirs.close()
+        return Child(process, ours)
+
+    def _claim_port(self, resources: AsyncExitStack) -> str:
+        """The address with a port that no other server has, and that front ends may share.
+
+        Raises:
+            OSError: Another server has it.
+        """
+        address = self._settings.address
+        if address.startswith("unix:"):
+            return address
+        host, _, port = address.rpartition(":")
+        bare = host.strip("[]")
+        family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+        try:
+            where = socket.getaddrinfo(bare, int(port), family, socket.SOCK_STREAM)[0][4]
+            with socket.socket(family, socket.SOCK_STREAM) as alone:
+                # Nobody may have it, not even somebody who would share it.
+                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                alone.bind(where)
+                where = alone.getsockname()
+            claim = resources.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            claim.bind(where)
+        except OSError as error:
+            raise OSError(f"can't listen on {address} (address): is another server there?") from error
+        return f"{host}:{where[1]}"
+
+    # --- watching
+
+    async def _front_end_ends(
+        self, number: int, child: Child, started: float, back_off: float = _FIRST_BACK_OFF
+    ) -> None:
+        """Replace a front end that dies."""
+        await child.exited.wait()
+        self._metrics.keep(child)
+        if self._stopping or not self._ready:
+            return
+        if monotonic() - started > _CALM_SECONDS:
+            back_off = _FIRST_BACK_OFF
+        _log.error("a front end died, and is replaced", number=number, pid=child.pid)
+        await asyncio.sleep(back_off)
+        while not self._stopping:
+            try:
+                await self._start_front_end(number)
+            except Exception as error:  # noqa: BLE001 - it is tried again
+                _log.error("a front end can't be started", number=number, exc_info=error)
+                back_off = min(2 * back_off, _LONGEST_BACK_OFF)
+                await asyncio.sleep(back_off)
+            else:
+                return
+
+    async def _compute_ends(self, number: int, child: Child) -> None:
+        """Without its only device a server ends; with others it goes on, and the device is tried again."""
+        await child.exited.wait()
+        self._metrics.keep(child)
+        if self._stopping or not self._ready:
+            return
+        if all(other.exited.is_set() for other in self._compute.values()):
+            self._ready = False
+            self._set_ready(False)
+            self.failed.set()
+            return
+        await self._restart(number, child)
+
+    async def _restart(self, number: int, child: Child) -> None:
+        back_off = _FIRST_BACK_OFF
+        _log.error("a compute process died, and is started again", device=self._devices[number], pid=child.pid)
+        while not self._stopping:
+            await asyncio.sleep(back_off)
+            back_off = min(2 * back_off, _LONGEST_BACK_OFF)
+            with suppress(FileNotFoundError):
+                (self._folder / f"compute-{number}").unlink()
+            try:
+                await self._start_compute(number)
+            except Exception as error:  # noqa: BLE001 - it is tried again
+                _log.error("a compute process can't be started", device=self._devices[number], exc_info=error)
+            else:
+                for front_end in self._front_ends.values():
+                    front_end.tell(Device(number))
+                return
+
+    async def _watch(self) -> None:
+        """Kill front ends that stand still, so that they are replaced."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            now = monotonic()
+            slept, self._beat = now - self._beat, now
+            if slept > _STALL_SECONDS / 2:  # the whole machine stood still, or all of this server
+                continue
+            for number, child in self._front_ends.items():
+                beat = self._board.front_ends[number].beat
+                if beat and now - beat > _STALL_SECONDS and not child.exited.is_set():
+                    _log.error("a front end stands still, and is killed", number=number, pid=child.pid)
+                    self._board.front_ends[number].beat = 0.0
+                    child.kill()
+
+    def _live(self) -> bool:
+        """Whether this process turns, and what computes."""
+        now = monotonic()
+        beats = [self._board.devices[number].beat for number in range(len(self._devices))]
+        stalled = self._ready and all(now - beat > _STALL_SECONDS for beat in beats)
+        return not (stalled or self.failed.is_set()) and (not self._ready or now - self._beat < _STALL_SECONDS)
+
+    def _set_ready(self, value: bool) -> None:
+        self._ready = value
+        for child in self._front_ends.values():
+            child.tell(SetReady(value))
+
+    def _gather(self) -> Sequence[tuple[Child, Page | None]]:
+        """All children's metrics; called in a thread of the admin port."""
+
+        async def gather() -> list[tuple[Child, Page | None]]:
+            children = [*self._compute.values(), *self._front_ends.values()]
+            return list(zip(children, await asyncio.gather(*(child.metrics() for child in children)), strict=True))
+
+        return asyncio.run_coroutine_threadsafe(gather(), self._loop).result(2 * _METRICS_SECONDS)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _kill_all(self) -> None:
+        """End what is still there, children last started first."""
+        self._stopping = True
+        for task in list(self._tasks):
+            task.cancel()
+        children = [*self._front_ends.values(), *self._compute.values()]
+        for child in children:
+            child.kill()
+        for child in children:
+            await child.exited.wait()
+
+
+def run_child(function: str, assignment: tuple[Any, ...], *arguments: Any) -> None:
+    """A child's first line; imported late, since the supervisor has no torch."""
+    from cdam_server.processes import children
+
+    getattr(children, function)(children.Assignment(*assignment), *arguments)
