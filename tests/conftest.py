@@ -25,6 +25,17 @@ def default_logs() -> Iterator[None]:
     structlog.configure(**configured)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch computes with one: on a busy machine more only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def server_address() -> Iterator[str]:
     """Address of a server of the demo model in a thread of this process."""
