@@ -6,6 +6,7 @@ import pytest
 import structlog
 
 from postgres import PostgresServer, postgres_server
+from scripted_server import Script, serving
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +48,13 @@ def server_address() -> Iterator[str]:
     logs.configure("console", "error")
     with serve_in_background(settings) as address:
         yield address
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    """A server without a model, which does what the test tells it."""
+    with serving(Script()) as script:
+        yield script
 
 
 @pytest.fixture(scope="session")
