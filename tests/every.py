@@ -6,16 +6,13 @@ from cdam_engine import METHODS, IntegratedCdam, IntegratedGradients, Method, Sm
 from cdam_engine.evaluation import METRICS, Metric
 
 
-def methods(*chosen: Method) -> dict[str, Method]:
-    """One of each kind: these, and the others as they are by default."""
-    return {kind: method() for kind, method in METHODS.items()} | {method.kind: method for method in chosen}
-
-
 def metrics(*chosen: Metric) -> tuple[Metric, ...]:
     """One of each kind, in the order of METRICS: these, and the others as they are by default."""
-    return tuple(({kind: metric() for kind, metric in METRICS.items()} | {its.kind: its for its in chosen}).values())
+    every = {kind: metric() for kind, metric in METRICS.items()} | {metric.kind: metric for metric in chosen}
+    return tuple(every.values())
 
 
 def short_methods() -> dict[str, Method]:
     """One of each kind, of few draws and steps."""
-    return methods(SmoothCdam(samples=4), IntegratedCdam(steps=4), SmoothGrad(samples=4), IntegratedGradients(steps=4))
+    short = (SmoothCdam(samples=4), IntegratedCdam(steps=4), SmoothGrad(samples=4), IntegratedGradients(steps=4))
+    return {kind: method() for kind, method in METHODS.items()} | {method.kind: method for method in short}
