@@ -109,8 +109,8 @@ class Models:
 
     def __iter__(self) -> Iterator[ModelFacts]:
         """The models, default first, then by name."""
-        pause = (model for model in self._models.values() if model is not self.default)
-        return iter([self.default, *sorted(pause, key=lambda model: model.name)])
+        others = (model for model in self._models.values() if model is not self.default)
+        return iter([self.default, *sorted(others, key=lambda model: model.name)])
 
     def get(self, name: str) -> ModelFacts:
         """The model of this name; the default model for an empty name.

@@ -61,7 +61,7 @@ class _Known:
     asked: float
 
 
-class _CacheEntry:
+class _Lru:
     """What is kept, by kind and key, bounded in bytes; the least recently used goes first."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -129,7 +129,7 @@ class CachedStore(ConceptStore):
         self._watch_seconds = watch_seconds
         self._clock = clock
         self._observer = observer or StoreObserver()
-        self._kept = _CacheEntry(max_bytes)
+        self._kept = _Lru(max_bytes)
         self._asking: dict[Hashable, _Asking] = {}  # whose answers may be shared
         self._tasks: set[asyncio.Task[Any]] = set()  # these, and those that a write has made too old for that
         self._writes = 0

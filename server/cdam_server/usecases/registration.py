@@ -118,7 +118,7 @@ class RegisterUseCase:
     """Registers concepts.
 
     Args:
-        resolver: Resolves what orders name.
+        resolver: Resolves what requests name.
         store: Where concepts are kept.
         images: Embeds images.
         budget: For the images in work, those of all callers.
@@ -260,7 +260,7 @@ class _Embedding:
         self._budget = budget
         self._model = model
         self._input_size = input_size
-        self._order = command
+        self._command = command
         self._slots = asyncio.Semaphore(_IN_WORK)
         self._deadline = None if command.timeout is None else monotonic() + command.timeout
 
@@ -314,9 +314,9 @@ class _Embedding:
     def _image_request(self, image: ExampleImage) -> ImageRequest:
         return ImageRequest(
             open=image.open_image,
-            resize=self._order.resize,
+            resize=self._command.resize,
             timeout=None if self._deadline is None else max(0.0, self._deadline - monotonic()),
-            caller=self._order.caller,
+            caller=self._command.caller,
             bytes=image.bytes,
         )
 
