@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cdam
-from cdam_server.bootstrap import serve_in_background
+import in_this_process
 from cdam_server.operation import logs
-from cdam_server.settings.config import Settings
 from reference import foreign
 
 TEXT = {"context_length": 10, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -116,9 +115,6 @@ def served(root: Path, models: Sequence[Mapping[str, object]] = (), **settings: 
     if models:
         settings["models_file"] = root / "models.yaml"
         settings["models_file"].write_text(json.dumps({"models": models}))
-    loaded = Settings.load(
-        address="127.0.0.1:0", admin_address="127.0.0.1:0", data_dir=root / "data", log_level="error", **settings
-    )
     logs.configure("console", "error")
-    with serve_in_background(loaded) as address, cdam.Client(address) as client:
+    with in_this_process.served(data_dir=root / "data", **settings) as address, cdam.Client(address) as client:
         yield client

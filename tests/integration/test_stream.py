@@ -19,19 +19,13 @@ from google.rpc import error_details_pb2
 from PIL import Image
 
 import cdam
-import in_this_loop
+import in_this_process
 from calls import SAMPLES, Stub, method, output, refused, request
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
 from processes import serving
 
 PATH = "/cdam.v1.ExplainerService/ExplainStream"
 SCENES = [(SAMPLES / f"scene{number}.png").read_bytes() for number in range(1, 7)]
-
-
-@pytest.fixture(scope="module")
-def stub(server_address: str) -> Iterator[Stub]:
-    with grpc.insecure_channel(server_address) as channel:
-        yield Stub(channel)
 
 
 @pytest.fixture(params=["blocking", "asyncio"])
@@ -188,24 +182,24 @@ def test_a_client_that_does_not_read_is_held_back(stub: Stub) -> None:
 
 async def test_a_cancelled_stream_leaves_nothing_behind() -> None:
     slow = [method("smooth_grad", samples=20)]
-    async with in_this_loop.application(max_batch_size=2) as address, grpc.aio.insecure_channel(address) as channel:
+    async with in_this_process.application(max_batch_size=2) as address, grpc.aio.insecure_channel(address) as channel:
         stub: Any = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
-        before = in_this_loop.tasks()
+        before = in_this_process.tasks()
         call = stub.ExplainStream()
         for number in range(20):
             item = request(SCENES[number % 6], output(3), methods=slow, request_id=str(number))
             await call.write(_wrap(item))
         assert (await call.read()).HasField("response")
-        assert in_this_loop.tasks() - before
+        assert in_this_process.tasks() - before
         call.cancel()
-        while in_this_loop.tasks() - before:  # noqa: ASYNC110 - the test's own time limit is the bound
+        while in_this_process.tasks() - before:  # noqa: ASYNC110 - the test's own time limit is the bound
             await asyncio.sleep(0.05)
         assert (await stub.Explain(request(SCENES[1], output(3)))).maps
 
 
 async def test_a_full_queue_holds_a_stream_up_and_fails_nothing() -> None:
     async with (
-        in_this_loop.application(max_pending=2, max_batch_size=2) as address,
+        in_this_process.application(max_pending=2, max_batch_size=2) as address,
         cdam.AsyncClient(address) as client,
     ):
         results = [result async for result in client.explain_stream([SCENES[k % 6] for k in range(100)], "7")]
