@@ -15,14 +15,15 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cdam_server.processes import compute_host
 from cdam_server.bootstrap import Application
 from cdam_server.compute.catalog import load_catalog
 from cdam_server.compute.models import Catalog
+from cdam_server.processes import compute_host
 from cdam_server.settings.config import Settings
 from cdam_server.store import StoreUnusableError
 from cdam_server.store.sqlite import FILE_NAME
 from cdam_server.store.sqlite_file import make
+from processes import free_ports
 
 SERVING = 1
 
@@ -48,16 +49,8 @@ def _threads_of_grpc() -> Iterator[None]:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     make(tmp_path / FILE_NAME)
-    api, admin = _free_ports(2)
+    api, admin = free_ports(2)
     return Settings.load(address=f"127.0.0.1:{api}", admin_address=f"127.0.0.1:{admin}", data_dir=tmp_path)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [item.getsockname()[1] for item in sockets]
-    for item in sockets:
-        item.close()
-    return ports
 
 
 def _listen(address: str) -> socket.socket:
