@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,12 @@ from numpy.typing import NDArray
 
 import cdam_cli as cli
 from cdam_engine import Explanation
-from cdam_server import bootstrap
+from cdam_server.compute import catalog
+from cdam_server.compute.catalog import load_catalog
 from cdam_server.compute.models import Catalog
 from cdam_server.compute.scheduling import DeviceLostError
+from cdam_server.processes import children
+from cdam_server.processes.compute_host import ComputeHost
 from cdam_server.settings.config import Settings
 
 _RED, _GREEN = 254, 1
@@ -137,24 +141,23 @@ def _spoil(explanation: Explanation, fault: Fault | None) -> Explanation:
     return explanation
 
 
-def main() -> None:
-    """Run the command with faulty engines."""
-    load, serve = bootstrap.load_catalog, bootstrap.serve
+def _load(settings: Settings) -> Catalog:
+    loaded = load_catalog(settings)
+    for served in loaded:
+        explainer: Any = served.explainer
+        explainer.explain = Faulty(explainer.explain)
+    return loaded
 
-    def load_faulty(settings: Settings) -> Catalog:
-        catalog = load(settings)
-        for served in catalog:
-            explainer: Any = served.explainer
-            explainer.explain = Faulty(explainer.explain)
-        return catalog
 
-    async def serve_faulty(settings: Settings, catalog: Catalog) -> None:
-        Faulty.loop = asyncio.get_running_loop()
-        await serve(settings, catalog)
+def _open(self: ComputeHost, resources: AsyncExitStack) -> None:
+    Faulty.loop = asyncio.get_running_loop()
+    _open_as_shipped(self, resources)
 
-    bootstrap.load_catalog, bootstrap.serve = load_faulty, serve_faulty
-    cli.main(prog_name="cdam")
 
+# At the top level, since the child processes import this file, and run nothing of it.
+_open_as_shipped = ComputeHost.open
+ComputeHost.open = _open  # type: ignore[method-assign]
+catalog.load_catalog = children.load_catalog = _load
 
 if __name__ == "__main__":
-    main()
+    cli.main(prog_name="cdam")

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import structlog
 
@@ -215,13 +215,12 @@ def _run(control: Connection, work: Awaitable[None]) -> None:
     os._exit(0)
 
 
-def _give_up(control: Connection, error: Exception) -> None:
+def _give_up(control: Connection, error: Exception) -> NoReturn:
     with suppress(OSError):
         control.send(Ended(Failed.of(error)))
     if not isinstance(error, (ValueError, OSError)):  # else it is in the user's words
         _log.critical("failed", exc_info=error)
-    sys.stderr.flush()
-    os._exit(1)
+    raise SystemExit(1)
 
 
 async def _every(seconds: float, function: Callable[[], None]) -> None:

@@ -219,6 +219,7 @@ class _Supervisor:
             self._address = address
             await asyncio.gather(*(self._start_front_end(number) for number in range(self._front_end_count)))
             _log.info("listening", address=self._address, admin_port=admin.port)
+            self._beat = monotonic()
             self._set_ready(True)
             self._spawn(self._watch())
             self._resources = resources.pop_all()
