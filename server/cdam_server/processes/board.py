@@ -10,6 +10,8 @@ import ctypes
 from multiprocessing.context import BaseContext
 from typing import Any, Final
 
+from cdam_server.store.cache import OtherWriters
+
 MAX_DEVICES: Final = 16
 MAX_FRONT_ENDS: Final = 64
 
@@ -42,6 +44,28 @@ class Board(ctypes.Structure):
     """All rows."""
 
     _fields_ = [("devices", DeviceRow * MAX_DEVICES), ("front_ends", FrontEndRow * MAX_FRONT_ENDS)]
+
+
+class FrontEndWrites(OtherWriters):
+    """The writes of a server's other front ends.
+
+    Args:
+        board: The board.
+        number: Of this front end's row.
+        of: Number of front ends.
+    """
+
+    def __init__(self, board: Board, number: int, of: int) -> None:
+        self._rows = [board.front_ends[other] for other in range(of) if other != number]
+        self._own = board.front_ends[number]
+
+    def writes(self) -> int:
+        """See `OtherWriters`."""
+        return int(sum(row.writes for row in self._rows))
+
+    def wrote(self) -> None:
+        """See `OtherWriters`."""
+        self._own.writes += 1
 
 
 def make_board(context: BaseContext) -> Any:

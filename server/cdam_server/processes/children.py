@@ -24,6 +24,7 @@ from cdam_server.compute.facts import Models
 from cdam_server.operation import logs
 from cdam_server.operation.health import Health
 from cdam_server.operation.telemetry import Telemetry
+from cdam_server.processes.board import FrontEndWrites
 from cdam_server.processes.compute_host import ComputeHost
 from cdam_server.processes.control import (
     Close,
@@ -127,12 +128,13 @@ async def _compute(its: Assignment, catalog: Any) -> None:
 
 async def _front_end(its: Assignment, models: Models, devices: tuple[int, ...], of: int) -> None:
     telemetry, row = Telemetry(), its.board.front_ends[its.number]
-    remote = RemoteCompute(its.board, its.number, its.settings.max_pending, telemetry)
+    remote = RemoteCompute(its.board, its.number, of, its.settings.max_pending, telemetry)
     for device in devices:
         await remote.connect(device, its.socket(device))
     ready = False
     health = Health(live=lambda: True, ready=lambda: ready and remote.connected, service=SERVICE)
-    front = FrontEnd(its.settings, models, remote, telemetry, health, of)
+    others = FrontEndWrites(its.board, its.number, of)
+    front = FrontEnd(its.settings, models, remote, telemetry, health, of, others)
 
     def beat() -> None:
         row.beat = front.beat

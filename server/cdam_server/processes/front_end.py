@@ -24,7 +24,7 @@ from cdam_server.rpc.servicer import ExplainerServicer
 from cdam_server.rpc.stream import StreamServer
 from cdam_server.settings.config import MIB, Settings
 from cdam_server.store import ConceptStore
-from cdam_server.store.cache import CachedStore
+from cdam_server.store.cache import CachedStore, OtherWriters
 from cdam_server.store.sqlite import SqliteStore
 from cdam_server.usecases.concepts import ConceptUseCase
 from cdam_server.usecases.evaluate import EvaluateUseCase, EvaluationTools
@@ -59,6 +59,7 @@ class FrontEnd:
         telemetry: Metrics.
         health: What probes are told.
         of: How many front ends share the server's bounds on memory, and its port.
+        others: Those that write to the same store.
 
     Attributes:
         accepting: Whether requests are taken; while they aren't, they are answered UNAVAILABLE.
@@ -67,7 +68,14 @@ class FrontEnd:
     """
 
     def __init__(
-        self, settings: Settings, models: Models, compute: Compute, telemetry: Telemetry, health: Health, of: int = 1
+        self,
+        settings: Settings,
+        models: Models,
+        compute: Compute,
+        telemetry: Telemetry,
+        health: Health,
+        of: int = 1,
+        others: OtherWriters | None = None,
     ) -> None:
         self.accepting = False
         self.address = ""
@@ -78,6 +86,7 @@ class FrontEnd:
         self._telemetry = telemetry
         self._health = health
         self._of = of
+        self._others = others
         self._draining = asyncio.Event()
         self._health_service = health_service()
 
@@ -94,7 +103,7 @@ class FrontEnd:
         self._tracing = Tracing(settings.tracing_endpoint)
         resources.push_async_callback(asyncio.to_thread, self._tracing.close)
         resources.push_async_callback(cancel, asyncio.create_task(self._keep_beating(), name="heartbeat"))
-        self._store = CachedStore(_store(settings), observer=self._telemetry)
+        self._store = CachedStore(_store(settings), observer=self._telemetry, others=self._others)
         resources.push_async_callback(self._store.close)  # also where opening it fails half-way
         await self._store.open()
         await self._serve(resources, reuse_port=reuse_port)

@@ -57,13 +57,15 @@ class RemoteCompute:
     Args:
         board: What the devices have to do.
         number: Of this front end's row.
+        of: Number of front ends.
         max_pending: The server's bound on requests.
         observer: Told of refusals that no compute process has heard of.
     """
 
-    def __init__(self, board: Board, number: int, max_pending: int, observer: Observer) -> None:
+    def __init__(self, board: Board, number: int, of: int, max_pending: int, observer: Observer) -> None:
         self._board = board
-        self._row = board.front_ends[number]
+        self._rows = [board.front_ends[other] for other in range(of)]
+        self._row = self._rows[number]
         self._max_pending = max_pending
         self._observer = observer
         self._devices: dict[int, _Device] = {}
@@ -180,7 +182,7 @@ class RemoteCompute:
         self._refusals.setdefault(_refusal_key(spec), (time.monotonic(), refusal))
 
     def _little_to_do(self, device: _Device, spec: JobSpec) -> bool:
-        jobs = device.row.jobs + sum(row.preparing for row in self._board.front_ends)
+        jobs = device.row.jobs + sum(row.preparing for row in self._rows)
         in_time = spec.timeout is None or device.row.seconds < _LITTLE * spec.timeout
         return bool(jobs < _LITTLE * self._max_pending and in_time)
 

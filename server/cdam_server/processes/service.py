@@ -39,6 +39,8 @@ GREETING: Final = b"cdam"
 
 # Bytes. So much of a ring has been read when the front end is told.
 _TOLD_AFTER: Final = RING_BYTES // 8
+# Seconds. What the board says is as old at most while anything happens.
+_PUBLISH_SECONDS: Final = 0.005
 _log = structlog.get_logger("cdam.server")
 
 
@@ -88,9 +90,11 @@ class ComputeService:
         await loop.connect_accepted_socket(lambda: connection.link, client)
 
     def publish(self) -> None:
-        """Say on the board how much there is to do."""
-        self._row.jobs, self._row.seconds = self.host.scheduler.load
-        self._row.beat = time.monotonic()
+        """Say on the board how much there is to do, unless that was said a moment ago."""
+        now = time.monotonic()
+        if now - self._row.beat >= _PUBLISH_SECONDS:
+            self._row.jobs, self._row.seconds = self.host.scheduler.load
+            self._row.beat = now
 
 
 class _Connection:

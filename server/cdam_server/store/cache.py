@@ -45,6 +45,17 @@ class StoreObserver:
         """The database could be reached, or not, and it was the other way before; at first it counts as up."""
 
 
+class OtherWriters:
+    """Other processes that write to the same store, and say so; there are none unless a subclass has some."""
+
+    def writes(self) -> int:
+        """How often they have written so far; what was asked before the last time is not trusted any more."""
+        return 0
+
+    def wrote(self) -> None:
+        """Tell them that this process has written."""
+
+
 @dataclass(frozen=True)
 class _Asking:
     """A question that the store has not answered yet, and when it was put."""
@@ -55,10 +66,11 @@ class _Asking:
 
 @dataclass(frozen=True)
 class _Known:
-    """A version that the store named, and when it did."""
+    """A version that the store named, when it did, and how often others had written when it was asked."""
 
     version: Version
     asked: float
+    writes: int
 
 
 class _Lru:
@@ -93,7 +105,8 @@ class CachedStore(ConceptStore):
     Content never changes, and is kept. Which version a name or an id stands for is trusted for `fresh_seconds`, then the
     store is asked again; if it takes longer than `patience_seconds` to say, what is kept is served. For so long a name may
     still stand for what another replica has replaced or deleted, and an id for an earlier version of the same content. What
-    was not found is not remembered, and what was written through this object is seen at once.
+    was not found is not remembered, and what was written through this object is seen at once; so is what others wrote, if they say that
+    they did, unless the store takes longer than `patience_seconds` to say what.
 
     While the database can't be reached, what is kept is served however old it is, and all else raises
     `StoreUnavailableError`, both at once: it is asked in the background, every `retry_seconds`, until it answers. Only what
@@ -108,6 +121,7 @@ class CachedStore(ConceptStore):
         max_bytes: About how much memory to use; what has not been used for longest goes first.
         clock: Seconds that only grow.
         observer: Told what becomes of calls.
+        others: Processes whose writes are seen at once, too.
     """
 
     def __init__(
@@ -121,6 +135,7 @@ class CachedStore(ConceptStore):
         max_bytes: int = 64 * 2**20,
         clock: Callable[[], float] = time.monotonic,
         observer: StoreObserver | None = None,
+        others: OtherWriters | None = None,
     ) -> None:
         self._store = store
         self._fresh_seconds = fresh_seconds
@@ -129,6 +144,7 @@ class CachedStore(ConceptStore):
         self._watch_seconds = watch_seconds
         self._clock = clock
         self._observer = observer or StoreObserver()
+        self._others = others or OtherWriters()
         self._kept = _Lru(max_bytes)
         self._asking: dict[Hashable, _Asking] = {}  # whose answers may be shared
         self._tasks: set[asyncio.Task[Any]] = set()  # these, and those that a write has made too old for that
@@ -162,19 +178,19 @@ class CachedStore(ConceptStore):
 
     async def register(self, registration: Registration) -> tuple[StoredConcept, bool]:
         """See `ConceptStore.register`."""
-        key = (registration.model, registration.name)
+        key, others = (registration.model, registration.name), self._others.writes()
         stored, created = await self._write(key, "register", self._store.register(registration))
-        self._keep_name(key, stored.version)
+        self._keep_name(key, stored.version, others)
         self._keep_content(stored.content)
         if created:
-            self._keep_id(stored.version)
+            self._keep_id(stored.version, others)
         return stored, created
 
     async def delete(self, model: str, name: str, expected_version: int | None) -> Version | None:
         """See `ConceptStore.delete`."""
         key = (model, name)
         version = await self._write(key, "delete", self._store.delete(model, name, expected_version))
-        self._keep_name(key, None)
+        self._keep_name(key, None, self._others.writes())
         return version
 
     async def newest(self, model: str, name: str) -> Version | None:
@@ -234,7 +250,7 @@ class CachedStore(ConceptStore):
         return found
 
     def _is_fresh(self, known: _Known) -> bool:
-        return self._clock() - known.asked < self._fresh_seconds
+        return known.writes == self._others.writes() and self._clock() - known.asked < self._fresh_seconds
 
     def _answered(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -244,10 +260,10 @@ class CachedStore(ConceptStore):
             task.exception()  # all who waited may have gone
 
     async def _ask_newest(self, key: Key) -> Version | None:
-        writes = self._writes
+        writes, others = self._writes, self._others.writes()
         version = await self._ask("newest", self._store.newest(*key))
         if writes == self._writes or self._is_newer(key, version):  # else it may be what was before
-            self._keep_name(key, version)
+            self._keep_name(key, version, others)
         return version
 
     async def _ask_by_name(self, key: Key) -> StoredConcept | None:
@@ -256,22 +272,22 @@ class CachedStore(ConceptStore):
             version = await self._ask_newest(key)
             if version is None or (stored := self._with_content(version)) is not None:
                 return None if version is None else stored
-        writes = self._writes
+        writes, others = self._writes, self._others.writes()
         found = await self._ask("by_name", self._store.by_name(*key))
         if found is not None:
             self._keep_content(found.content)
         version = found.version if found is not None else None
         if writes == self._writes or self._is_newer(key, version):
-            self._keep_name(key, version)
+            self._keep_name(key, version, others)
         return found
 
     async def _ask_by_id(self, concept_id: str) -> StoredConcept | None:
-        writes = self._writes
+        writes, others = self._writes, self._others.writes()
         found = await self._ask("by_id", self._store.by_id(concept_id))
         if found is not None:
             self._keep_content(found.content)
             if writes == self._writes:
-                self._keep_id(found.version)
+                self._keep_id(found.version, others)
         return found
 
     async def _write(self, key: Key, operation: str, answer: Awaitable[Result]) -> Result:
@@ -280,10 +296,11 @@ class CachedStore(ConceptStore):
         except BaseException:  # it may have been done all the same, and what is known be too old
             known: _Known | None = self._kept.get(("name", key))
             if known is not None:
-                self._keep_name(key, known.version, asked=_NEVER)
+                self._keep_name(key, known.version, known.writes, asked=_NEVER)
             raise
         finally:
             self._writes += 1
+            self._others.wrote()
             self._asking.clear()
 
     # --- the database
@@ -346,11 +363,11 @@ class CachedStore(ConceptStore):
         content: Content | None = self._kept.get(("content", version.facts.id))
         return StoredConcept(version, content) if content is not None else None
 
-    def _keep_name(self, key: Key, version: Version | None, asked: float | None = None) -> None:
+    def _keep_name(self, key: Key, version: Version | None, others: int, asked: float | None = None) -> None:
         if version is None:
             self._kept.remove(("name", key))
         elif not self._is_older(key, version):  # a name's versions only grow
-            self._keep_version(("name", key), version, asked)
+            self._keep_version(("name", key), version, others, asked)
 
     def _is_older(self, key: Key, version: Version) -> bool:
         known: _Known | None = self._kept.get(("name", key))
@@ -360,12 +377,12 @@ class CachedStore(ConceptStore):
         known: _Known | None = self._kept.get(("name", key))
         return known is not None and version is not None and version.number > known.version.number
 
-    def _keep_id(self, version: Version) -> None:
-        self._keep_version(("id", version.facts.id), version)
+    def _keep_id(self, version: Version, others: int) -> None:
+        self._keep_version(("id", version.facts.id), version, others)
 
-    def _keep_version(self, key: Hashable, version: Version, asked: float | None = None) -> None:
+    def _keep_version(self, key: Hashable, version: Version, others: int, asked: float | None = None) -> None:
         words = [version.description, *version.labels, *version.labels.values()]
-        known = _Known(version, self._clock() if asked is None else asked)
+        known = _Known(version, self._clock() if asked is None else asked, others)
         self._kept.put(key, known, _OBJECT_BYTES + sum(map(sys.getsizeof, words)))
 
     def _keep_content(self, content: Content) -> None:
