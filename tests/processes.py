@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -74,20 +74,51 @@ class ServerProcess:
         return {name: float(value) for name, value in pairs}
 
     def usage(self) -> Usage:
-        """What the process takes now (Linux)."""
-        proc = Path(f"/proc/{self.process.pid}")
-        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
-        times = (proc / "stat").read_text().rpartition(")")[2].split()
+        """What the process and its children take now (Linux)."""
+        its = [_usage(pid) for pid in (self.process.pid, *self.children())]
         return Usage(
-            mib=int(status["VmRSS"].split()[0]) / 1024,
-            threads=int(status["Threads"]),
-            files=len(list((proc / "fd").iterdir())),
-            cpu_seconds=(int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK"),
+            mib=sum(one.mib for one in its),
+            threads=sum(one.threads for one in its),
+            files=sum(one.files for one in its),
+            cpu_seconds=sum(one.cpu_seconds for one in its),
         )
+
+    def children(self, kind: str = "") -> list[int]:
+        """The child processes, all or those of one kind (``front``, ``compute``; Linux)."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has just ended
+                named = not kind or (path / "comm").read_text().startswith(f"cdam-{kind}")
+                if named and self.process.pid in _ancestors(path.name) and _stat(path.name)[0] != "Z":
+                    found.append(int(path.name))
+        return sorted(found)
 
     def log_lines(self) -> list[dict[str, object]]:
         """The log so far, what is no JSON left out."""
         return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+
+
+def _usage(pid: int) -> Usage:
+    proc = Path(f"/proc/{pid}")
+    status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    times = _stat(str(pid))
+    return Usage(
+        mib=int(status["VmRSS"].split()[0]) / 1024,
+        threads=int(status["Threads"]),
+        files=len(list((proc / "fd").iterdir())),
+        cpu_seconds=(int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK"),
+    )
+
+
+def _stat(pid: str) -> list[str]:
+    """The fields of a process from its state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _ancestors(pid: str) -> Iterator[int]:
+    while pid != "0":
+        pid = _stat(pid)[1]
+        yield int(pid)
 
 
 @dataclass(frozen=True)

@@ -154,10 +154,9 @@ def _open(self: ComputeHost, resources: AsyncExitStack) -> None:
     _open_as_shipped(self, resources)
 
 
-# At the top level, since the child processes import this file, and run nothing of it.
 _open_as_shipped = ComputeHost.open
-ComputeHost.open = _open  # type: ignore[method-assign]
-catalog.load_catalog = children.load_catalog = _load
-
+if __name__ in {"__main__", "__mp_main__"}:  # here, or in a child process
+    ComputeHost.open = _open  # type: ignore[method-assign]
+    catalog.load_catalog = children.load_catalog = _load
 if __name__ == "__main__":
     cli.main(prog_name="cdam")

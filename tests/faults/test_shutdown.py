@@ -63,7 +63,7 @@ def test_sigterm_during_the_warm_up(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path / "log", *flags)
     try:
         until = time.monotonic() + 120
-        while not any(line["event"] == "listening" for line in server.log_lines()):
+        while not any(line["event"] == "warming up" for line in server.log_lines()):
             assert time.monotonic() < until
             time.sleep(0.1)
         server.process.send_signal(signal.SIGTERM)

@@ -20,12 +20,18 @@ class DeviceRow(ctypes.Structure):
     """Written by a compute process.
 
     Attributes:
+        up: Whether it computes; who loses the connection to a process that died says for it that it does not.
         jobs: Jobs that were let in and are not yet answered, but for those in the background.
         seconds: Estimate of the work that this is.
         beat: When its event loop last turned, by `time.monotonic`.
     """
 
-    _fields_ = [("jobs", ctypes.c_double), ("seconds", ctypes.c_double), ("beat", ctypes.c_double)]
+    _fields_ = [
+        ("up", ctypes.c_double),
+        ("jobs", ctypes.c_double),
+        ("seconds", ctypes.c_double),
+        ("beat", ctypes.c_double),
+    ]
 
 
 class FrontEndRow(ctypes.Structure):

@@ -77,7 +77,7 @@ class Assignment(NamedTuple):
 
 def compute(its: Assignment) -> None:
     """A compute process: load the models, warm up, and serve front ends until it is told to close."""
-    _begin(its.settings)
+    _begin(its.settings, f"cdam-compute-{its.number}")
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         catalog = load_catalog(its.settings)
@@ -88,15 +88,17 @@ def compute(its: Assignment) -> None:
 
 def front_end(its: Assignment, models: bytes, devices: tuple[int, ...], of: int, address: str) -> None:
     """A front end: connect to the devices, and serve the API until it is told to drain."""
-    _begin(its.settings)
+    _begin(its.settings, f"cdam-front-{its.number}")
     settings = its.settings.model_copy(update={"address": address})
     _run(its.control, _front_end(its._replace(settings=settings), pickle.loads(models), devices, of))  # noqa: S301 - ours
 
 
 async def _compute(its: Assignment, catalog: Any) -> None:
     telemetry, failed = Telemetry(), asyncio.Event()
+    row = its.board.devices[its.number]
 
     def fail(error: BaseException) -> None:
+        row.up = 0  # before any caller hears of it
         _log.critical("failed", exc_info=error)
         failed.set()
 
@@ -104,10 +106,11 @@ async def _compute(its: Assignment, catalog: Any) -> None:
     async with AsyncExitStack() as resources:
         host.open(resources)
         await host.warm_up()
-        service = ComputeService(host, telemetry, its.board.devices[its.number])
+        service = ComputeService(host, telemetry, row)
         listening = asyncio.create_task(service.listen(its.socket(its.number)), name="listen")
         publishing = asyncio.create_task(_every(_PUBLISH_SECONDS, service.publish), name="publish")
         control = _Control(its.control)
+        row.up = 1
         control.send(Ready(models=pickle.dumps(catalog.facts)))
         async for message in control.until(failed):
             match message:
@@ -197,9 +200,11 @@ class _Control:
             os._exit(1)
 
 
-def _begin(settings: Settings) -> None:
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+def _begin(settings: Settings, name: str) -> None:
+    with suppress(OSError):  # a name for `ps` and `top`, where a system has this
+        Path("/proc/self/comm").write_text(name)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     logs.configure(settings.log_format, settings.log_level)
 
 

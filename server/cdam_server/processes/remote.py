@@ -98,7 +98,6 @@ class RemoteCompute:
         device = self._device_for(spec)
         self._check(device, spec)
         ticket = _Ticket(device, spec)
-        dropped = ""
         try:
             if self._little_to_do(device, spec):
                 self._row.preparing += 1
@@ -113,13 +112,14 @@ class RemoteCompute:
             self._remember(spec, refusal)
             raise
         except asyncio.CancelledError:
-            dropped = "cancelled"
+            if ticket.admitted:
+                self._observer.dropped("cancelled")
             raise
         except ExpiredError:
-            dropped = "expired"
+            self._observer.dropped("expired")
             raise
         finally:
-            ticket.release(dropped)
+            ticket.release()
 
     @asynccontextmanager
     async def long_request(self, kind: Long, caller: str) -> AsyncIterator[None]:
@@ -282,6 +282,7 @@ class _Device:
         _settle(admission or future, answer)
 
     def _lost(self) -> None:
+        self.row.up = 0  # before any caller hears of it
         self._gone()
         self.ring.close()
         for number in list(self._answers):
@@ -323,7 +324,12 @@ class _Ticket:
             device.link.send(Submit(self._number, device.pack(work)))
         return cast("Done[Answer]", await self._answer)
 
-    def release(self, dropped: str) -> None:
+    @property
+    def admitted(self) -> bool:
+        """Whether it has been let in, as far as is known: it may have been refused since it was asked for."""
+        return self._number is not None
+
+    def release(self) -> None:
         """Nobody waits for it any more."""
         if self._number is not None and self._device.end(self._number):
-            self._device.link.send(Release(self._number, dropped))
+            self._device.link.send(Release(self._number))

@@ -15,7 +15,7 @@ from typing import Any, Final
 import structlog
 
 from cdam_server.compute.facts import EvaluationBucket
-from cdam_server.compute.scheduling import Done, ExpiredError
+from cdam_server.compute.scheduling import Done
 from cdam_server.compute.scheduling.job import Job
 from cdam_server.compute.work import Bound, ModelWork
 from cdam_server.operation.telemetry import Telemetry
@@ -124,8 +124,8 @@ class _Connection:
                     bound = self._unpack(work)
                     if (job := self._jobs.get(number)) is not None:  # else it has been told why not
                         ready.append((job, bound))
-                case Release(number, dropped):
-                    self._release(number, dropped)
+                case Release(number):
+                    self._release(number)
                 case Hold(number, what):
                     self._held[number] = asyncio.create_task(self._hold(number, what))
         if ready:
@@ -147,12 +147,11 @@ class _Connection:
         return job
 
     def _answer(self, number: int, answer: Done[object] | Exception) -> None:
-        late = isinstance(answer, ExpiredError)
-        self._host.scheduler.release(self._jobs.pop(number), "expired" if late else "")
+        self._host.scheduler.release(self._jobs.pop(number))
         self.link.send(Answered(number, Failed.of(answer) if isinstance(answer, Exception) else answer))
         self._service.publish()
 
-    def _release(self, number: int, dropped: str) -> None:
+    def _release(self, number: int, dropped: str = "") -> None:
         if (job := self._jobs.pop(number, None)) is not None:
             self._host.scheduler.release(job, dropped)
         elif (task := self._held.pop(number, None)) is not None:

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, closing, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -44,10 +44,11 @@ _CHILDREN: Final = "cdam_server.processes.children"
 _STALL_SECONDS: Final = 10.0
 # Seconds between two looks at the heartbeats.
 _WATCH_SECONDS: Final = 0.5
-# Seconds before a process that died is started again, at first; twice as many each time it dies within a minute, up to the second number.
-_FIRST_BACK_OFF: Final = 0.1
-_LONGEST_BACK_OFF: Final = 30.0
-_CALM_SECONDS: Final = 60.0
+# Seconds. A process that died sooner after its start is not started again at once.
+_CALM_SECONDS: Final = 1.0
+# Seconds until it is, at first; twice as many after each start that fails, up to the second number.
+_FIRST_PAUSE_SECONDS: Final = 0.5
+_LONGEST_PAUSE_SECONDS: Final = 30.0
 # Seconds for a child's metrics; a child that takes longer counts with what it said before.
 _METRICS_SECONDS: Final = 1.0
 # Seconds that a child may take for what comes after the drain, before it is killed.
@@ -198,11 +199,11 @@ class _Supervisor:
         self._front_ends: dict[int, Child] = {}
         self._front_end_count = front_ends
         self._models = b""
-        self._ready = False
-        self._stopping = False
+        self._rows = [self._board.devices[number] for number in range(len(self._devices))]
+        self._ready = self._serving = self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics = MergedMetrics(self._gather)
-        self._health = Health(live=self._live, ready=lambda: self._ready, service="")
+        self._health = Health(live=self._live, ready=lambda: self._ready and self._computes, service="")
         self._beat = monotonic()
 
     async def start(self) -> None:
@@ -215,13 +216,18 @@ class _Supervisor:
             admin = resources.enter_context(
                 closing(AdminServer(self._settings.admin_address, self._metrics, self._health))
             )
-            await asyncio.gather(*(self._start_compute(number) for number in range(len(self._devices))))
+            await _all(self._start_compute(number) for number in range(len(self._devices)))
             self._address = address
-            await asyncio.gather(*(self._start_front_end(number) for number in range(self._front_end_count)))
+            await _all(self._start_front_end(number) for number in range(self._front_end_count))
             _log.info("listening", address=self._address, admin_port=admin.port)
             self._beat = monotonic()
+            self._serving = True
             self._set_ready(True)
             self._spawn(self._watch())
+            for number in self._compute:
+                self._spawn(self._keep_device(number))
+            for number in self._front_ends:
+                self._spawn(self._keep_front_end(number))
             self._resources = resources.pop_all()
         _log.info("ready", front_ends=self._front_end_count, devices=list(self._devices))
 
@@ -248,9 +254,10 @@ class _Supervisor:
     # --- starting
 
     async def _start_compute(self, number: int) -> None:
+        with suppress(FileNotFoundError):  # of one that died
+            (self._folder / f"compute-{number}").unlink()
         settings = self._settings.model_copy(update={"device": self._devices[number]})
         child = self._compute[number] = await self._child("compute", number, settings)
-        self._spawn(self._compute_ends(number, child))
         self._models = (await child.ready()).models
 
     async def _start_front_end(self, number: int) -> None:
@@ -258,7 +265,6 @@ class _Supervisor:
         child = self._front_ends[number] = await self._child(
             "front_end", number, self._settings, self._models, devices, self._front_end_count, self._address
         )
-        self._spawn(self._front_end_ends(number, child, monotonic()))
         said = await child.ready()
         self._address = said.address
         child.tell(SetReady(self._ready))
@@ -302,56 +308,50 @@ class _Supervisor:
 
     # --- watching
 
-    async def _front_end_ends(
-        self, number: int, child: Child, started: float, back_off: float = _FIRST_BACK_OFF
-    ) -> None:
-        """Replace a front end that dies."""
-        await child.exited.wait()
-        self._metrics.keep(child)
-        if self._stopping or not self._ready:
-            return
-        if monotonic() - started > _CALM_SECONDS:
-            back_off = _FIRST_BACK_OFF
-        _log.error("a front end died, and is replaced", number=number, pid=child.pid)
-        await asyncio.sleep(back_off)
-        while not self._stopping:
-            try:
-                await self._start_front_end(number)
-            except Exception as error:  # noqa: BLE001 - it is tried again
-                _log.error("a front end can't be started", number=number, exc_info=error)
-                back_off = min(2 * back_off, _LONGEST_BACK_OFF)
-                await asyncio.sleep(back_off)
-            else:
+    async def _keep_front_end(self, number: int) -> None:
+        """Replace a front end whenever it dies; only its calls in flight are lost."""
+        while True:
+            child = self._front_ends[number]
+            lived = await self._lifetime(child)
+            if self._stopping:
                 return
+            _log.error("a front end died, and is replaced", number=number, pid=child.pid)
+            await self._again(lambda: self._start_front_end(number), lived, number=number)
 
-    async def _compute_ends(self, number: int, child: Child) -> None:
-        """Without its only device a server ends; with others it goes on, and the device is tried again."""
+    async def _keep_device(self, number: int) -> None:
+        """Start a device's process again whenever it dies, as long as there is another that computes."""
+        while True:
+            child = self._compute[number]
+            lived = await self._lifetime(child)
+            if self._stopping:
+                return
+            if all(other.exited.is_set() for other in self._compute.values()):
+                self._set_ready(False)
+                self.failed.set()
+                return
+            _log.error("a compute process died, and is started again", device=self._devices[number], pid=child.pid)
+            await self._again(lambda: self._start_compute(number), lived, device=self._devices[number])
+            for front_end in self._front_ends.values():
+                front_end.tell(Device(number))
+
+    async def _lifetime(self, child: Child) -> float:
+        """Seconds until it dies."""
+        began = monotonic()
         await child.exited.wait()
         self._metrics.keep(child)
-        if self._stopping or not self._ready:
-            return
-        if all(other.exited.is_set() for other in self._compute.values()):
-            self._ready = False
-            self._set_ready(False)
-            self.failed.set()
-            return
-        await self._restart(number, child)
+        return monotonic() - began
 
-    async def _restart(self, number: int, child: Child) -> None:
-        back_off = _FIRST_BACK_OFF
-        _log.error("a compute process died, and is started again", device=self._devices[number], pid=child.pid)
+    async def _again(self, start: Callable[[], Awaitable[None]], lived: float, **which: object) -> None:
+        """Start a process until it works, at once if the one before lived long enough."""
+        pause = _FIRST_PAUSE_SECONDS if lived < _CALM_SECONDS else 0.0
         while not self._stopping:
-            await asyncio.sleep(back_off)
-            back_off = min(2 * back_off, _LONGEST_BACK_OFF)
-            with suppress(FileNotFoundError):
-                (self._folder / f"compute-{number}").unlink()
+            await asyncio.sleep(pause)
             try:
-                await self._start_compute(number)
+                await start()
             except Exception as error:  # noqa: BLE001 - it is tried again
-                _log.error("a compute process can't be started", device=self._devices[number], exc_info=error)
+                _log.error("a process can't be started", **which, exc_info=error)
+                pause = min(max(2 * pause, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
             else:
-                for front_end in self._front_ends.values():
-                    front_end.tell(Device(number))
                 return
 
     async def _watch(self) -> None:
@@ -372,9 +372,15 @@ class _Supervisor:
     def _live(self) -> bool:
         """Whether this process turns, and what computes."""
         now = monotonic()
-        beats = [self._board.devices[number].beat for number in range(len(self._devices))]
-        stalled = self._ready and all(now - beat > _STALL_SECONDS for beat in beats)
-        return not (stalled or self.failed.is_set()) and (not self._ready or now - self._beat < _STALL_SECONDS)
+        if not self._serving:
+            return not self.failed.is_set()
+        newest = max(row.beat for row in self._rows)
+        return self._computes and now - newest < _STALL_SECONDS and now - self._beat < _STALL_SECONDS
+
+    @property
+    def _computes(self) -> bool:
+        """Whether there is a device that does."""
+        return any(row.up for row in self._rows)
 
     def _set_ready(self, value: bool) -> None:
         self._ready = value
@@ -405,6 +411,16 @@ class _Supervisor:
             child.kill()
         for child in children:
             await child.exited.wait()
+
+
+async def _all(starting: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Wait for all; raises what the first one that fails raises."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for each in starting:
+                tasks.create_task(each)
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
 
 
 def run_child(function: str, assignment: tuple[Any, ...], *arguments: Any) -> None:

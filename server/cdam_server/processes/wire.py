@@ -59,15 +59,9 @@ class Hold(NamedTuple):
 
 
 class Release(NamedTuple):
-    """From a front end: nobody waits for the job any more, or what was held is not needed.
-
-    Attributes:
-        number: Its number.
-        dropped: Why a job was not answered, for the metrics.
-    """
+    """From a front end: nobody waits for the job any more, or what was held is not needed."""
 
     number: int
-    dropped: str = ""
 
 
 class Admitted(NamedTuple):

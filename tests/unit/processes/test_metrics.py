@@ -1,0 +1,57 @@
+"""One page of several processes: sums where sums are meant, and nothing that was counted is lost with a process."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+
+from cdam_server.processes.metrics import MergedMetrics, Page, snapshot
+
+
+def _process(calls: int, *, up: int) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    counter = Counter("calls", "Calls.", ["code"], registry=registry)
+    counter.labels("OK").inc(calls)
+    Gauge("cdam_pending_requests", "Waiting.", registry=registry).set(calls)
+    Gauge("cdam_store_up", "Up.", registry=registry).set(up)
+    histogram = Histogram("seconds", "Time.", buckets=(1, 2), registry=registry)
+    for _ in range(calls):
+        histogram.observe(1.5)
+    Info("build", "What.", registry=registry).info({"version": "1"})
+    return registry
+
+
+def _values(merged: MergedMetrics) -> dict[str, float]:
+    lines = generate_latest(merged).decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def test_a_page_of_two() -> None:
+    pages = {"one": snapshot(_process(3, up=1)), "other": snapshot(_process(4, up=0))}
+    found = _values(MergedMetrics(lambda: list(pages.items())))
+    assert found['calls_total{code="OK"}'] == 7
+    assert found["cdam_pending_requests"] == 7
+    assert found["cdam_store_up"] == 0
+    assert (found['seconds_bucket{le="1.0"}'], found['seconds_bucket{le="2.0"}'], found["seconds_count"]) == (0, 7, 7)
+    assert found["seconds_sum"] == 7 * 1.5
+    assert found['build_info{version="1"}'] == 1
+
+
+def test_what_a_dead_process_counted_still_counts() -> None:
+    pages: dict[str, Page | None] = {"one": snapshot(_process(3, up=1)), "other": snapshot(_process(4, up=1))}
+    merged = MergedMetrics(lambda: list(pages.items()))
+    _values(merged)
+    merged.keep("other")
+    pages["other again"] = snapshot(_process(1, up=1))
+    del pages["other"]
+    found = _values(merged)
+    assert found['calls_total{code="OK"}'] == 3 + 4 + 1
+    assert found["seconds_count"] == 3 + 4 + 1
+    assert found["cdam_pending_requests"] == 3 + 1  # nobody waits for the dead
+
+
+def test_a_process_that_does_not_answer_counts_with_what_it_said() -> None:
+    pages: dict[str, Page | None] = {"one": snapshot(_process(3, up=1)), "other": snapshot(_process(4, up=1))}
+    merged = MergedMetrics(lambda: list(pages.items()))
+    before = _values(merged)
+    pages["other"] = None
+    assert _values(merged) == before

@@ -1,0 +1,95 @@
+"""Messages between processes: in order, whole, and whatever they carry."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cdam_server.compute.facts import Bucket
+from cdam_server.compute.scheduling import QueueFullError
+from cdam_server.compute.work import EmbedWork, ExplainWork
+from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, OverloadedError
+from cdam_server.processes.wire import Failed, Link
+
+
+async def _pair(received: list[Any], lost: asyncio.Event) -> tuple[Link, Link]:
+    loop = asyncio.get_running_loop()
+    one, other = socket.socketpair()
+    first, second = Link(lambda messages: None, lambda: None), Link(received.extend, lost.set)
+    await loop.create_connection(lambda: first, sock=one)
+    await loop.create_connection(lambda: second, sock=other)
+    return first, second
+
+
+async def test_messages_arrive_in_order_and_whole() -> None:
+    received: list[Any] = []
+    lost = asyncio.Event()
+    link, _ = await _pair(received, lost)
+    sent = [(number, "x" * (number * 977 % 300_000)) for number in range(200)]
+    for number, message in enumerate(sent):
+        link.send(message)
+        if number % 7 == 0:
+            await asyncio.sleep(0)
+    link.close()
+    await lost.wait()
+    assert received == sent
+
+
+async def test_those_of_one_turn_of_the_event_loop_arrive_together() -> None:
+    turns: list[Sequence[Any]] = []
+    loop = asyncio.get_running_loop()
+    one, other = socket.socketpair()
+    lost = asyncio.Event()
+    link = Link(lambda messages: None, lambda: None)
+    await loop.create_connection(lambda: link, sock=one)
+    await loop.create_connection(lambda: Link(turns.append, lost.set), sock=other)
+    for number in range(10):
+        link.send(number)
+    link.close()
+    await lost.wait()
+    assert turns == [list(range(10))]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        QueueFullError("jobs", "full", 0.5),
+        InvalidArgumentError("metrics[0]", "no such thing"),
+        FailedPreconditionError("NO_CDAM", "can't", model="m"),
+        OverloadedError("too many", 5.0),
+        RuntimeError("plain"),
+        MemoryError(),
+    ],
+)
+def test_errors_arrive_as_they_were(error: Exception) -> None:
+    arrived = pickle.loads(pickle.dumps(Failed.of(error))).error()
+    assert type(arrived) is type(error)
+    assert str(arrived) == str(error)
+    assert arrived.args == error.args
+    assert arrived.__dict__ == error.__dict__
+
+
+def test_an_error_that_holds_what_cannot_travel_arrives_in_words() -> None:
+    error = RuntimeError("broken", lambda: None)
+    arrived = pickle.loads(pickle.dumps(Failed.of(error))).error()
+    assert "broken" in str(arrived)
+
+
+def test_arrays_of_a_work_travel_apart_from_it() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    buffers: list[pickle.PickleBuffer] = []
+    work = EmbedWork(Bucket("m", (224, 224)), "m", pixels)
+    data = pickle.dumps(work, 5, buffer_callback=buffers.append)
+    assert len(data) < 1000
+    assert [buffer.raw().nbytes for buffer in buffers] == [pixels.nbytes]
+    arrived = pickle.loads(data, buffers=[bytearray(buffer) for buffer in buffers])
+    assert isinstance(arrived, EmbedWork)
+    assert (arrived.pixels == pixels).all()
+    assert arrived.pixels.flags.writeable
+    assert not isinstance(arrived, ExplainWork)
