@@ -33,7 +33,15 @@ IMAGE = (SAMPLES / "scene1.png").read_bytes()
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("front-ends")
-    with serving(folder / "log", "--front-ends", "2", "--data-dir", str(folder / "data")) as server:
+    flags = (
+        "--front-ends",
+        "2",
+        "--data-dir",
+        str(folder / "data"),
+        "--token-cache-mib",
+        "0",
+    )  # whose maps differ in the last bits
+    with serving(folder / "log", *flags) as server:
         yield server
 
 
@@ -60,7 +68,8 @@ def test_every_front_end_answers_as_one_process_does(server: ServerProcess, tmp_
         method("attention"),
     ]
     asked = request(IMAGE, output(3), contrast(3, 5), vector(np.ones(128)), methods=methods, request_id="x")
-    with serving(tmp_path / "log", "--front-ends", "0", "--data-dir", str(tmp_path)) as other, stubs(other, 1) as its:
+    flags = ("--front-ends", "0", "--data-dir", str(tmp_path), "--token-cache-mib", "0")
+    with serving(tmp_path / "log", *flags) as other, stubs(other, 1) as its:
         alone = its[0].Explain(asked)
     with stubs(server) as its:
         answers = [stub.Explain(asked) for stub in its]
@@ -68,7 +77,12 @@ def test_every_front_end_answers_as_one_process_does(server: ServerProcess, tmp_
         for message in (answer, alone):
             message.ClearField("timing")
             message.ClearField("token_cache_hit")
-        assert answer == alone
+        different = [
+            (one, other)
+            for one, other in zip(str(answer).splitlines(), str(alone).splitlines(), strict=True)
+            if one != other
+        ]
+        assert not different
     used = [pid for pid in server.children("front") if _connections(pid) > 0]
     assert len(used) == 2
 

@@ -12,9 +12,9 @@ import torch
 
 from cdam import __version__
 from cdam_server.compute.concurrency import LongRequests
+from cdam_server.compute.local import LocalCompute
 from cdam_server.compute.models import Catalog
 from cdam_server.compute.scheduling import Bounds, Scheduler
-from cdam_server.compute.service import LocalCompute
 from cdam_server.compute.warmup import warm_up
 from cdam_server.operation.telemetry import Telemetry
 from cdam_server.operation.watchdog import Watchdog

@@ -12,8 +12,8 @@ from grpc_reflection.v1alpha import reflection
 
 from cdam.v1 import explainer_service_pb2, explainer_service_pb2_grpc
 from cdam_server.compute.facts import Models
+from cdam_server.compute.interface import Compute
 from cdam_server.compute.scheduling import ByteBudget, Pool
-from cdam_server.compute.service import Compute
 from cdam_server.operation.health import Health
 from cdam_server.operation.telemetry import Telemetry
 from cdam_server.operation.tracing import Tracing

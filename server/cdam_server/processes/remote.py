@@ -28,8 +28,8 @@ from cdam_server.compute.scheduling import (
 from cdam_server.compute.work import ModelWork
 from cdam_server.processes.board import Board
 from cdam_server.processes.ring import RingWriter
-from cdam_server.processes.service import GREETING
 from cdam_server.processes.wire import (
+    GREETING,
     Admit,
     Admitted,
     Answered,

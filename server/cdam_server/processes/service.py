@@ -22,6 +22,7 @@ from cdam_server.operation.telemetry import Telemetry
 from cdam_server.processes.compute_host import ComputeHost
 from cdam_server.processes.ring import RING_BYTES, RingReader
 from cdam_server.processes.wire import (
+    GREETING,
     Admit,
     Admitted,
     Answered,
@@ -33,9 +34,6 @@ from cdam_server.processes.wire import (
     Release,
     Submit,
 )
-
-GREETING: Final = b"cdam"
-"""What a front end sends first, with the descriptor of its ring."""
 
 # Bytes. So much of a ring has been read when the front end is told.
 _TOLD_AFTER: Final = RING_BYTES // 8

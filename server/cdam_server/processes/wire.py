@@ -13,6 +13,9 @@ from cdam_server.compute.facts import EvaluationBucket
 from cdam_server.compute.scheduling import JobSpec
 from cdam_server.processes.ring import Place
 
+GREETING: Final = b"cdam"
+"""What a front end sends first, with the descriptor of its ring."""
+
 _LENGTH: Final = struct.Struct("<I")
 
 

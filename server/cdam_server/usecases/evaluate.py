@@ -20,8 +20,8 @@ from cdam_engine import Method, UnsupportedMethodError
 from cdam_engine.evaluation import Evaluated, Geometry, Measured, Metric, ParameterError, Protocol, Sample
 from cdam_engine.preprocess import Resize, prepare
 from cdam_server.compute.facts import EvaluationBucket, ModelFacts
+from cdam_server.compute.interface import Compute
 from cdam_server.compute.scheduling import BACKGROUND, JobSpec, Pool
-from cdam_server.compute.service import Compute
 from cdam_server.compute.work import EvaluateWork
 from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, within
 from cdam_server.operation.telemetry import Telemetry

@@ -16,6 +16,7 @@ from cdam_engine import Explanation, Method, Target
 from cdam_engine.preprocess import Prepared, Resize, prepare
 from cdam_engine.targets import count
 from cdam_server.compute.facts import Bucket, ModelFacts
+from cdam_server.compute.interface import Compute
 from cdam_server.compute.scheduling import (
     ClosedError,
     DeviceLostError,
@@ -26,7 +27,6 @@ from cdam_server.compute.scheduling import (
     QueueFullError,
     TooLargeError,
 )
-from cdam_server.compute.service import Compute
 from cdam_server.compute.work import EmbedWork, ExplainWork, ImageWork, image_bucket
 from cdam_server.errors import DeadlineError, ExhaustedError, OverloadedError, UnavailableError
 from cdam_server.operation import tracing

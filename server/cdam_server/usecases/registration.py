@@ -16,8 +16,8 @@ from PIL import Image
 from cdam_engine import mean_concept
 from cdam_engine.preprocess import Resize
 from cdam_server.compute.facts import ModelFacts
+from cdam_server.compute.interface import Compute
 from cdam_server.compute.scheduling import ByteBudget
-from cdam_server.compute.service import Compute
 from cdam_server.errors import (
     InvalidArgumentError,
     OverloadedError,
