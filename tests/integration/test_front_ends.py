@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -22,8 +21,6 @@ from PIL import Image
 import cdam
 from calls import SAMPLES, Stub, contrast, method, output, request, vector
 from cdam.v1 import common_pb2, concept_pb2, target_pb2
-from cdam_server.processes.front_ends import number_of
-from cdam_server.settings.config import Settings
 from processes import ServerProcess, free_ports, serving
 
 CONNECTIONS = 12
@@ -248,23 +245,3 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-@pytest.mark.parametrize(
-    ("cores", "settings", "expected"),
-    [
-        (1, {}, 1),
-        (2, {}, 2),
-        (4, {}, 3),
-        (16, {"device": "cuda:0,cuda:1"}, 14),
-        (64, {}, 16),
-        (4, {"address": "unix:/tmp/cdam"}, 1),
-        (4, {"front_ends": 0}, 0),
-        (4, {"front_ends": 7}, 7),
-    ],
-)
-def test_how_many_front_ends(
-    cores: int, settings: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert number_of(Settings.load(**settings)) == expected
