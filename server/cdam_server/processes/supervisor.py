@@ -193,7 +193,7 @@ class _Supervisor:
         self._settings = settings
         self._devices = settings.devices
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([_CHILDREN])
+        self._context.set_forkserver_preload(["__main__", _CHILDREN])
         self._board = make_board(self._context)
         self._compute: dict[int, Child] = {}
         self._front_ends: dict[int, Child] = {}
