@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -28,8 +29,12 @@ class Ticket(Protocol):
 class Compute(Protocol):
     """What computes."""
 
-    def admit(self, spec: JobSpec) -> AbstractAsyncContextManager[Ticket]:
+    def admit(self, spec: JobSpec, image: Callable[[], int] | None = None) -> AbstractAsyncContextManager[Ticket]:
         """Give a job room for as long as the block runs, before anything is spent on preparing it.
+
+        Args:
+            spec: What is known of it.
+            image: Computes 64 bits that stand for its image as the model sees it: the same image should go where its tokens are.
 
         Raises:
             ClosedError: No more jobs are taken.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from cdam_server.compute import scheduling
@@ -46,7 +46,7 @@ class LocalCompute:
         self._limits = limits
 
     @asynccontextmanager
-    async def admit(self, spec: JobSpec) -> AsyncIterator[LocalTicket]:
+    async def admit(self, spec: JobSpec, image: Callable[[], int] | None = None) -> AsyncIterator[LocalTicket]:  # noqa: ARG002
         """See `Compute`."""
         with self._scheduler.admit(spec) as ticket:
             yield LocalTicket(ticket, self._catalog, self._observer)

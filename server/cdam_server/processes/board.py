@@ -14,6 +14,7 @@ from cdam_server.store.cache import OtherWriters
 
 MAX_DEVICES: Final = 16
 MAX_FRONT_ENDS: Final = 64
+_IMAGES: Final = 1 << 16  # 512 kB; a token cache holds some thousands
 
 
 class DeviceRow(ctypes.Structure):
@@ -47,9 +48,33 @@ class FrontEndRow(ctypes.Structure):
 
 
 class Board(ctypes.Structure):
-    """All rows."""
+    """All rows, and on which device an image was last: by its key, whose last digits are the place, and those of the device."""
 
-    _fields_ = [("devices", DeviceRow * MAX_DEVICES), ("front_ends", FrontEndRow * MAX_FRONT_ENDS)]
+    _fields_ = [
+        ("devices", DeviceRow * MAX_DEVICES),
+        ("front_ends", FrontEndRow * MAX_FRONT_ENDS),
+        ("images", ctypes.c_uint64 * _IMAGES),
+    ]
+
+
+class ImagePlaces:
+    """On which device the tokens of an image may be. One that is not there any more is forgotten when another takes its place.
+
+    Args:
+        board: The board.
+    """
+
+    def __init__(self, board: Board) -> None:
+        self._images = board.images
+
+    def get(self, key: int) -> int | None:
+        """The device; None if it is not known."""
+        found = self._images[key % _IMAGES]
+        return int(found % MAX_DEVICES) if found // MAX_DEVICES == key // MAX_DEVICES and found else None
+
+    def put(self, key: int, device: int) -> None:
+        """The image goes there now."""
+        self._images[key % _IMAGES] = key // MAX_DEVICES * MAX_DEVICES + device
 
 
 class FrontEndWrites(OtherWriters):

@@ -7,7 +7,7 @@ import pickle
 import socket
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -26,7 +26,7 @@ from cdam_server.compute.scheduling import (
     policy,
 )
 from cdam_server.compute.work import ModelWork
-from cdam_server.processes.board import Board
+from cdam_server.processes.board import Board, ImagePlaces
 from cdam_server.processes.ring import RingWriter
 from cdam_server.processes.wire import (
     GREETING,
@@ -68,6 +68,7 @@ class RemoteCompute:
         self._row = self._rows[number]
         self._max_pending = max_pending
         self._observer = observer
+        self._images = ImagePlaces(board)
         self._devices: dict[int, _Device] = {}
         self._evaluations: defaultdict[EvaluationBucket, list[_Device]] = defaultdict(list)
         self._refusals: dict[tuple[Any, ...], tuple[float, QueueFullError]] = {}
@@ -78,7 +79,7 @@ class RemoteCompute:
         Raises:
             OSError: Its process is gone.
         """
-        device = _Device(self._board.devices[number], lambda: self._devices.pop(number, None))
+        device = _Device(number, self._board.devices[number], lambda: self._devices.pop(number, None))
         await device.connect(path)
         self._devices[number] = device
 
@@ -93,9 +94,9 @@ class RemoteCompute:
             device.link.close()
 
     @asynccontextmanager
-    async def admit(self, spec: JobSpec) -> AsyncIterator[_Ticket]:
+    async def admit(self, spec: JobSpec, image: Callable[[], int] | None = None) -> AsyncIterator[_Ticket]:
         """See `Compute`; while there is little to do, the job is let in only when its work comes."""
-        device = self._device_for(spec)
+        device = self._device_for(spec, image)
         self._check(device, spec)
         ticket = _Ticket(device, spec)
         try:
@@ -144,10 +145,17 @@ class RemoteCompute:
                 if not holders:
                     self._evaluations.pop(bucket, None)
 
-    def _device_for(self, spec: JobSpec) -> _Device:
+    def _device_for(self, spec: JobSpec, image: Callable[[], int] | None) -> _Device:
         if isinstance(spec.bucket, EvaluationBucket) and (holders := self._evaluations.get(spec.bucket)):
             return holders[0]
-        return self._least_loaded()
+        if image is None or len(self._devices) < 2:
+            return self._least_loaded()
+        key = image()
+        device = self._devices.get(cast("int", self._images.get(key)))
+        if device is None or device.row.jobs >= self._max_pending:
+            device = self._least_loaded()
+            self._images.put(key, device.number)
+        return device
 
     def _least_loaded(self) -> _Device:
         if not self._devices:
@@ -196,11 +204,13 @@ class _Device:
     """The connection to one compute process.
 
     Args:
+        number: Of the device.
         row: Its row of the board.
         gone: Called once, when the process is gone.
     """
 
-    def __init__(self, row: Any, gone: Any) -> None:
+    def __init__(self, number: int, row: Any, gone: Callable[[], object]) -> None:
+        self.number = number
         self.row = row
         self.link = Link(self._receive, self._lost)
         self.ring = RingWriter()
