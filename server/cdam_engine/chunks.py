@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class Limit(NamedTuple):
+    """How many numbers work at a time: on a CPU what its caches hold, on a GPU what keeps all of it busy."""
+
+    cpu: int
+    gpu: int
+
+    def on(self, device: torch.device) -> int:
+        """The limit for a device."""
+        return self.cpu if device.type == "cpu" else self.gpu
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
