@@ -41,7 +41,7 @@ def fetch(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
     found = [widened(its).detach() for its in tensors]
     streams = {torch.cuda.current_stream(its.device) for its in found if its.is_cuda}
     if not streams:
-        return [its.numpy() for its in found]
+        return [its.cpu().numpy() for its in found]
     found = [torch.empty(its.shape, dtype=its.dtype, pin_memory=True).copy_(its, non_blocking=True) for its in found]
     for stream in streams:
         stream.synchronize()

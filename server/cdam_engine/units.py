@@ -159,7 +159,8 @@ def answer(
         )
         for b, its in enumerate(scalars)
     ]
-    return Answered(found, all_latents, all_logits, explained)
+    # Copies: a kept tail's own would be the cache's.
+    return Answered(found, all_latents.copy(), all_logits.copy(), explained)
 
 
 def _origins(wanted: Sequence[Target]) -> list[int]:
