@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from postgres import PostgresServer, postgres_server
+from postgres import PostgresServer, postgres_or_skip
+from scripted_server import Script, serving
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,24 +26,37 @@ def default_logs() -> Iterator[None]:
     structlog.configure(**configured)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch computes with one: on a busy machine more only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def server_address() -> Iterator[str]:
     """Address of a server of the demo model in a thread of this process."""
-    from cdam_server.bootstrap import serve_in_background
     from cdam_server.operation import logs
-    from cdam_server.settings.config import Settings
+    from in_this_process import served
 
-    settings = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0")
     logs.configure("console", "error")
-    with serve_in_background(settings) as address:
+    with served() as address:
         yield address
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    """A server without a model, which does what the test tells it."""
+    with serving(Script()) as script:
+        yield script
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """A PostgreSQL server of our own; a test that stops it starts it again."""
-    try:
-        with postgres_server() as server:
-            yield server
-    except LookupError as error:
-        pytest.skip(str(error))
+    with postgres_or_skip() as server:
+        yield server

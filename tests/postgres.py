@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import psycopg
+import pytest
 
 from processes import free_ports
 
@@ -166,6 +167,16 @@ def postgres_server() -> Iterator[PostgresServer]:
         finally:
             if (server.data / "postmaster.pid").exists():
                 server.stop("immediate")
+
+
+@contextmanager
+def postgres_or_skip() -> Iterator[PostgresServer]:
+    """The same for fixtures: without PostgreSQL the test is skipped."""
+    try:
+        with postgres_server() as server:
+            yield server
+    except LookupError as error:
+        pytest.skip(str(error))
 
 
 def _unprivileged() -> str | None:

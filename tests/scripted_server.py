@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
@@ -30,6 +32,10 @@ class Failure:
     message: str = "as told"
     details: Sequence[Message] = ()
     trailers: tuple[tuple[str, str | bytes], ...] = ()
+
+
+SOON = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=1_000_000))
+UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE, details=(SOON,))
 
 
 @dataclass
@@ -133,6 +139,53 @@ class Script(explainer_service_pb2_grpc.ExplainerServiceServicer):
         time.sleep(self.delay)
         if self.failures:
             fail(context, self.failures.pop(0))
+
+
+@dataclass
+class StreamScript(Script):
+    """Streams that each behave as told, the last way for all that follow; and what they were asked."""
+
+    behaviours: list[Callable[[Iterator[Any], Any], Iterator[Any]]] = field(default_factory=list)
+    streams: list[list[Any]] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)
+    arrived: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def open(self, context: Any) -> int:
+        """The number of one more stream."""
+        self.streams.append([])
+        self.finished.append(False)
+        self.metadata.append(dict(context.invocation_metadata()))
+        self.seconds_left.append(context.time_remaining())
+        return len(self.streams) - 1
+
+    def behave(self, number: int, items: Iterator[Any], context: Any, told: Any) -> Iterator[Any]:
+        """What the stream's behaviour makes of its items, and of what it is told."""
+
+        def heard() -> Iterator[Any]:
+            for item in items:
+                self.streams[number].append(item)
+                self.arrived.set()
+                yield item
+            self.finished[number] = True
+
+        returned = False
+
+        def ended() -> None:
+            if not returned:
+                self.cancelled.set()
+
+        if not context.add_callback(ended):  # it is over already
+            ended()
+        yield from self.behaviours[min(number, len(self.behaviours) - 1)](heard(), told)
+        returned = True
+
+
+def item_error(code: grpc.StatusCode, *reasons: Message) -> common_pb2.ItemError:
+    error = common_pb2.ItemError(code=code.value[0], message="as told")
+    for reason in reasons:
+        error.details.add().Pack(reason)
+    return error
 
 
 def fail(context: Any, failure: Failure) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import cdam
+import in_this_process
+from cdam_server.operation import logs
 from reference import foreign
 
 TEXT = {"context_length": 10, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -102,3 +107,14 @@ def save_tokenizer(path: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(path)
+
+
+@contextmanager
+def served(root: Path, models: Sequence[Mapping[str, object]] = (), **settings: Any) -> Iterator[cdam.Client]:
+    """A client of a server in this process; commands that run beside it say on stderr what they say alone."""
+    if models:
+        settings["models_file"] = root / "models.yaml"
+        settings["models_file"].write_text(json.dumps({"models": models}))
+    logs.configure("console", "error")
+    with in_this_process.served(data_dir=root / "data", **settings) as address, cdam.Client(address) as client:
+        yield client

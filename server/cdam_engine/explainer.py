@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Final, cast
 from uuid import uuid4
 
 import torch
@@ -33,6 +33,12 @@ from cdam_engine.trunks import Trunks
 from cdam_engine.units import Unit, answer, run_units
 from cdam_engine.vit import SplitViT
 from cdam_images import upright_rgb
+
+# Runs of the trunk. A gradient in closed form, among several of an image; docs/benchmarks.md, token cache: 0.0002 to 0.002
+# for each of 50 steps or of 100 targets, up to 0.03 for one alone.
+_CLOSED_FORM_COST: Final = 0.003
+# Blocks. A gradient by autograd through the last block: its forward pass, and twice as much backwards.
+_AUTOGRAD_BLOCKS: Final = 3
 
 
 class Explainer:
@@ -133,8 +139,7 @@ class Explainer:
             heads=vit.num_heads,
             readout=vit.readout,
             precision=self.precision,
-            # A block's gradient is three times its forward pass; in closed form it is hardly anything.
-            gradient_cost=0.003 if ClsTail.fits(vit) else 3 / len(vit.blocks),
+            gradient_cost=_CLOSED_FORM_COST if ClsTail.fits(vit) else _AUTOGRAD_BLOCKS / len(vit.blocks),
             refusals=dict(self._refusals()),
         )
 

@@ -18,8 +18,15 @@ request on puts its own place before it (`within`), and `cdam_server.rpc.fields`
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
+
+# Seconds. What a refused caller is told where nobody can tell how long it takes: soon, since most such states are short.
+RETRY_AFTER_SECONDS: Final = 1.0
+# Seconds. Work that is already on the server tries again at least so often: it is here, and asking costs next to nothing.
+_MAX_PAUSE_SECONDS: Final = 2.0
 
 
 class ServiceError(Exception):
@@ -110,9 +117,13 @@ class FailedPreconditionError(ServiceError):
 class OverloadedError(ServiceError):
     """The queue is full; come back after `retry_after` seconds."""
 
-    def __init__(self, message: str, retry_after: float) -> None:
+    def __init__(self, message: str, retry_after: float = RETRY_AFTER_SECONDS) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+    def pause(self) -> float:
+        """Seconds until work on the server tries again, others each time, so that not all of it comes back at once."""
+        return min(self.retry_after, _MAX_PAUSE_SECONDS) * random.uniform(0.5, 1.5)  # noqa: S311
 
 
 class ExhaustedError(FailedPreconditionError):

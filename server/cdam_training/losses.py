@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,14 +60,3 @@ class Scaling:
 def scaling_of(task: Task, targets: Tensor) -> Scaling | None:
     """How a task's targets are scaled; None if they are not."""
     return Scaling(targets) if task is Task.REGRESSION else None
-
-
-def probabilities(task: Task, outputs: Tensor) -> Tensor:
-    """What a task makes of outputs (n, C): probabilities, or the values themselves."""
-    match task:
-        case Task.MULTI_CLASS:
-            return torch.softmax(outputs, dim=-1)
-        case Task.MULTI_LABEL | Task.BINARY:
-            return torch.sigmoid(outputs)
-        case Task.REGRESSION:
-            return outputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,18 +18,12 @@ from cdam._evaluate import Evaluate
 from cdam._images import open_image
 from cdam._items import Items
 from cdam._targets import as_targets
-from scripted_server import Script, scores, serving
+from scripted_server import Script, scores
 
 RNG = np.random.default_rng(5)
 SMOOTH = np.add.outer(np.arange(300), np.arange(400)).astype(np.uint8)[..., None].repeat(3, axis=2)  # 360,000 bytes
 NOISE = RNG.integers(0, 256, (300, 400, 3), dtype=np.uint8)
 LIMIT = 100_000
-
-
-@pytest.fixture
-def script() -> Iterator[Script]:
-    with serving(Script()) as script:
-        yield script
 
 
 # --- pictures over the limit of a message

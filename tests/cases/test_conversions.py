@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from cdam_engine import AttentionRollout, Concept, Explainer, Output, TopK
-from cdam_server.compute.loading import LoadedModel, LoadError, ModelSpec, load_model
+from foreign_models import SIZES, TEXT, difference, load, refusal
 from reference import foreign
 
 transformers.utils.logging.disable_progress_bar()
 
-SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 VISION = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 128}
-TEXT = {"context_length": 8, "vocab_size": 20, "width": 32, "heads": 2, "layers": 1}
 PREPROCESSING = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
@@ -30,25 +28,6 @@ PREPROCESSING = {
     "crop_pct": 1.0,
     "crop_mode": "center",
 }
-
-
-def load(architecture: str, **settings: Any) -> LoadedModel:
-    return load_model(ModelSpec.model_validate({"name": "m", "architecture": architecture, **settings}))
-
-
-def refusal(architecture: str, **settings: Any) -> str:
-    with pytest.raises(LoadError) as caught:
-        load(architecture, **settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def difference(loaded: LoadedModel, forward: Any, size: tuple[int, int] = (32, 32)) -> float:
-    """Of outputs, relative to the largest."""
-    pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected: Tensor = forward(pixels)
-        return float((loaded.module(pixels) - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,6 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.new("RGB", (60, 40), (60 * place, 9, 9)).save(folder / name)
     monkeypatch.chdir(tmp_path)
     return folder
-
-
-@pytest.fixture
-def script() -> Iterator[Script]:
-    with serving(Script()) as script:
-        yield script
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,10 +15,7 @@ from safetensors.torch import load_file, save_file
 import cdam
 from cdam_cli import main
 from cdam_cli.text_vectors import TextModel, TextModelError
-from cdam_server.bootstrap import serve_in_background
-from cdam_server.operation import logs
-from cdam_server.settings.config import Settings
-from small_clip import VISION, Folder, save
+from small_clip import VISION, Folder, save, served
 
 CAT, PICTURE, DOG = "a photo of a cat", "a picture of a cat", "a photo of a dog"
 
@@ -41,20 +37,10 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 @pytest.fixture(scope="module")
 def client(clip: Folder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[cdam.Client]:
     """Of a server of the model's image tower, as it is and with other preprocessing."""
-    root = tmp_path_factory.mktemp("server")
     entry = {"name": "clip", "architecture": f"local-dir:{clip.path}"}
     washed = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
     models = [entry, {**entry, "name": "unnormalised", "preprocessing": washed}]
-    (root / "models.yaml").write_text(json.dumps({"models": models}))
-    settings = Settings.load(
-        address="127.0.0.1:0",
-        admin_address="127.0.0.1:0",
-        models_file=root / "models.yaml",
-        data_dir=root / "data",
-        log_level="error",
-    )
-    logs.configure("console", "error")
-    with serve_in_background(settings) as address, cdam.Client(address) as client:
+    with served(tmp_path_factory.mktemp("server"), models) as client:
         yield client
 
 

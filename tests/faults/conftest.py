@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from postgres import PostgresServer, postgres_server
+from postgres import PostgresServer, postgres_or_skip
 
 
 @pytest.fixture(autouse=True)
@@ -15,18 +15,12 @@ def _default_logs(default_logs: None) -> None:
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[PostgresServer]:
     """A PostgreSQL server of the module's own: one that has made many databases takes long to recover."""
-    yield from _server()
+    with postgres_or_skip() as server:
+        yield server
 
 
 @pytest.fixture
 def fresh_postgres() -> Iterator[PostgresServer]:
     """A PostgreSQL server of the test's own, which has nothing else to write."""
-    yield from _server()
-
-
-def _server() -> Iterator[PostgresServer]:
-    try:
-        with postgres_server() as server:
-            yield server
-    except LookupError as error:
-        pytest.skip(str(error))
+    with postgres_or_skip() as server:
+        yield server

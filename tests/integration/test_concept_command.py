@@ -14,37 +14,29 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import cdam
-from cdam_server.bootstrap import serve_in_background
-from cdam_server.settings.config import Settings
+from in_this_process import served
 
 SAMPLES = files("cdam_server.demo") / "assets" / "samples"
 
 Cdam = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def _serving(folder: Path) -> Any:
-    return serve_in_background(
-        Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", data_dir=folder / "data")
-    )
-
-
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with _serving(tmp_path_factory.mktemp("one")) as address:
+    with served(data_dir=tmp_path_factory.mktemp("one")) as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def other_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Another server of the same model, with a store of its own."""
-    with _serving(tmp_path_factory.mktemp("two")) as address:
+    with served(data_dir=tmp_path_factory.mktemp("two")) as address:
         yield address
 
 

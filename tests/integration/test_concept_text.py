@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -20,11 +19,8 @@ from torch import Tensor
 import cdam
 from cdam_cli import main
 from cdam_cli.text_vectors import TextModel, TextModelError
-from cdam_server.bootstrap import serve_in_background
-from cdam_server.operation import logs
-from cdam_server.settings.config import Settings
 from reference import foreign
-from small_clip import CONFIGS, Folder, save
+from small_clip import CONFIGS, Folder, save, served
 
 Run = Callable[..., Result]
 
@@ -39,20 +35,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folder]:
 
 @pytest.fixture(scope="module")
 def client(folders: dict[str, Folder], tmp_path_factory: pytest.TempPathFactory) -> Iterator[cdam.Client]:
-    root = tmp_path_factory.mktemp("server")
-    models: list[dict[str, Any]] = [
-        {"name": kind, "architecture": f"local-dir:{folders[kind].path}"} for kind in CONFIGS
-    ]
-    (root / "models.yaml").write_text(json.dumps({"models": [*models, {"name": "demo", "architecture": "demo"}]}))
-    settings = Settings.load(
-        address="127.0.0.1:0",
-        admin_address="127.0.0.1:0",
-        models_file=root / "models.yaml",
-        data_dir=root / "data",
-        log_level="error",
-    )
-    logs.configure("console", "error")  # the commands run in this process, and say what they say on its stderr
-    with serve_in_background(settings) as address, cdam.Client(address) as client:
+    models = [{"name": kind, "architecture": f"local-dir:{folders[kind].path}"} for kind in CONFIGS]
+    with served(tmp_path_factory.mktemp("server"), [*models, {"name": "demo", "architecture": "demo"}]) as client:
         yield client
 
 
@@ -151,24 +135,15 @@ def test_a_model_of_another_training_is_refused(run: Run, client: cdam.Client, f
 def test_a_trunk_in_bf16_is_the_same_tower(
     folders: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Settings.load(
-        address="127.0.0.1:0",
-        admin_address="127.0.0.1:0",
-        model=f"local-dir:{folders['clip'].path}",
-        precision="bf16",
-        data_dir=tmp_path,
-        log_level="error",
-    )
-    with serve_in_background(settings) as address:
-        monkeypatch.setenv("CDAM_SERVER", address)
+    with served(tmp_path, model=f"local-dir:{folders['clip'].path}", precision="bf16") as client:
+        monkeypatch.setenv("CDAM_SERVER", client.connection.address)
         said = {
             name: CliRunner().invoke(
                 main, ["concept", "text", name, CAT, "--text-model", f"local-dir:{folders[name].path}"]
             )
             for name in ("clip", "other")
         }
-        with cdam.Client(address) as client:
-            assert client.model().precision == "bf16"
+        assert client.model().precision == "bf16"
     assert said["clip"].exit_code == 0, said["clip"].output
     assert "is not the image tower" in said["other"].stderr
 

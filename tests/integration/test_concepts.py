@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ from PIL import Image
 import cdam_engine as engine
 from calls import SAMPLES, Stub, array, contrast, method, output, refused, request, vector, violated
 from cdam.v1 import common_pb2, concept_pb2, model_pb2, target_pb2
-from cdam_server.bootstrap import serve_in_background
 from cdam_server.demo import model as demo_model
-from cdam_server.settings.config import Settings
+from in_this_process import served
 
 DIGEST = "0" * 64
 _LARGE = [("grpc.max_send_message_length", 1 << 26)]
@@ -41,15 +41,11 @@ _numbers = itertools.count()
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stub]:
     folder = tmp_path_factory.mktemp("concepts")
     (folder / "models.yaml").write_text(MODELS)
-    settings = Settings.load(
-        address="127.0.0.1:0",
-        admin_address="127.0.0.1:0",
-        models_file=folder / "models.yaml",
-        data_dir=folder / "data",
-        max_concept_images=60,
-        max_pending=24,
-    )
-    with serve_in_background(settings) as address, grpc.insecure_channel(address) as channel:
+    settings: dict[str, Any] = {"models_file": folder / "models.yaml", "data_dir": folder / "data"}
+    with (
+        served(**settings, max_concept_images=60, max_pending=24) as address,
+        grpc.insecure_channel(address) as channel,
+    ):
         yield Stub(channel)
 
 
@@ -369,22 +365,17 @@ def test_a_concept_belongs_to_one_models_weights(stub: Stub, name: str) -> None:
 
 
 def test_new_weights_under_an_old_name_are_never_explained_with_old_concepts(tmp_path: Path) -> None:
-    def served(architecture: str) -> Settings:
+    def served_as(architecture: str) -> AbstractContextManager[str]:
         (tmp_path / "models.yaml").write_text(
             f"models: [{{name: m, architecture: {architecture}, random_weights: true}}]"
         )
-        return Settings.load(
-            address="127.0.0.1:0",
-            admin_address="127.0.0.1:0",
-            models_file=tmp_path / "models.yaml",
-            data_dir=tmp_path / "data",
-        )
+        return served(models_file=tmp_path / "models.yaml", data_dir=tmp_path / "data")
 
     picture = _picture(0, 160)
-    with serve_in_background(served("test_vit")) as address, grpc.insecure_channel(address) as channel:
+    with served_as("test_vit") as address, grpc.insecure_channel(address) as channel:
         old = _register(Stub(channel), "noise", [picture]).concept
         assert Stub(channel).Explain(request(picture, _by_name("noise"))).maps
-    with serve_in_background(served("test_vit2")) as address, grpc.insecure_channel(address) as channel:
+    with served_as("test_vit2") as address, grpc.insecure_channel(address) as channel:
         stub = Stub(channel)
         code, _, (info,) = refused(
             lambda: stub.Explain(request(picture, _by_name("noise"))), error_details_pb2.ErrorInfo
@@ -414,8 +405,7 @@ def test_an_import_is_the_same_concept_where_its_images_were_seen(stub: Stub, na
     pictures = [_picture(seed) for seed in range(900, 904)]
     concept = _register(stub, name, pictures[:3], pictures[3:]).concept
     assert not _register(stub, name, **_exported(concept)).created
-    settings = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", data_dir=tmp_path)
-    with serve_in_background(settings) as address, grpc.insecure_channel(address) as channel:
+    with served(data_dir=tmp_path) as address, grpc.insecure_channel(address) as channel:
         elsewhere = Stub(channel)
         moved = _register(elsewhere, name, **_exported(concept)).concept
         assert (moved.imported, moved.id == concept.id) == (True, False)
@@ -598,8 +588,7 @@ def test_concepts_that_are_not_there(stub: Stub) -> None:
 
 def test_a_server_without_a_place_to_store_serves_all_else(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    settings = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", data_dir=tmp_path / "file" / "data")
-    with serve_in_background(settings) as address, grpc.insecure_channel(address) as channel:
+    with served(data_dir=tmp_path / "file" / "data") as address, grpc.insecure_channel(address) as channel:
         stub = Stub(channel)
         code, message, (info,) = refused(partial(_register, stub, "c", [_picture(0)]), error_details_pb2.ErrorInfo)
         assert (code, info.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "STORE_READ_ONLY")
@@ -609,8 +598,7 @@ def test_a_server_without_a_place_to_store_serves_all_else(tmp_path: Path) -> No
 
 
 def test_a_registration_waits_for_room_once_it_has_begun(tmp_path: Path) -> None:
-    settings = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", data_dir=tmp_path, max_pending=2)
-    with serve_in_background(settings) as address, grpc.insecure_channel(address) as channel:
+    with served(data_dir=tmp_path, max_pending=2) as address, grpc.insecure_channel(address) as channel:
         stub = Stub(channel)
         concept = _register(stub, "crowded", [_picture(seed) for seed in range(40)]).concept
         assert concept.example_count == 40
@@ -627,9 +615,8 @@ def test_a_registration_waits_for_room_once_it_has_begun(tmp_path: Path) -> None
 
 
 def test_messages_that_wait_are_counted(tmp_path: Path) -> None:
-    settings = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", data_dir=tmp_path, max_pending_mib=20)
     large = _request("large", [_picture(seed, 1500) for seed in range(2)])  # some 13 MB
-    with serve_in_background(settings) as address, grpc.insecure_channel(address, _LARGE) as channel:
+    with served(data_dir=tmp_path, max_pending_mib=20) as address, grpc.insecure_channel(address, _LARGE) as channel:
         calls = [Stub(channel).ConceptRegister.future(large, timeout=60) for _ in range(4)]
         codes = {call.code() for call in calls}
         assert codes == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from types import CoroutineType
 from typing import Any
 
 import grpc
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 
+import in_this_process
 from calls import SAMPLES, Stub, array, method, output, refused, request, vector, violated
 from cdam.statistics import Table
 from cdam.v1 import common_pb2, evaluation_pb2, explainer_service_pb2_grpc, method_pb2, target_pb2
@@ -33,9 +31,7 @@ from cdam_engine.evaluation import (
     Randomisation,
     Sparseness,
 )
-from cdam_server.bootstrap import Application, load_catalog
 from cdam_server.demo import model as demo_model
-from cdam_server.settings.config import Settings
 from evaluations import (
     CDAM,
     Answers,
@@ -100,12 +96,6 @@ ALL_OF_THE_ENGINE = Protocol(
 )
 # Minutes a sample, on two cores.
 ENDLESS = protocol(metric("box_sensitivity", boxes=4999))
-
-
-@pytest.fixture(scope="module")
-def stub(server_address: str) -> Iterator[Stub]:
-    with grpc.insecure_channel(server_address) as channel:
-        yield Stub(channel)
 
 
 def test_every_metric_is_the_engines(stub: Stub) -> None:
@@ -403,7 +393,7 @@ def wait_until_received(talk: Talk, count: int) -> None:
 async def test_an_evaluation_never_fills_the_queue() -> None:
     """Its samples cost far more than all requests together may."""
     async with (
-        _application(max_pending=2, max_pending_passes=4) as address,
+        in_this_process.application(max_pending=2, max_pending_passes=4) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
         stub: Any = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
@@ -423,7 +413,7 @@ async def test_an_evaluation_never_fills_the_queue() -> None:
 
 async def test_too_many_evaluations() -> None:
     async with (
-        _application(max_pending=8) as address,
+        in_this_process.application(max_pending=8) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
         stub: Any = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
@@ -478,37 +468,20 @@ def test_what_is_cut_goes_on_elsewhere_with_the_same_result(stub: Stub) -> None:
 
 
 async def test_a_cancelled_evaluation_leaves_nothing_behind() -> None:
-    async with _application() as address, grpc.aio.insecure_channel(address) as channel:
+    async with in_this_process.application() as address, grpc.aio.insecure_channel(address) as channel:
         stub: Any = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
-        before = _tasks()
+        before = in_this_process.tasks()
         call = stub.Evaluate()
         for message in requests(ENDLESS, map(sample, range(8))):
             await call.write(message)
         while (await call.read()).progress.received < 4:
             pass
-        assert _tasks() - before
+        assert in_this_process.tasks() - before
         call.cancel()
-        while _tasks() - before:  # noqa: ASYNC110 - the test's own time limit is the bound
+        while in_this_process.tasks() - before:  # noqa: ASYNC110 - the test's own time limit is the bound
             await asyncio.sleep(0.05)
         assert (await stub.Explain(request(SCENE, output(3)))).maps
         answers = Answers()
         async for answer in stub.Evaluate(requests(QUICK, [sample(0)]), timeout=120):
             answers.take(answer)
         assert answers.table is not None
-
-
-def _tasks() -> set[asyncio.Task[Any]]:
-    """This loop's tasks, without grpc's own: those are coroutines of Cython."""
-    return {task for task in asyncio.all_tasks() if isinstance(task.get_coro(), CoroutineType)}
-
-
-@asynccontextmanager
-async def _application(**settings: Any) -> AsyncIterator[str]:
-    """A server in this event loop."""
-    loaded = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", **settings)
-    application = Application(loaded, load_catalog(loaded))
-    await application.start()
-    try:
-        yield application.address
-    finally:
-        await application.stop()

@@ -21,9 +21,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cdam_server.bootstrap import serve_in_background
 from cdam_server.demo.scenes import Scene, draw_scene
-from cdam_server.settings.config import Settings
+from in_this_process import served
 from processes import interruptible
 
 Evaluate = Callable[..., subprocess.CompletedProcess[str]]
@@ -34,8 +33,7 @@ KEPT = "samples are measured and kept; the same command goes on from there"
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
-    settings = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", data_dir=folder)
-    with serve_in_background(settings) as address:
+    with served(data_dir=folder) as address:
         yield address
 
 
@@ -289,9 +287,8 @@ def test_an_unknown_concept_is_told_before_anything_is_measured(evaluate: Evalua
 
 
 def test_several_servers_share_the_work(evaluate: Evaluate, address: str, tmp_path: Path) -> None:
-    settings = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", data_dir=tmp_path / "data")
     words = ("demo-scenes:12", *CHEAP, "--resamples", 50, "--examples", 0)
-    with serve_in_background(settings) as other:
+    with served(data_dir=tmp_path / "data") as other:
         done = evaluate(*words, "--server", "127.0.0.1:1", "--server", address, "--server", other, "-o", "two")
     assert (done.returncode, done.stderr) == (0, "no server answers at 127.0.0.1:1; going on with the others\n")
     assert evaluate(*words, "-o", "one").returncode == 0

@@ -12,30 +12,20 @@ import torch
 from torch import nn
 
 from cdam_engine import (
-    METHODS,
     Concept,
     Contrast,
     Explainer,
     Explanation,
-    IntegratedCdam,
-    IntegratedGradients,
     Method,
     Output,
-    SmoothCdam,
-    SmoothGrad,
     TokenCache,
     TopK,
 )
+from every import short_methods
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-_SHORT = {
-    "smooth_cdam": SmoothCdam(samples=4),
-    "integrated_cdam": IntegratedCdam(steps=4),
-    "smooth_grad": SmoothGrad(samples=4),
-    "integrated_gradients": IntegratedGradients(steps=4),
-}
-METHOD = {kind: _SHORT.get(kind) or method() for kind, method in METHODS.items()}
+METHOD = short_methods()
 
 
 @pytest.fixture(autouse=True)

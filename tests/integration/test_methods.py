@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 import torch
@@ -49,12 +48,6 @@ METHODS: list[tuple[method_pb2.Method, engine.Method]] = [
     (method("token_ablation"), engine.TokenAblation()),
     (method("patch_mask_prediction"), engine.PatchMaskPrediction()),
 ]
-
-
-@pytest.fixture(scope="module")
-def stub(server_address: str) -> Iterator[Stub]:
-    with grpc.insecure_channel(server_address) as channel:
-        yield Stub(channel)
 
 
 @pytest.fixture(scope="module")

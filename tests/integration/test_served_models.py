@@ -26,8 +26,7 @@ from torch import nn
 from calls import Stub, array, contrast, method, output, refused, request, vector, violated
 from cdam.v1 import method_pb2, model_pb2, target_pb2
 from cdam_engine.preprocess import DataConfig, normalise, prepare
-from cdam_server.bootstrap import serve_in_background
-from cdam_server.settings.config import Settings
+from in_this_process import served
 
 SMALL = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 BIOMARKERS = ["diameter", "volume", "density", "spiculation", "lobulation", "margin", "sphericity", "calcification"]
@@ -82,10 +81,10 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stub]:
         },
     ]
     (folder / "models.yaml").write_text(json.dumps({"models": models}))  # JSON is YAML
-    settings = Settings.load(
-        address="127.0.0.1:0", admin_address="127.0.0.1:0", models_file=folder / "models.yaml", log_level="error"
-    )
-    with serve_in_background(settings) as address, grpc.insecure_channel(address) as channel:
+    with (
+        served(models_file=folder / "models.yaml", log_level="error") as address,
+        grpc.insecure_channel(address) as channel,
+    ):
         yield Stub(channel)
 
 
@@ -102,8 +101,8 @@ def _serving(folder: Path, **settings: Any) -> Iterator[Stub]:
     """A server of one small model of five outputs."""
     model = {"name": "small", "architecture": "vit_tiny_patch16_224", "random_weights": True, "num_outputs": 5}
     (folder / "models.yaml").write_text(json.dumps({"models": [{**model, "model_kwargs": SMALL}]}))
-    flags = {"address": "127.0.0.1:0", "admin_address": "127.0.0.1:0", "models_file": folder / "models.yaml"}
-    with serve_in_background(Settings.load(**flags, **settings)) as address, grpc.insecure_channel(address) as channel:
+    settings["models_file"] = folder / "models.yaml"
+    with served(**settings) as address, grpc.insecure_channel(address) as channel:
         yield Stub(channel)
 
 

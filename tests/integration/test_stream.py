@@ -7,10 +7,9 @@ import io
 import queue
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
-from types import CoroutineType
 from typing import Any
 
 import grpc
@@ -20,20 +19,13 @@ from google.rpc import error_details_pb2
 from PIL import Image
 
 import cdam
+import in_this_process
 from calls import SAMPLES, Stub, method, output, refused, request
 from cdam.v1 import common_pb2, explain_pb2, explainer_service_pb2_grpc, target_pb2
-from cdam_server.bootstrap import Application, load_catalog
-from cdam_server.settings.config import Settings
 from processes import serving
 
 PATH = "/cdam.v1.ExplainerService/ExplainStream"
 SCENES = [(SAMPLES / f"scene{number}.png").read_bytes() for number in range(1, 7)]
-
-
-@pytest.fixture(scope="module")
-def stub(server_address: str) -> Iterator[Stub]:
-    with grpc.insecure_channel(server_address) as channel:
-        yield Stub(channel)
 
 
 @pytest.fixture(params=["blocking", "asyncio"])
@@ -190,23 +182,26 @@ def test_a_client_that_does_not_read_is_held_back(stub: Stub) -> None:
 
 async def test_a_cancelled_stream_leaves_nothing_behind() -> None:
     slow = [method("smooth_grad", samples=20)]
-    async with _application(max_batch_size=2) as address, grpc.aio.insecure_channel(address) as channel:
+    async with in_this_process.application(max_batch_size=2) as address, grpc.aio.insecure_channel(address) as channel:
         stub: Any = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
-        before = _tasks()
+        before = in_this_process.tasks()
         call = stub.ExplainStream()
         for number in range(20):
             item = request(SCENES[number % 6], output(3), methods=slow, request_id=str(number))
             await call.write(_wrap(item))
         assert (await call.read()).HasField("response")
-        assert _tasks() - before
+        assert in_this_process.tasks() - before
         call.cancel()
-        while _tasks() - before:  # noqa: ASYNC110 - the test's own time limit is the bound
+        while in_this_process.tasks() - before:  # noqa: ASYNC110 - the test's own time limit is the bound
             await asyncio.sleep(0.05)
         assert (await stub.Explain(request(SCENES[1], output(3)))).maps
 
 
 async def test_a_full_queue_holds_a_stream_up_and_fails_nothing() -> None:
-    async with _application(max_pending=2, max_batch_size=2) as address, cdam.AsyncClient(address) as client:
+    async with (
+        in_this_process.application(max_pending=2, max_batch_size=2) as address,
+        cdam.AsyncClient(address) as client,
+    ):
         results = [result async for result in client.explain_stream([SCENES[k % 6] for k in range(100)], "7")]
     assert sorted(result.key for result in results) == list(range(100))
     assert [result.error for result in results if result.error] == []
@@ -290,20 +285,3 @@ def test_leaving_early_frees_the_server(server_address: str) -> None:
 
 def _wrap(item: explain_pb2.ExplainRequest) -> explain_pb2.ExplainStreamRequest:
     return explain_pb2.ExplainStreamRequest(request=item)
-
-
-def _tasks() -> set[asyncio.Task[Any]]:
-    """This loop's tasks, without grpc's own: those are coroutines of Cython."""
-    return {task for task in asyncio.all_tasks() if isinstance(task.get_coro(), CoroutineType)}
-
-
-@asynccontextmanager
-async def _application(**settings: Any) -> AsyncIterator[str]:
-    """A server in this event loop, where its tasks can be seen."""
-    loaded = Settings.load(address="127.0.0.1:0", admin_address="127.0.0.1:0", **settings)
-    application = Application(loaded, load_catalog(loaded))
-    await application.start()
-    try:
-        yield application.address
-    finally:
-        await application.stop()

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +25,9 @@ from cdam_engine.preprocess import DataConfig, normalise, prepare
 from cdam_server.compute.loading import load_model, load_models_file
 from cdam_server.settings.load_error import LoadError
 from cdam_server.settings.specs import ModelSpec, Task
-from killing import kill_and_repeat
 from processes import serving
 from small_models import ARCHITECTURE, SHAPE, vit
+from trained import check_same_when_killed, read_card
 
 CLASSES = ("blue", "green", "red")
 
@@ -68,11 +67,6 @@ def arguments(folder: Path, dataset: str, *more: str) -> list[str]:
 
 def run(folder: Path, dataset: str, *more: str) -> Result:
     return CliRunner().invoke(main, arguments(folder, dataset, *more))
-
-
-def read_card(weights: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(weights.with_suffix(".json").read_text())
-    return content
 
 
 def models_file(folder: Path, path: Path, *heads: Path) -> Path:
@@ -178,20 +172,8 @@ def test_what_was_tuned_is_part_of_the_file_and_bound_to_its_backbone(folder: Pa
     ids=["fit", "epochs", "blocks"],
 )
 def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path, way: tuple[str, ...]) -> None:
-    whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
-    command = [sys.executable, "-m", "cdam_cli", *arguments(folder, "photos", *way), "-o"]
-    kill_and_repeat([*command, str(whole)], whole, [], kills=0)
-    work = tmp_path / "killed.work"
-    kill_and_repeat(
-        [*command, str(killed)], killed, [work / file for file in ("kept/done.npy", "training.pt", "fit.pt")]
-    )
-    expected, found = load_file(whole), load_file(killed)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    one, other = read_card(whole), read_card(killed)
-    for card in (one, other):
-        del card["started"], card["seconds"]
-    assert one == other
+    command = [sys.executable, "-m", "cdam_cli", *arguments(folder, "photos", *way)]
+    check_same_when_killed(command, tmp_path, ("kept/done.npy", "training.pt", "fit.pt"))
 
 
 @pytest.mark.parametrize(

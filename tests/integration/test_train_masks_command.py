@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 import cdam
 from cdam_cli import main
 from cdam_engine.preprocess import DataConfig, normalise, prepare
-from killing import kill_and_repeat
 from masked_pictures import CLASSES, KWARGS, PATCH, SIZE, picture, write_model, write_pictures
 from processes import serving
 from small_models import ARCHITECTURE, vit
+from trained import check_same_when_killed, read_card
 
 FAST = ("--epochs", "30", "--batch-size", "8", "--lr", "0.01", "--block-lr", "0.003")
 SEVERAL = ("several.jsonl", "--task", "multi_label", "--target", "labels", "--mask", "mask", "--split-by", "split")
@@ -45,11 +45,6 @@ def arguments(folder: Path, dataset: str, *more: str, models: str = "models3.yam
 
 def run(folder: Path, dataset: str, *more: str, models: str = "models3.yaml") -> Result:
     return CliRunner().invoke(main, arguments(folder, dataset, *more, models=models))
-
-
-def read_card(weights: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(weights.with_suffix(".json").read_text())
-    return content
 
 
 def estimate(card: dict[str, Any], side: str, name: str) -> float:
@@ -154,7 +149,6 @@ def test_a_head_that_was_trained_before_is_gone_on_from(folder: Path, tmp_path: 
 
 
 def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     way = (
         *SEVERAL,
         "--masked-share",
@@ -168,16 +162,7 @@ def test_killed_and_resumed_is_uninterrupted(folder: Path, tmp_path: Path) -> No
         "--epochs",
         "10",
     )
-    command = [sys.executable, "-m", "cdam_cli", *arguments(folder, *way), "-o"]
-    kill_and_repeat([*command, str(whole)], whole, [], kills=0)
-    kill_and_repeat([*command, str(killed)], killed, [tmp_path / "killed.work" / "training.pt"])
-    expected, found = load_file(whole), load_file(killed)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    one, other = read_card(whole), read_card(killed)
-    for card in (one, other):
-        del card["started"], card["seconds"]
-    assert one == other
+    check_same_when_killed([sys.executable, "-m", "cdam_cli", *arguments(folder, *way)], tmp_path, ("training.pt",))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,25 +29,11 @@ from cdam_engine.evaluation import (
 from cdam_server.compute.loading import load_backbone
 from cdam_server.compute.weights.trained import Trained, write_trained
 from real.backbone import ARCHITECTURE, INPUT
-from real.voc import Photographs, photographs
+from real.voc import Photographs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIDELITY, BOXES = Fidelity(points=3), BoxSensitivity(boxes=3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def voc() -> Photographs:
-    try:
-        return photographs()
-    except LookupError as error:
-        pytest.skip(f"needs photographs with masks: {error}")
 
 
 @pytest.fixture(scope="module")

@@ -20,22 +20,13 @@ from processes import serving
 from real.backbone import ARCHITECTURE, INPUT, onnx_file, state_dict
 from real.classifier import build, train_and_write
 from real.measures import discrimination, service_difference, token_difference
-from real.voc import Photographs, photographs
+from real.voc import Photographs
 
 # The first fixtures bring 90 MB and embed hundreds of photographs.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
 # Photographs that come with scikit-image: in the public domain (NASA), and CC0 (Stefan van der Walt).
 ASTRONAUT, CAT = (Path(skimage.__file__).parent / "data" / name for name in ("astronaut.png", "chelsea.png"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """On a busy machine more only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +40,6 @@ def graph() -> onnx.ModelProto:
 @pytest.fixture(scope="module")
 def weights(graph: onnx.ModelProto) -> dict[str, Tensor]:
     return state_dict(graph)
-
-
-@pytest.fixture(scope="module")
-def voc() -> Photographs:
-    try:
-        return photographs()
-    except LookupError as error:
-        pytest.skip(f"needs photographs with masks: {error}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from reference.whole_model import Function
+from reference.whole_model import Function, activated
 
 Array = NDArray[np.float64]
 Values = Callable[[Array], Array]
@@ -83,22 +83,10 @@ def values(model: nn.Module, target: Function, activation: str = "identity", at_
             features = model.forward_features(pixels)
             latents = model.forward_head(features, pre_logits=True)
             for latent, outputs in zip(latents, model.forward_head(features), strict=True):
-                found.append(float(target(latent, _activated(outputs, activation))))
+                found.append(float(target(latent, activated(outputs, activation))))
         return np.array(found, dtype=np.float64)
 
     return f
-
-
-def _activated(outputs: Tensor, activation: str) -> Tensor:
-    match activation:
-        case "softmax":
-            powers = torch.exp(outputs - outputs.max())
-            return powers / powers.sum()
-        case "sigmoid":
-            return 1 / (1 + torch.exp(-outputs))
-        case "identity":
-            return outputs
-    raise AssertionError(activation)
 
 
 def blur(image: Array, sigma_at_224: float) -> Array:

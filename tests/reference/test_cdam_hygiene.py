@@ -54,14 +54,18 @@ class BreaksBackward(nn.Module):
         return _BreaksBackward.apply(x)
 
 
-@pytest.fixture
-def model() -> nn.Module:
-    """A model of one's own, some of it frozen, some of it with gradients from elsewhere."""
+def model_in_use(hooked: str) -> nn.Module:
+    """A model of one's own, some of it frozen, some of it with gradients from elsewhere, one hook of its owner's."""
     model = copy.deepcopy(build(CASE))
     model.blocks[0].requires_grad_(requires_grad=False)
     model.head.weight.grad = torch.ones_like(model.head.weight)
-    model.head.register_forward_hook(lambda *_: None)  # the caller's own, to be left alone
+    model.get_submodule(hooked).register_forward_hook(lambda *_: None)
     return model
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return model_in_use("head")
 
 
 @every_caller

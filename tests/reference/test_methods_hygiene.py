@@ -17,24 +17,26 @@ from torch import nn
 from cdam_engine import Concept, Contrast, Explainer, Explanation, Method, Output, TopK, UnsupportedMethodError
 from reference.method_expectations import concept, supported
 from reference.models import BY_ID, build, images, require
-from reference.test_cdam_hygiene import CALLERS, BreaksBackward, BreaksForward, BrokenError, _tensors_alive, unchanged
+from reference.test_cdam_hygiene import (
+    BreaksBackward,
+    BreaksForward,
+    BrokenError,
+    _tensors_alive,
+    every_caller,
+    model_in_use,
+    unchanged,
+)
 from reference.test_methods_properties import METHODS, assert_equal
 
 CASE = BY_ID["eight_outputs"]
 TARGETS = [[Contrast(Output(0), Output(1))], [TopK(2), Output(7)]]
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
-every_caller = pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
 
 
 @pytest.fixture
 def model() -> nn.Module:
-    """A model of one's own, some of it frozen, some of it with gradients from elsewhere, one hook of its owner's."""
-    model = copy.deepcopy(build(CASE))
-    model.blocks[0].requires_grad_(requires_grad=False)
-    model.head.weight.grad = torch.ones_like(model.head.weight)
-    model.patch_embed.register_forward_hook(lambda *_: None)
-    return model
+    return model_in_use("patch_embed")
 
 
 @every_method

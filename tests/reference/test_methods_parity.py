@@ -103,6 +103,7 @@ every_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for
 some_cases = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.id) for case in (*map(BY_ID.__getitem__, FEW), *SHARED_BIAS)]
 )
+both_precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 
 # Two images; what is asked for differs in kind, in parameters and in order.
 CDAM_FAMILY: tuple[tuple[Method, ...], ...] = (
@@ -216,33 +217,21 @@ def close(found: NDArray[np.floating] | None, wanted: Tensor | None, tolerance: 
 
 
 @every_case
-def test_cdam_family_in_double_precision(case: Case) -> None:
-    check(case, CDAM_FAMILY, torch.float64)
-
-
-@every_case
-def test_cdam_family_in_single_precision(case: Case) -> None:
-    check(case, CDAM_FAMILY, torch.float32)
+@both_precisions
+def test_cdam_family(case: Case, dtype: torch.dtype) -> None:
+    check(case, CDAM_FAMILY, dtype)
 
 
 @some_cases
-def test_attention_and_tokens_in_double_precision(case: Case) -> None:
-    check(case, TOKENS_AND_ATTENTION, torch.float64)
+@both_precisions
+def test_attention_and_tokens(case: Case, dtype: torch.dtype) -> None:
+    check(case, TOKENS_AND_ATTENTION, dtype)
 
 
 @some_cases
-def test_attention_and_tokens_in_single_precision(case: Case) -> None:
-    check(case, TOKENS_AND_ATTENTION, torch.float32)
-
-
-@some_cases
-def test_pixels_in_double_precision(case: Case) -> None:
-    check(case, PIXELS, torch.float64)
-
-
-@some_cases
-def test_pixels_in_single_precision(case: Case) -> None:
-    check(case, PIXELS, torch.float32)
+@both_precisions
+def test_pixels(case: Case, dtype: torch.dtype) -> None:
+    check(case, PIXELS, dtype)
 
 
 @pytest.mark.parametrize("name", ["eight_outputs", "deit_distilled", "siglip", "rope_mixed"])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cdam_engine
 from cdam_engine import (
     Attention,
     AttentionRollout,
@@ -87,6 +88,10 @@ some_methods = st.lists(st.sampled_from(METHODS), max_size=4)
 
 def batch_of(count: int) -> st.SearchStrategy[list[tuple[list[Output | Concept | Contrast | TopK], list[Method]]]]:
     return st.lists(st.tuples(some_targets, some_methods), min_size=count, max_size=count)
+
+
+def test_no_method_is_missing() -> None:
+    assert {type(method) for method in METHODS} == set(cdam_engine.METHODS.values())
 
 
 # Batches.

@@ -10,35 +10,26 @@ import torch
 from numpy.typing import NDArray
 
 from cdam_engine import (
-    METHODS,
     Cdam,
     Explainer,
     Explanation,
-    IntegratedCdam,
-    IntegratedGradients,
     Method,
     Output,
     SmoothCdam,
-    SmoothGrad,
     TopK,
     interruptible,
 )
+from every import short_methods
 from reference.method_expectations import supported
 from reference.models import BY_ID, Case, build, images
 
-_SHORT: dict[str, Method] = {
-    "smooth_cdam": SmoothCdam(samples=4),
-    "integrated_cdam": IntegratedCdam(steps=4),
-    "smooth_grad": SmoothGrad(samples=4),
-    "integrated_gradients": IntegratedGradients(steps=4),
-}
 CASES = [BY_ID["patch_8"], BY_ID["siglip_pool"]]  # in closed form, and by autograd
 TARGETS = [Output(1), Output(2), TopK(2)]
 EVERY = [
     pytest.param(case, method, id=f"{case.id}-{kind}")
     for case in CASES
-    for kind, make in METHODS.items()
-    if supported(case, method := _SHORT.get(kind) or make())
+    for kind, method in short_methods().items()
+    if supported(case, method)
 ]
 
 

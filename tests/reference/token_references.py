@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reference.cdam_reference import patch_grid
-from reference.whole_model import Function, ReferenceMap, run
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda outputs: outputs.softmax(dim=-1),
-    "sigmoid": torch.sigmoid,
-    "identity": lambda outputs: outputs,
-}
+from reference.whole_model import Function, ReferenceMap, activated, run
 
 
 def token_ablation(model: nn.Module, image: Tensor, f: Function) -> ReferenceMap:
@@ -48,7 +42,7 @@ def patch_mask_prediction(model: nn.Module, image: Tensor, f: Function, activati
             outputs = model.head(latent)
             if hasattr(model, "head_dist"):
                 outputs = (outputs + model.head_dist(latent)) / 2
-            scores[patch] = f(latent, ACTIVATIONS[activation](outputs))
+            scores[patch] = f(latent, activated(outputs, activation))
     return ReferenceMap(scores.reshape(h, w))
 
 

@@ -223,3 +223,16 @@ def quadrature_rule(name: str, steps: int) -> tuple[list[float], list[float]]:
         recurrence[k, k - 1] = recurrence[k - 1, k] = k / (4 * k * k - 1) ** 0.5
     points, vectors = torch.linalg.eigh(recurrence)
     return ((1 + points) / 2).tolist(), (vectors[0] ** 2).tolist()
+
+
+def activated(outputs: Tensor, activation: str) -> Tensor:
+    """Outputs `(C,)` as probabilities, or as they are."""
+    match activation:
+        case "softmax":
+            powers = torch.exp(outputs - outputs.max())
+            return powers / powers.sum()
+        case "sigmoid":
+            return 1 / (1 + torch.exp(-outputs))
+        case "identity":
+            return outputs
+    raise AssertionError(activation)

@@ -22,6 +22,7 @@ from cdam_server.settings.config import Settings
 from cdam_server.store import StoreUnusableError
 from cdam_server.store.sqlite import FILE_NAME
 from cdam_server.store.sqlite_file import make
+from processes import free_ports
 
 SERVING = 1
 
@@ -47,16 +48,8 @@ def _threads_of_grpc() -> Iterator[None]:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     make(tmp_path / FILE_NAME)
-    api, admin = _free_ports(2)
+    api, admin = free_ports(2)
     return Settings.load(address=f"127.0.0.1:{api}", admin_address=f"127.0.0.1:{admin}", data_dir=tmp_path)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [item.getsockname()[1] for item in sockets]
-    for item in sockets:
-        item.close()
-    return ports
 
 
 def _listen(address: str) -> socket.socket:

@@ -25,13 +25,11 @@ from cdam_engine.evaluation.sample import Field
 from cdam_engine.evaluation.subject import Subject
 from cdam_engine.methods.base import Scores
 from cdam_engine.methods.prediction import Activation
-from cdam_engine.preprocess import DataConfig
 from cdam_engine.targets import Target
 from cdam_server.rpc import methods, metrics
+from oblong_vit import CONFIG, PATCH, SIZE, image, vit
 
-CONFIG = DataConfig((24, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0, "center")
-PATCH = 8
-GEOMETRY = Geometry((24, 32), (PATCH, PATCH), Grid(3, 4))
+GEOMETRY = Geometry(SIZE, (PATCH, PATCH), Grid(3, 4))
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,7 @@ class Removal(Metric):
 
 @pytest.fixture(scope="module")
 def model() -> VisionTransformer:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = VisionTransformer(
-            img_size=(24, 32), patch_size=PATCH, embed_dim=24, depth=3, num_heads=2, num_classes=5
-        )
-        for parameter in model.parameters():
-            parameter.data.normal_(std=0.3)
-    return model.eval().double()
-
-
-def image(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (24, 32, 3), np.uint8)
+    return vit().double()
 
 
 def pixels(*seeds: int) -> torch.Tensor:

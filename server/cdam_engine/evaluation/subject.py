@@ -14,7 +14,7 @@ from cdam_engine.evaluation.blur import blurred
 from cdam_engine.evaluation.geometry import Enlargement, Geometry
 from cdam_engine.evaluation.perturbation import MapOf, Order, Perturbation, Picture
 from cdam_engine.evaluation.sample import Sample, SampleError
-from cdam_engine.methods.prediction import Activation
+from cdam_engine.methods.prediction import Activation, activated
 from cdam_engine.targets import Output
 from cdam_engine.transfer import send
 
@@ -124,14 +124,3 @@ class Subject:
         if not np.isfinite(values).all():
             raise SampleError("image", "the model's answer to it, or to a variation of it, is not finite")
         return values
-
-
-def activated(logits: Tensor, activation: Activation) -> Tensor:
-    """Logits (..., C), or probabilities."""
-    match activation:
-        case "softmax":
-            return logits.softmax(dim=-1)
-        case "sigmoid":
-            return logits.sigmoid()
-        case "identity":
-            return logits

@@ -49,19 +49,21 @@ class PatchMaskPrediction(Method):
         assert batch.trunk is not None
         vit, trunk = batch.vit, batch.trunk.take(images)
         latent, logits = read_out_alone(vit, vit.leave(trunk, trunk.tokens))
-        said = self._activated(logits)
+        said = activated(logits, self.activation)
         targets = batch.resolve(images, wanted)
         rows = [torch.stack([f(latent[b], said[b]) for f in its]) for b, its in enumerate(targets)]
         return Scores(torch.stack(rows), has_prefix=False)
 
-    def _activated(self, logits: Tensor) -> Tensor:
-        match self.activation:
-            case "softmax":
-                return logits.softmax(dim=-1)
-            case "sigmoid":
-                return logits.sigmoid()
-            case "identity":
-                return logits
+
+def activated(logits: Tensor, activation: Activation) -> Tensor:
+    """Logits (..., C), or probabilities."""
+    match activation:
+        case "softmax":
+            return logits.softmax(dim=-1)
+        case "sigmoid":
+            return logits.sigmoid()
+        case "identity":
+            return logits
 
 
 def read_out_alone(vit: SplitViT, x: Tensor) -> TailOutput:

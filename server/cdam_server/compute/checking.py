@@ -14,7 +14,6 @@ from PIL import Image
 from cdam_engine import Cdam, Concept, Explanation, TopK
 from cdam_engine.preprocess import prepare
 from cdam_server.compute.models import ImageQuery, ServedModel
-from cdam_server.settings.specs import Task
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,9 @@ def answer(served: ServedModel, image: Image.Image) -> Explanation:
 
 def best(served: ServedModel, logits: NDArray[np.floating], count: int = 5) -> list[tuple[str, float, float | None]]:
     """The largest outputs: (name, logit, probability where the task has one)."""
-    loaded = served.loaded
-    probabilities: NDArray[np.floating] | None = None
-    if loaded.task is Task.MULTI_CLASS:
-        shifted = np.exp(logits - logits.max(initial=0.0))
-        probabilities = shifted / shifted.sum()
-    elif loaded.task is not Task.REGRESSION:
-        probabilities = 1 / (1 + np.exp(-logits))
+    probabilities = served.facts.probabilities(logits)
     order = np.argsort(-logits, kind="stable")[:count]
-    names = loaded.output_names or [f"output {index}" for index in range(len(logits))]
+    names = served.facts.output_names or [f"output {index}" for index in range(len(logits))]
     return [
         (names[i], float(logits[i]), None if probabilities is None else float(probabilities[i])) for i in order.tolist()
     ]

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cdam_engine import ExplainerFacts, Refusal
 from cdam_engine.evaluation import Protocol
+from cdam_engine.methods.prediction import Activation
 from cdam_engine.preprocess import DataConfig
 from cdam_server.errors import FailedPreconditionError, NotFoundError
 from cdam_server.settings.specs import Task
+
+_ACTIVATIONS: Final[dict[Task, Activation]] = {
+    Task.MULTI_CLASS: "softmax",
+    Task.MULTI_LABEL: "sigmoid",
+    Task.BINARY: "sigmoid",
+    Task.REGRESSION: "identity",
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,23 @@ class ModelFacts:
             message = f"model {self.name!r}: {refusal.message}"
             raise FailedPreconditionError(refusal.reason, message, model=self.name)
         return self.explainer
+
+    @property
+    def activation(self) -> Activation:
+        """What turns its logits into probabilities."""
+        return _ACTIVATIONS[self.task]
+
+    def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64] | None:
+        """What a classifier's logits mean, shape (C,): softmax over classes, or a sigmoid for each label; None: a regression."""
+        values = logits.astype(np.float64)
+        match self.activation:
+            case "softmax":
+                exponentials = np.exp(values - values.max(initial=-np.inf))
+                return np.asarray(exponentials / exponentials.sum())
+            case "sigmoid":
+                return np.asarray(0.5 * (1.0 + np.tanh(0.5 * values)))  # no overflow at either end
+            case "identity":
+                return None
 
     def patches(self, input_size: tuple[int, int]) -> int:
         """Number of patches of an input that it takes."""

@@ -87,7 +87,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self._idle.clear()
         try:
             if not self._ready():
-                raise UnavailableError("the server is starting, or going down", 1.0)  # noqa: TRY301
+                raise UnavailableError("the server is starting, or going down")  # noqa: TRY301
             yield
         except asyncio.CancelledError:
             remaining = context.time_remaining()

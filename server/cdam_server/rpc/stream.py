@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import grpc
 import structlog
@@ -24,10 +23,10 @@ from cdam_server.rpc.status import Status, status_of
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
-_MAX_BYTES = 1 << 28
-_FIRST_SECONDS = 10.0
-_LONGEST_PAUSE_SECONDS = 2.0
-_RETRY_AFTER_SECONDS = 1.0
+# Bytes. The budget of a server that is told none: the default of the setting max_pending_mib.
+_MAX_BYTES: Final = 256 << 20
+# Seconds. The longest wait for a stream's first message: it is ready when the call is made, a slow network's delay aside.
+_FIRST_SECONDS: Final = 10.0
 _log = structlog.get_logger("cdam.rpc")
 
 
@@ -179,7 +178,7 @@ class _Stream(Generic[Request, Response]):
             await self._slots.acquire()
             request = await _next(requests, self._draining, longest)
             if isinstance(request, DeadlineError):  # the rest may come on another stream
-                return UnavailableError(str(request), _RETRY_AFTER_SECONDS)
+                return UnavailableError(str(request))
             if request is None or isinstance(request, ServiceError):
                 return request
             self.items += 1
@@ -238,16 +237,16 @@ class _Stream(Generic[Request, Response]):
             except UnavailableError:
                 raise
             except OverloadedError as full:
-                await self._pause(full.retry_after)
+                await self._pause(full)
 
-    async def _pause(self, seconds: float) -> None:
-        """Wait, each item for a time of its own, so that they don't all come back at once.
+    async def _pause(self, full: OverloadedError) -> None:
+        """Wait until the item tries again.
 
         Raises:
             UnavailableError: The server goes down.
         """
         with suppress(TimeoutError):
-            async with asyncio.timeout(min(seconds, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.5)):  # noqa: S311
+            async with asyncio.timeout(full.pause()):
                 await self._draining.wait()
                 raise _going_down()
 
@@ -261,7 +260,7 @@ def item_error(status: Status) -> common_pb2.ItemError:
 
 
 def _going_down() -> UnavailableError:
-    return UnavailableError("the server is going down", _RETRY_AFTER_SECONDS)
+    return UnavailableError("the server is going down")
 
 
 async def _next(

@@ -26,7 +26,7 @@ from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, wi
 from cdam_server.operation.telemetry import Telemetry
 from cdam_server.usecases.concurrency import ConcurrencyLimit
 from cdam_server.usecases.images import refusals
-from cdam_server.usecases.resolve import ACTIVATIONS, Resolver, WantedScalar, resolve_method
+from cdam_server.usecases.resolve import Resolver, WantedScalar, resolve_method
 
 # Samples that take no more passes share batches: alone they would not fill a forward pass of the evaluator.
 _LIGHT_COST: Final = 32.0
@@ -281,7 +281,7 @@ def _resolved(model: ModelFacts, protocol: Protocol, geometry: Geometry) -> Prot
 
 def _resolved_metric(model: ModelFacts, metric: Metric, geometry: Geometry, field: str) -> Metric:
     try:
-        return metric.resolved(geometry, ACTIVATIONS[model.task])
+        return metric.resolved(geometry, model.activation)
     except ParameterError as error:
         raise InvalidArgumentError(f"{field}.{error.field}", error.reason) from error
 

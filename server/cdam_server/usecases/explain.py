@@ -11,7 +11,7 @@ from cdam_engine import Method, Output, TopK
 from cdam_server.compute.facts import ModelFacts, NonFiniteError
 from cdam_server.errors import InvalidArgumentError
 from cdam_server.usecases.images import Answered, ImageRequest, Images
-from cdam_server.usecases.resolve import Resolver, Wanted, probabilities, resolve_methods
+from cdam_server.usecases.resolve import Resolver, Wanted, resolve_methods
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,4 +79,4 @@ class ExplainUseCase:
                 raise
             message = "a map is not finite: is a concept's vector too large for one of the methods?"
             raise InvalidArgumentError("targets", message) from error
-        return Explained(model, answered, probabilities(model, answered.done.answer.logits))
+        return Explained(model, answered, model.probabilities(answered.done.answer.logits))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +31,6 @@ from cdam_server.compute.work import ImageWork, Works
 from cdam_server.errors import DeadlineError, ExhaustedError, OverloadedError, UnavailableError
 from cdam_server.operation import tracing
 from cdam_server.operation.telemetry import Telemetry
-
-_RETRY_AFTER_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,4 +164,4 @@ def refusals() -> Iterator[None]:
     except TooLargeError as error:
         raise ExhaustedError("OUT_OF_MEMORY", "the image does not fit into the device's memory") from error
     except (ClosedError, DeviceLostError) as error:
-        raise UnavailableError("the server is going down", _RETRY_AFTER_SECONDS) from error
+        raise UnavailableError("the server is going down") from error

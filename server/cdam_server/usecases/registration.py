@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,14 @@ from cdam_engine import mean_concept
 from cdam_engine.preprocess import Resize
 from cdam_server.compute.facts import ModelFacts
 from cdam_server.compute.scheduling import ByteBudget
-from cdam_server.errors import InvalidArgumentError, OverloadedError, ServiceError, UnavailableError, within
+from cdam_server.errors import (
+    RETRY_AFTER_SECONDS,
+    InvalidArgumentError,
+    OverloadedError,
+    ServiceError,
+    UnavailableError,
+    within,
+)
 from cdam_server.store import (
     ConceptFacts,
     ConceptStore,
@@ -36,9 +42,9 @@ from cdam_server.usecases.images import ImageRequest, Images
 from cdam_server.usecases.resolve import Resolver, check_vector
 
 _ROUNDING: Final = 0.05  # bfloat16's, in a difference of means
-_WINDOW: Final = 16
-_RETRY_AFTER_SECONDS: Final = 1.0
-_LONGEST_PAUSE_SECONDS: Final = 2.0
+# Images. So many of a registration are decoded or queued at once: a full batch as max_batch_size has it by default; more would
+# only hold memory.
+_IN_WORK: Final = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +132,7 @@ class RegisterUseCase:
         self._store = store
         self._images = images
         self._budget = budget
-        self._concurrency = ConcurrencyLimit(most, "registrations", _RETRY_AFTER_SECONDS)
+        self._concurrency = ConcurrencyLimit(most, "registrations", RETRY_AFTER_SECONDS)
 
     async def __call__(
         self, command: RegisterCommand, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]
@@ -146,7 +152,7 @@ class RegisterUseCase:
     @contextmanager
     def _memory(self, held: int) -> Iterator[None]:
         if not self._budget.try_take(held):
-            raise OverloadedError("there is no memory for it now", _RETRY_AFTER_SECONDS)
+            raise OverloadedError("there is no memory for it now")
         try:
             yield
         finally:
@@ -255,11 +261,11 @@ class _Embedding:
         self._model = model
         self._input_size = input_size
         self._command = command
-        self._slots = asyncio.Semaphore(_WINDOW)
+        self._slots = asyncio.Semaphore(_IN_WORK)
         self._deadline = None if command.timeout is None else monotonic() + command.timeout
 
     async def all_of(self, images: Sequence[ExampleImage] | AsyncIterator[ExampleImage]) -> list[_Embedded]:
-        """Embed images, in their order; at most `_WINDOW` are in work, and only they are held.
+        """Embed images, in their order; at most `_IN_WORK` are in work, and only they are held.
 
         Raises:
             ServiceError: One can't be embedded.
@@ -303,8 +309,7 @@ class _Embedding:
             except OverloadedError as full:
                 if position == 0:
                     raise
-                # Each for a time of its own, so that they don't all come back at once.
-                await asyncio.sleep(min(full.retry_after, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.5))  # noqa: S311
+                await asyncio.sleep(full.pause())
 
     def _image_request(self, image: ExampleImage) -> ImageRequest:
         return ImageRequest(

@@ -12,23 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdam_engine import Attention, Concept, Contrast, Method, Output, PatchMaskPrediction, TopK, UnsupportedMethodError
-from cdam_engine.methods.prediction import Activation
 from cdam_engine.targets import Scalar, Similarity, Target, count
 from cdam_server.compute.facts import ModelFacts, Models
 from cdam_server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, within
-from cdam_server.settings.specs import Task
 from cdam_server.usecases.concepts import ConceptId, ConceptName, ConceptUseCase
 
 _SHORT_ID: Final = 12  # hexadecimal digits
 _SIMILAR_NAMES: Final = 3  # that an error lists
 _SIMILARITY_CUTOFF: Final = 0.5  # of difflib
-ACTIVATIONS: Final[dict[Task, Activation]] = {
-    Task.MULTI_CLASS: "softmax",
-    Task.MULTI_LABEL: "sigmoid",
-    Task.BINARY: "sigmoid",
-    Task.REGRESSION: "identity",
-}
-"""What turns logits into probabilities, by task."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +233,7 @@ def resolve_method(model: ModelFacts, method: Method) -> Method:
                 message = f"model {model.name!r} has heads 0 to {explained.heads - 1}, not {max(heads)}"
                 raise InvalidArgumentError("heads", message)
             case PatchMaskPrediction():
-                method = replace(method, activation=ACTIVATIONS[model.task])
+                method = replace(method, activation=model.activation)
         try:
             explained.check(method)
         except UnsupportedMethodError as error:
@@ -309,16 +300,3 @@ def check_vector(model: ModelFacts, vector: NDArray[np.float32], *, needs_direct
         raise InvalidArgumentError("vector", f"has length {length}; the latent of model {model.name!r} has {size}")
     if needs_direction and not vector.any():
         raise InvalidArgumentError("vector", "is zero, which makes no angle with anything")
-
-
-def probabilities(model: ModelFacts, logits: NDArray[np.floating]) -> NDArray[np.float64] | None:
-    """What a classifier's logits mean, shape (C,): softmax over classes, or a sigmoid for each label; None: a regression."""
-    values = logits.astype(np.float64)
-    match ACTIVATIONS[model.task]:
-        case "softmax":
-            exponentials = np.exp(values - values.max(initial=-np.inf))
-            return np.asarray(exponentials / exponentials.sum())
-        case "sigmoid":
-            return np.asarray(0.5 * (1.0 + np.tanh(0.5 * values)))  # no overflow at either end
-        case "identity":
-            return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from sklearn.metrics import average_precision_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+import oblong_vit
 from benchmarks import table_claims
 from benchmarks.photographs import choice, claims, concepts, high_norms, pixelwise, sigmas
 from benchmarks.photographs.maps import UnnormalisedCdam, norms
@@ -46,10 +46,9 @@ from cdam_engine.evaluation import (
     Sample,
 )
 from cdam_engine.evaluation.perturbation import MapOf
-from cdam_engine.preprocess import DataConfig
+from oblong_vit import CONFIG
 from real.voc import Photograph, Photographs
 
-CONFIG = DataConfig((24, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0, "center")
 FIDELITY = Fidelity(points=4)
 BOXES = BoxSensitivity(boxes=5)
 
@@ -120,24 +119,8 @@ def test_numbers_and_masks_as_text() -> None:
     assert (decode_mask(encode_mask(mask), (3, 5)) == mask).all()
 
 
-def model(**changes: Any) -> VisionTransformer:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        its = VisionTransformer(
-            img_size=(24, 32), patch_size=8, embed_dim=24, num_classes=5, depth=3, num_heads=2, **changes
-        )
-        for parameter in its.parameters():
-            parameter.data.normal_(std=0.3)
-    return its.eval()
-
-
 def sample(seed: int = 1) -> Sample:
-    rng = np.random.default_rng(seed)
-    mask, other = np.zeros((2, 24, 32), bool)
-    mask[3:15, 5:19] = True
-    other[10:20, 20:30] = True
-    image = rng.integers(0, 256, (24, 32, 3), np.uint8)
-    return Sample(f"sample {seed}", image, Output(1), Output(3), mask, wrong_mask=other)
+    return oblong_vit.sample(seed, counterfactual=None)
 
 
 def values_of(found: Measured, *, without: int) -> dict[tuple[int, int, str], float]:
@@ -147,7 +130,7 @@ def values_of(found: Measured, *, without: int) -> dict[tuple[int, int, str], fl
 def test_the_second_turn_is_the_exchanged_sample_and_asks_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     methods = (Cdam(), Attention(), RelevancePropagation(), Anchor.RANDOM, Anchor.MASK)
     metrics = (FIDELITY, BOXES, ClassDiscrimination(FIDELITY, BOXES), Compactness(), MaskAgreement())
-    explainer = Explainer(model(), data_config=CONFIG)
+    explainer = Explainer(oblong_vit.vit(), data_config=CONFIG)
     measuring = Measuring(explainer, Protocol(methods, metrics))
     its = sample()
     turned = replace(its, target=its.wrong_target, wrong_target=its.target, mask=its.wrong_mask, wrong_mask=its.mask)
@@ -169,7 +152,7 @@ def test_the_second_turn_is_the_exchanged_sample_and_asks_nothing_more(monkeypat
     "method", [InputXGradient(), IntegratedGradients(steps=30), SmoothGrad(samples=30, noise=Noise(0.2))], ids=str
 )
 def test_scores_of_pixels_sum_to_those_of_patches(method: Method) -> None:
-    explainer = Explainer(model(), data_config=CONFIG)
+    explainer = Explainer(oblong_vit.vit(), data_config=CONFIG)
     x = torch.randn(1, 3, 24, 32, generator=torch.Generator().manual_seed(5))
     (expected,) = explainer.explain(x, [[Output(1), Output(0)]], [[method]])
     found = pixelwise.pixel_maps(explainer, x[0], [1, 0], method)
@@ -182,7 +165,7 @@ def test_scores_of_pixels_sum_to_those_of_patches(method: Method) -> None:
 def test_pixels_are_measured_by_their_own_scores() -> None:
     """With the wrong class's map in the wrong one's place, and in both turns."""
     its = Protocol((InputXGradient(),), (FIDELITY, BOXES, Compactness(), ClassDiscrimination(FIDELITY, BOXES)))
-    explainer = Explainer(model(), data_config=CONFIG)
+    explainer = Explainer(oblong_vit.vit(), data_config=CONFIG)
     tool = pixelwise.PixelMeasuring(explainer, its)
     subjects = tool.turns(sample())
     x = subjects[0].pixels
@@ -195,7 +178,7 @@ def test_pixels_are_measured_by_their_own_scores() -> None:
 
 
 def test_of_a_sample_without_a_wrong_target_there_is_one_turn() -> None:
-    measuring = Measuring(Explainer(model(), data_config=CONFIG), Protocol((Cdam(),), (FIDELITY,)))
+    measuring = Measuring(Explainer(oblong_vit.vit(), data_config=CONFIG), Protocol((Cdam(),), (FIDELITY,)))
     its = replace(sample(), wrong_target=None, wrong_mask=None)
     (found,) = measuring.measure(its)
     (expected,) = measuring.evaluator.evaluate([its])
@@ -218,7 +201,7 @@ def reference(vit: VisionTransformer, pixels: Tensor, index: int, *, times_norma
 
 @pytest.mark.parametrize("times_normalised", [False, True])
 def test_gradients_for_unnormalised_tokens(times_normalised: bool) -> None:
-    vit = model().double()
+    vit = oblong_vit.vit().double()
     pixels = torch.randn(1, 3, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     method = UnnormalisedCdam(times_normalised)
     (found,) = Explainer(vit, data_config=CONFIG).explain(pixels, [[Output(1), Output(4)]], [[method]])
@@ -229,7 +212,7 @@ def test_gradients_for_unnormalised_tokens(times_normalised: bool) -> None:
 
 def test_times_themselves_they_are_nearly_zero() -> None:
     """The norm undoes a token's length."""
-    vit = model().double()
+    vit = oblong_vit.vit().double()
     pixels = torch.randn(1, 3, 24, 32, dtype=torch.float64)
     (found,) = Explainer(vit, data_config=CONFIG).explain(pixels, [[Output(1)]], [[Cdam(), UnnormalisedCdam()]])
     normalised, unnormalised = (np.abs(relevance.scores).max() for relevance in found.maps)
@@ -237,7 +220,7 @@ def test_times_themselves_they_are_nearly_zero() -> None:
 
 
 def test_norms_are_those_of_the_last_blocks_input() -> None:
-    vit = model()
+    vit = oblong_vit.vit()
     kept: list[Tensor] = []
     hook = vit.blocks[-1].register_forward_pre_hook(lambda _, arguments: kept.append(arguments[0]))
     pixels = torch.randn(2, 3, 24, 32)

@@ -32,18 +32,12 @@ from cdam_cli.concept_report import histogram, outliers, registered
 from cdam_cli.images import Found, digests, find_images
 from cdam_cli.spelling import parse_minus, parse_target, spelled
 from processes import interruptible
-from scripted_server import Failure, Script, fail, not_found, serving
+from scripted_server import Failure, Script, fail, not_found
 
 Run = Callable[..., Result]
 HEADS = ["for", "against", "file"]  # of a table of maps, at its end
 ID = "0123456789abcdef" * 4
 ADMIN_PORT = "this port does not serve cdam's API; is it the admin port? The API's is 8001 if it was not told otherwise"
-
-
-@pytest.fixture
-def script() -> Iterator[Script]:
-    with serving(Script()) as script:
-        yield script
 
 
 @pytest.fixture

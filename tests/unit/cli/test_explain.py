@@ -1,7 +1,7 @@
 """`cdam explain` and `cdam models` against a scripted server."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -19,15 +19,9 @@ from cdam_cli.explain import explain
 from cdam_cli.failures import describe
 from cdam_cli.models import models
 from cdam_cli.spelling import parse_method, parse_size, parse_target, spelled
-from scripted_server import Failure, Script, scores, serving
+from scripted_server import Failure, Script, scores
 
 Run = Callable[..., Result]
-
-
-@pytest.fixture
-def script() -> Iterator[Script]:
-    with serving(Script()) as script:
-        yield script
 
 
 @pytest.fixture

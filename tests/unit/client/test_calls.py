@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,6 @@ from scripted_server import Failure, Script, scores, serving
 Call = Callable[..., Any]
 UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE)
 IMAGE = np.zeros((40, 60, 3), np.uint8)
-
-
-@pytest.fixture
-def script() -> Iterator[Script]:
-    with serving(Script()) as script:
-        yield script
 
 
 @pytest.fixture(params=["blocking", "asyncio"])

@@ -22,7 +22,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2 as details
 from PIL import Image
 from safetensors.numpy import load, save
@@ -30,11 +29,9 @@ from safetensors.numpy import load, save
 import cdam
 from cdam._encode import encode_target
 from cdam.v1 import concept_pb2
-from scripted_server import Failure, Script, fail, serving, tensor
+from scripted_server import UNAVAILABLE, Failure, Script, fail, serving, tensor
 
 Call = Callable[..., Any]
-SOON = details.RetryInfo(retry_delay=Duration(nanos=1_000_000))
-UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE, details=(SOON,))
 MEBIBYTE = 1024 * 1024
 
 

@@ -19,19 +19,16 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2 as details
 from PIL import Image
 
 import cdam
 from cdam._evaluate import decode_values
 from cdam.v1 import common_pb2, evaluation_pb2, method_pb2, target_pb2
-from scripted_server import Failure, Script, fail, serving, tensor
+from scripted_server import SOON, UNAVAILABLE, Failure, StreamScript, fail, item_error, serving, tensor
 from tables import assert_same
 
 IMAGE = np.zeros((4, 6, 3), np.uint8)
-SOON = details.RetryInfo(retry_delay=Duration(nanos=1_000_000))
-UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE, details=(SOON,))
 WHAT: dict[str, Any] = {"methods": ["cdam", "random"], "metrics": ["compactness", "mask_agreement"]}
 
 Requests = Iterator[evaluation_pb2.EvaluationSample]
@@ -39,49 +36,28 @@ Behaviour = Callable[[Requests, "Evaluating"], Iterator[evaluation_pb2.EvaluateR
 
 
 @dataclass
-class Evaluating(Script):
+class Evaluating(StreamScript):
     """Evaluations that each behave as told, the last way for all that follow; and what they were asked."""
 
-    behaviours: list[Behaviour] = field(default_factory=list)
     fingerprints: list[str] = field(default_factory=lambda: ["f00d"])  # stream by stream, the last for all that follow
     protocols: list[evaluation_pb2.EvaluationProtocol] = field(default_factory=list)
-    streams: list[list[evaluation_pb2.EvaluationSample]] = field(default_factory=list)
     answered: list[str] = field(default_factory=list)
-    finished: list[bool] = field(default_factory=list)
-    arrived: threading.Event = field(default_factory=threading.Event)
-    cancelled: threading.Event = field(default_factory=threading.Event)
     context: Any = None
 
     def Evaluate(self, request_iterator: Any, context: Any) -> Any:
-        number = len(self.streams)
-        self.streams.append([])
-        self.finished.append(False)
-        self.metadata.append(dict(context.invocation_metadata()))
-        self.seconds_left.append(context.time_remaining())
+        number = self.open(context)
         self.context = context
         self.protocols.append(next(request_iterator).protocol)
 
-        def heard() -> Requests:
+        def samples() -> Requests:
             for message in request_iterator:
                 assert message.WhichOneof("payload") == "sample"
-                self.streams[number].append(message.sample)
-                self.arrived.set()
                 yield message.sample
-            self.finished[number] = True
 
-        returned = False
-
-        def ended() -> None:
-            if not returned:
-                self.cancelled.set()
-
-        if not context.add_callback(ended):  # it is over already
-            ended()
-        for response in self.behaviours[min(number, len(self.behaviours) - 1)](heard(), self):
+        for response in self.behave(number, samples(), context, self):
             if response.result.sample_id:
                 self.answered.append(response.result.sample_id)
             yield response
-        returned = True
 
     def ids(self) -> list[list[str]]:
         return [[sample.sample_id for sample in stream] for stream in self.streams]
@@ -119,9 +95,7 @@ def made_up(sample_id: str, method: int, quantity: str) -> float:
 
 
 def failed(sample: evaluation_pb2.EvaluationSample, code: grpc.StatusCode, *reasons: Any) -> Any:
-    error = common_pb2.ItemError(code=code.value[0], message="as told")
-    for reason in reasons:
-        error.details.add().Pack(reason)
+    error = item_error(code, *reasons)
     return evaluation_pb2.EvaluateResponse(result=evaluation_pb2.SampleResult(sample_id=sample.sample_id, error=error))
 
 

@@ -9,61 +9,26 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, closing, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2 as details
 
 import cdam
 from cdam.v1 import common_pb2, explain_pb2
-from scripted_server import Failure, Script, answer, fail, scores, serving
+from scripted_server import SOON, UNAVAILABLE, Failure, StreamScript, answer, fail, item_error, scores, serving
 
 IMAGE = np.zeros((40, 60, 3), np.uint8)
-SOON = details.RetryInfo(retry_delay=Duration(nanos=1_000_000))
-UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE, details=(SOON,))
 Collect = Callable[..., list[cdam.ItemResult]]
 Behaviour = Callable[[Iterator[explain_pb2.ExplainRequest], Any], Iterator[explain_pb2.ExplainStreamResponse]]
 
 
-@dataclass
-class Streaming(Script):
-    """Streams that each behave as told, the last way for all that follow; and what they were asked."""
-
-    behaviours: list[Behaviour] = field(default_factory=list)
-    streams: list[list[explain_pb2.ExplainRequest]] = field(default_factory=list)
-    finished: list[bool] = field(default_factory=list)
-    arrived: threading.Event = field(default_factory=threading.Event)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
+class Streaming(StreamScript):
     def ExplainStream(self, request_iterator: Any, context: Any) -> Any:
-        number = len(self.streams)
-        self.streams.append([])
-        self.finished.append(False)
-        self.metadata.append(dict(context.invocation_metadata()))
-        self.seconds_left.append(context.time_remaining())
-
-        def heard() -> Iterator[explain_pb2.ExplainRequest]:
-            for item in request_iterator:
-                self.streams[number].append(item.request)
-                self.arrived.set()
-                yield item.request
-            self.finished[number] = True
-
-        returned = False
-
-        def ended() -> None:
-            if not returned:
-                self.cancelled.set()
-
-        if not context.add_callback(ended):  # it is over already
-            ended()
-        yield from self.behaviours[min(number, len(self.behaviours) - 1)](heard(), context)
-        returned = True
+        return self.behave(self.open(context), (item.request for item in request_iterator), context, context)
 
 
 def explained(request: explain_pb2.ExplainRequest) -> explain_pb2.ExplainStreamResponse:
@@ -73,10 +38,7 @@ def explained(request: explain_pb2.ExplainRequest) -> explain_pb2.ExplainStreamR
 def failed(
     request: explain_pb2.ExplainRequest, code: grpc.StatusCode, *reasons: Any
 ) -> explain_pb2.ExplainStreamResponse:
-    error = common_pb2.ItemError(code=code.value[0], message="as told")
-    for reason in reasons:
-        error.details.add().Pack(reason)
-    return explain_pb2.ExplainStreamResponse(request_id=request.request_id, error=error)
+    return explain_pb2.ExplainStreamResponse(request_id=request.request_id, error=item_error(code, *reasons))
 
 
 def echo(requests: Iterator[explain_pb2.ExplainRequest], context: Any) -> Iterator[explain_pb2.ExplainStreamResponse]:

@@ -5,7 +5,6 @@ That the numbers are right is shown in tests/reference.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+import every
 from cdam_engine import Attention, Cdam, Concept, Contrast, Explainer, Output, TokenCache, TopK, UnsupportedMethodError
 from cdam_engine.evaluation import (
     Anchor,
@@ -35,49 +35,16 @@ from cdam_engine.evaluation import (
 )
 from cdam_engine.methods import RelevancePropagation
 from cdam_engine.pauses import interruptible
-from cdam_engine.preprocess import DataConfig
+from oblong_vit import CONFIG, sample, vit
 
-CONFIG = DataConfig((24, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0, "center")
 FIDELITY = Fidelity(points=4)
 BOXES = BoxSensitivity(boxes=5)
-EVERY = (
-    FIDELITY,
-    BOXES,
-    ClassDiscrimination(FIDELITY, BOXES),
-    Compactness(),
-    MaskAgreement(),
-    Localisation(),
-    InsertionDeletion(steps=3),
-    Sparseness(),
-    Randomisation(),
-    Counterfactual(),
-)
+EVERY = every.metrics(FIDELITY, BOXES, ClassDiscrimination(FIDELITY, BOXES), InsertionDeletion(steps=3))
 METHODS = (Cdam(), Attention(), Anchor.RANDOM, Anchor.MASK)
-
-
-def vit(**changes: Any) -> VisionTransformer:
-    """A small model, its grid not square."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        arguments: dict[str, Any] = {"num_classes": 5, "depth": 3, "num_heads": 2} | changes
-        model = VisionTransformer(img_size=(24, 32), patch_size=8, embed_dim=24, **arguments)
-        for parameter in model.parameters():
-            parameter.data.normal_(std=0.3)
-    return model.eval()
 
 
 def explainer(model: VisionTransformer | None = None, **settings: Any) -> Explainer:
     return Explainer(model or vit(), data_config=CONFIG, **settings)
-
-
-def sample(seed: int, **changes: Any) -> Sample:
-    rng = np.random.default_rng(seed)
-    image = rng.integers(0, 256, (24, 32, 3), np.uint8)
-    mask, other = np.zeros((2, 24, 32), bool)
-    mask[3:15, 5:19] = True
-    other[10:20, 20:30] = True
-    without = np.where(mask[..., None], np.uint8(128), image)
-    return replace(Sample(f"sample {seed}", image, Output(1), Output(3), mask, without, other), **changes)
 
 
 def values(result: Measured | SampleError) -> np.ndarray:

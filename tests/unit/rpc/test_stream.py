@@ -82,6 +82,16 @@ async def never(item: str) -> str:
     return item
 
 
+def once(may: asyncio.Event) -> Answer:
+    """Answers what it is asked, as soon as it may."""
+
+    async def answer(item: str) -> str:
+        await may.wait()
+        return item
+
+    return answer
+
+
 async def settle() -> None:
     """Let everything run that can."""
     for _ in range(200):
@@ -224,12 +234,7 @@ async def test_an_item_needs_an_id() -> None:
 
 async def test_a_second_item_of_an_unanswered_id_fails_and_the_first_does_not() -> None:
     may = asyncio.Event()
-
-    async def answer(item: str) -> str:
-        await may.wait()
-        return item
-
-    talk = Talk(answer)
+    talk = Talk(once(may))
     serving = asyncio.create_task(talk.serve("aba"))
     await settle()
     ((item, error),) = talk.written
@@ -316,12 +321,7 @@ async def test_what_is_in_work_is_answered_when_the_server_goes_down_and_no_more
 
 async def test_a_stream_whose_client_has_sent_all_ends_well_although_the_server_goes_down() -> None:
     may = asyncio.Event()
-
-    async def answer(item: str) -> str:
-        await may.wait()
-        return item
-
-    talk = Talk(answer)
+    talk = Talk(once(may))
     serving = asyncio.create_task(talk.serve("ab"))
     await settle()
     talk.draining.set()
