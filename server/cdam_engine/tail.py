@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cdam_engine import attention
+from cdam_engine.chunks import is_wide
 from cdam_engine.families import Readout, TailOutput, TrunkOutput
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Concept, Contrast, Scalar, values
@@ -370,14 +371,14 @@ class ClsTail:
         """df/dfeatures, shape (B, n, K, R, D), or with n = 1 if it is the same at every point."""
         # By column: the rows that ask for it. On a CPU each row alone, which makes the same bits in any batch.
         concepts: dict[tuple[object, ...], tuple[int, float, Concept, list[int]]] = {}
-        on_gpu = features.is_cuda
+        together = is_wide(features.device)
         places: list[tuple[int, int]] = []
         indices, signs = [], []
         for b, wanted in enumerate(targets):
             for k, target in enumerate(wanted):
                 for sign, side in _sides(target):
                     if isinstance(side, Concept):
-                        key = (k, sign, id(side), 0 if on_gpu else b)
+                        key = (k, sign, id(side), 0 if together else b)
                         concepts.setdefault(key, (k, sign, side, []))[-1].append(b)
                     else:
                         places.append((b, k))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdam_engine.chunks import is_wide
 from cdam_engine.transfer import send
 
 Similarity = Literal["dot", "cosine", "l2"]
@@ -192,7 +193,7 @@ def values(targets: Sequence[Sequence[Scalar]], latent: Tensor, logits: Tensor) 
     indices = [[target.index for target in wanted if isinstance(target, Output)] for wanted in targets]
     if any(targets) and list(map(len, indices)) == list(map(len, targets)):  # outputs alone
         return logits.gather(1, send(indices, logits.device))
-    if latent.is_cuda and any(targets):  # where many small products cost more than a large one
+    if is_wide(latent.device) and any(targets):
         return torch.stack([_column(column, latent, logits) for column in zip(*targets, strict=True)], dim=1)
     rows = [
         torch.stack([target(latent[b], logits[b]) for target in wanted]) for b, wanted in enumerate(targets) if wanted

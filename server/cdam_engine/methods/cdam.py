@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cdam_engine.attention import check_known
 from cdam_engine.batch import Batch
-from cdam_engine.chunks import Limit, chunks
+from cdam_engine.chunks import Limit, chunks, is_wide
 from cdam_engine.methods.base import Method, Noise, Quadrature, Scores, at_least_one, check_seed
 from cdam_engine.methods.draws import Moments, draws, mean_scores
 from cdam_engine.methods.quadrature import nodes
@@ -95,7 +95,7 @@ class SmoothCdam(Method):
         closed = ClsTail.fits(batch.vit, batch.trunk)
         most = (_DRAWN if closed else _DRAWN_WITH_GRAPH).on(tokens.device) // tokens[0].numel()
         at_once = min(self.samples, max(1, most))
-        groups = list(chunks(len(images), 1 if tokens.device.type == "cpu" else most // at_once))
+        groups = list(chunks(len(images), most // at_once if is_wide(tokens.device) else 1))
         moments = [Moments() for _ in groups]
         # Fresh memory would cost more than the sum.
         buffer = tokens.new_empty((groups[0].stop, at_once, *tokens.shape[1:]))
