@@ -378,32 +378,6 @@ def test_work_in_pieces(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -
 def test_the_large_steps_of_a_gpu(name: str, most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several images share them, and nothing else changes."""
     case = BY_ID[name]
-    methods = [
-        [method for method in (*CDAM_FAMILY[0], *TOKENS_AND_ATTENTION[0], *PIXELS[0]) if supported(case, method)]
-    ]
-    explainer, pixels = Explainer(build(case)), images(case, 3)
-    wanted = [targets(case)[0], targets(case)[0], targets(case)[0][::-1]]
-    one_by_one = [explainer.explain(pixels[[row]], [its], methods)[0] for row, its in enumerate(wanted)]
-    for module in ("chunks", "targets", "tail", "methods.cdam"):
-        monkeypatch.setattr(f"cdam_engine.{module}.is_wide", lambda _device: True)
-    if most is not None:
-        _bound(most, monkeypatch)
-    for together, alone in zip(explainer.explain(pixels, wanted, 3 * methods), one_by_one, strict=True):
-        for one, other in zip(together.maps, alone.maps, strict=True):
-            scale = np.abs(other.scores).max()
-            tolerance = DOUBLE * (100 if methods[0][one.method_index].kind == "partial_lrp" else 1)
-            for its, same in ((one.scores, other.scores), (one.standard_error, other.standard_error)):
-                close(its, None if same is None else torch.from_numpy(same), tolerance, scale, str(one.method_index))
-
-
-def test_raw_pixels() -> None:
-    """uint8, rows by columns by channels, normalised as the model's configuration says."""
-    case = BY_ID["eight_outputs"]
-    config = DataConfig(case.image_size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bicubic", 1.0, "center")
-    random = torch.Generator().manual_seed(0)
-    raw = torch.randint(0, 256, (2, *case.image_size, 3), dtype=torch.uint8, generator=random)
-    normalised = (raw.double() / 255 - torch.tensor(config.mean).double()) / torch.tensor(config.std).double()
-    pixels = normalised.permute(0, 3, 1, 2).contiguous()
     every = (*CDAM_FAMILY[0], *TOKENS_AND_ATTENTION[0], *PIXELS[0], TokenAblation())
     methods = [[method for method in every if supported(case, method)]]
     explainer, pixels = Explainer(build(case)), images(case, 3)
