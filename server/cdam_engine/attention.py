@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from timm.layers import apply_rot_embed_cat
@@ -29,6 +30,9 @@ KNOWN: tuple[type[nn.Module], ...] = (
     RelPosAttention,
     ClassAttn,
 )
+
+
+_hooks: Final = attrgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Projected(NamedTuple):
@@ -72,19 +76,14 @@ class Listener:
 
 def hooks_on(module: Any) -> Iterator[Any]:
     """What hooks into a module's forward or backward pass, a proof that is under way excepted."""
-    for hooks in (
-        module._forward_pre_hooks,  # noqa: SLF001
-        module._forward_hooks,  # noqa: SLF001
-        module._backward_pre_hooks,  # noqa: SLF001
-        module._backward_hooks,  # noqa: SLF001
-    ):
+    for hooks in _hooks(module):
         if hooks:
             yield from (hook for hook in tuple(hooks.values()) if not isinstance(hook, Listener))
 
 
 def is_changed(module: Any) -> bool:
     """Whether something hooks into a module, or gives it another forward pass."""
-    return "forward" in vars(module) or any(True for _ in hooks_on(module))
+    return "forward" in vars(module) or (any(_hooks(module)) and any(True for _ in hooks_on(module)))
 
 
 def check_known(attention: nn.Module) -> None:

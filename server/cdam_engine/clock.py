@@ -20,18 +20,19 @@ class Clock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Book the block's time on a stage."""
-        if self._cuda:
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)  # which need not be the current device's
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((stage, start, end))
         else:
             started = perf_counter() - rested()

@@ -30,7 +30,7 @@ from cdam_engine.tail import ClsTail
 from cdam_engine.targets import Output, Target, TopK, check, count
 from cdam_engine.trunk import Trunk, resolve_precision
 from cdam_engine.trunks import Trunks
-from cdam_engine.units import Unit, explained_targets, on_cpu, run_units
+from cdam_engine.units import Unit, answer, run_units
 from cdam_engine.vit import SplitViT
 from cdam_images import upright_rgb
 
@@ -268,34 +268,31 @@ class Explainer:
             places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
             distinct = images if len(places) == len(keys) else images[[keys.index(key) for key in places]]
             batch = Batch(self.vit, self._grid(images), len(distinct), lambda: trunks.load(distinct))
+            order = [places[key] for key in keys]
             hits = [False] * len(distinct)
             if self._reads_tokens(asked):
                 hits = self._start(batch, trunks, distinct, list(places), clock)
+                batch.resolve(order, targets)  # of all images at once, before the methods ask group by group
             units = [
                 [Unit(places[key], method, tuple(wanted) if method.needs_target else ()) for method in its]
                 for key, wanted, its in zip(keys, targets, methods, strict=True)
             ]
             with clock("tail"):
-                found = run_units(batch, [unit for its in units for unit in its], clock)
-            order = [places[key] for key in keys]
-            latents, logits = map(on_cpu, batch.outputs(order))
-            scalars = batch.resolve(order, targets)
-            answered = [
-                explained_targets(wanted, scalars[row], latents[row], logits[row]) for row, wanted in enumerate(targets)
-            ]
+                groups = run_units(batch, [unit for its in units for unit in its], clock)
+            answered = answer(batch, groups, order, targets)
         seconds = clock.seconds()
         kinds = {unit.method.kind for its in units for unit in its}
         return [
             Explanation(
                 grid=batch.grid,
-                latent=latents[row].numpy(),
-                logits=logits[row].numpy(),
-                targets=answered[row],
+                latent=answered.latents[row],
+                logits=answered.logits[row],
+                targets=answered.targets[row],
                 maps=tuple(
                     relevance
                     for index, unit in enumerate(its)
-                    if unit in found
-                    for relevance in found[unit].maps(index)
+                    if unit in answered.found
+                    for relevance in answered.found[unit].maps(index)
                 ),
                 trunk_seconds=seconds.get("trunk", 0.0) + trunk_seconds,
                 tail_seconds=seconds.get("tail", 0.0),

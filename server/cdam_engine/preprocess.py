@@ -18,6 +18,8 @@ import timm.data
 import torch
 from PIL import Image
 
+from cdam_engine.transfer import send
+
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
@@ -236,9 +238,7 @@ def normalise(pixels: torch.Tensor, config: DataConfig, dtype: torch.dtype = tor
         Shape (B, C, H, W), contiguous.
     """
     work = torch.promote_types(dtype, torch.float32)
-    mean, std = (
-        torch.tensor(values, dtype=work, device=pixels.device).view(1, -1, 1, 1) for values in (config.mean, config.std)
-    )
+    mean, std = (send(values, pixels.device, work).view(1, -1, 1, 1) for values in (config.mean, config.std))
     planes = pixels.permute(0, 3, 1, 2).contiguous().to(work)
     return planes.div_(255).sub_(mean).div_(std).to(dtype)
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cdam_engine import attention
+from cdam_engine.chunks import is_wide
 from cdam_engine.families import Readout, TailOutput, TrunkOutput
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Concept, Contrast, Scalar, values
+from cdam_engine.transfer import pick, send
 from cdam_engine.vit import SplitViT
 
 _MAX_ELEMENTS: Final = 1 << 23  # of a temporary: 32 MiB in float32
@@ -131,7 +133,7 @@ class AutogradTail:
                 tail = self._vit.tail if through_weights else self._vit.tail_of_values
                 output = tail(self._trunk, tokens)
             for row in zip(*targets, strict=True):
-                total = torch.stack([target(output.latent[b], output.logits[b]) for b, target in enumerate(row)]).sum()
+                total = values([[target] for target in row], *output).sum()
                 (gradient,) = torch.autograd.grad(total, tokens, retain_graph=True)
                 pause(tokens.device)
                 yield gradient
@@ -291,7 +293,7 @@ class ClsTail:
             z = torch.unflatten(z, 1, (at * rows, heads)).permute(2, 0, 1, 3).flatten(1, 2)  # (H, B n R, D)
             out = torch.unflatten(torch.matmul(z, self._w_v.transpose(1, 2)).transpose(0, 1), 0, (images, at * rows))
         if list(points) != [1.0]:
-            out = out * out.new_tensor(points).repeat_interleave(rows)[:, None, None]
+            out = out * send(points, out.device, out.dtype).repeat_interleave(rows)[:, None, None]
         if self._b_v is not None:
             out = out + self._b_v
         return out.reshape(images * at, rows, -1)
@@ -367,33 +369,38 @@ class ClsTail:
 
     def _seeds(self, targets: Sequence[Sequence[Scalar]], features: Tensor) -> Tensor:
         """df/dfeatures, shape (B, n, K, R, D), or with n = 1 if it is the same at every point."""
-        concepts: list[tuple[int, int, float, Concept]] = []
+        # By column: the rows that ask for it. On a CPU each row alone, which makes the same bits in any batch.
+        concepts: dict[tuple[object, ...], tuple[int, float, Concept, list[int]]] = {}
+        together = is_wide(features.device)
         places: list[tuple[int, int]] = []
         indices, signs = [], []
         for b, wanted in enumerate(targets):
             for k, target in enumerate(wanted):
                 for sign, side in _sides(target):
                     if isinstance(side, Concept):
-                        concepts.append((b, k, sign, side))
+                        key = (k, sign, id(side), 0 if together else b)
+                        concepts.setdefault(key, (k, sign, side, []))[-1].append(b)
                     else:
                         places.append((b, k))
                         indices.append(side.index)
                         signs.append(sign)
         if not concepts and len(places) == len(targets) * len(targets[0]) and min(signs) > 0:  # outputs alone
-            vectors = self._output_vectors(torch.tensor(indices, device=features.device))
+            vectors = self._output_vectors(send(indices, features.device))
             return torch.unflatten(vectors, 0, (len(targets), 1, len(targets[0])))
-        fixed = all(concept.similarity == "dot" for *_, concept in concepts)
+        fixed = all(concept.similarity == "dot" for _, _, concept, _ in concepts.values())
         shape = (len(targets), 1 if fixed else features.shape[1], len(targets[0]), *features.shape[-2:])
         seeds = features.new_zeros(shape)
         if places:
-            vectors = self._output_vectors(torch.tensor(indices, device=seeds.device))
-            signed = vectors * seeds.new_tensor(signs)[:, None, None]
-            place = torch.tensor(places, device=seeds.device).T
+            vectors = self._output_vectors(send(indices, seeds.device))
+            signed = vectors * send(signs, seeds.device, seeds.dtype)[:, None, None]
+            place = send(places, seeds.device).T
             seeds.transpose(1, 2).index_put_(
                 tuple(place), signed[:, None].expand(-1, shape[1], -1, -1), accumulate=True
             )
-        for b, k, sign, concept in concepts:
-            seeds[b, :, k] += sign / self._rows * _concept_gradient(concept, features[b].mean(dim=1))[:, None]
+        for k, sign, concept, rows in concepts.values():
+            gradient = sign / self._rows * _concept_gradient(concept, pick(features, rows).mean(dim=2))[:, :, None]
+            place = send(rows, seeds.device)
+            seeds[:, :, k].index_add_(0, place, gradient.expand(-1, shape[1], self._rows, -1))
         return seeds
 
     def _output_vectors(self, index: Tensor) -> Tensor:
@@ -405,7 +412,7 @@ class ClsTail:
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
         """Numbers for n points, to go with (B, n, R, H, N)."""
-        return torch.tensor(numbers, dtype=self._tokens.dtype, device=self._tokens.device).view(1, -1, 1, 1, 1)
+        return send(numbers, self._tokens.device, self._tokens.dtype).view(1, -1, 1, 1, 1)
 
 
 class _LinearOnce(TorchFunctionMode):
@@ -469,15 +476,15 @@ def _sides(target: Scalar) -> tuple[tuple[float, Any], ...]:
 
 
 def _concept_gradient(concept: Concept, latent: Tensor) -> Tensor:
-    """dg/dl of latents (n, D), shape (n, D)."""
+    """dg/dl of latents (B, n, D), shape (B, n, D), or (B, 1, D) if it is the same at every point."""
     match concept.similarity:
         case "dot":
-            return concept.vector.to(latent).expand_as(latent[:1])
+            return concept.like(latent).expand_as(latent[:, :1])
         case "l2":
-            return concept.vector.to(latent) - latent
+            return concept.like(latent) - latent
         case "cosine":
             length = torch.linalg.vector_norm(latent, dim=-1, keepdim=True)
             unit = latent / length
             other = concept.direction(latent)
-            gradient: Tensor = (other - (unit @ other)[:, None] * unit) / length
+            gradient: Tensor = (other - (unit @ other)[..., None] * unit) / length
             return gradient

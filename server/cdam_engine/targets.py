@@ -12,6 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdam_engine.chunks import is_wide
+from cdam_engine.transfer import send
+
 Similarity = Literal["dot", "cosine", "l2"]
 
 
@@ -62,12 +65,16 @@ class Concept:
         """The values of latents (..., D) and logits (..., C), shape (...)."""
         match self.similarity:
             case "dot":
-                return latent @ self.vector.to(latent)
+                return latent @ self.like(latent)
             case "cosine":
                 cosine: Tensor = latent @ self.direction(latent) / torch.linalg.vector_norm(latent, dim=-1)
                 return cosine
             case "l2":
-                return -0.5 * (latent - self.vector.to(latent)).square().sum(dim=-1)
+                return -0.5 * (latent - self.like(latent)).square().sum(dim=-1)
+
+    def like(self, other: Tensor) -> Tensor:
+        """The vector in the dtype and on the device of another tensor."""
+        return send(self.vector, other.device, other.dtype)
 
     def direction(self, like: Tensor) -> Tensor:
         """The vector at length 1, in the dtype and on the device of another tensor.
@@ -76,8 +83,7 @@ class Concept:
         """
         vector = self.vector.detach().double()
         vector = vector / vector.abs().amax()
-        direction: Tensor = (vector / torch.linalg.vector_norm(vector)).to(like)
-        return direction
+        return send(vector / torch.linalg.vector_norm(vector), like.device, like.dtype)
 
 
 @dataclass(frozen=True)
@@ -176,23 +182,6 @@ def _check_concept(concept: Concept, latent_size: int) -> None:
         raise ValueError("a concept vector that is zero makes no angle with anything")
 
 
-def resolve(targets: Sequence[Target], logits: Tensor) -> tuple[Scalar, ...]:
-    """Replace each top-k target by the outputs that it stands for; equal logits keep the order of their indices.
-
-    Args:
-        targets: Targets of one image.
-        logits: Its logits, shape (C,).
-    """
-    resolved: list[Scalar] = []
-    for target in targets:
-        if isinstance(target, TopK):
-            order = logits.argsort(descending=True, stable=True)
-            resolved += [Output(index) for index in order[: target.k].tolist()]
-        else:
-            resolved.append(target)
-    return tuple(resolved)
-
-
 def values(targets: Sequence[Sequence[Scalar]], latent: Tensor, logits: Tensor) -> Tensor:
     """The values f of every image and target, shape (B, K).
 
@@ -201,7 +190,20 @@ def values(targets: Sequence[Sequence[Scalar]], latent: Tensor, logits: Tensor) 
         latent: Shape (B, D).
         logits: Shape (B, C).
     """
+    indices = [[target.index for target in wanted if isinstance(target, Output)] for wanted in targets]
+    if any(targets) and list(map(len, indices)) == list(map(len, targets)):  # outputs alone
+        return logits.gather(1, send(indices, logits.device))
+    if is_wide(latent.device) and any(targets):
+        return torch.stack([_column(column, latent, logits) for column in zip(*targets, strict=True)], dim=1)
     rows = [
         torch.stack([target(latent[b], logits[b]) for target in wanted]) for b, wanted in enumerate(targets) if wanted
     ]
     return torch.stack(rows) if rows else latent.new_zeros((len(targets), 0))
+
+
+def _column(column: Sequence[Scalar], latent: Tensor, logits: Tensor) -> Tensor:
+    """The value of one target of each image, shape (B,); at once if it is the same one."""
+    first = column[0]
+    if all(target is first for target in column):
+        return first(latent, logits)
+    return torch.stack([target(latent[b], logits[b]) for b, target in enumerate(column)])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import is_
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cdam_engine.attention import hooks_on
 from cdam_engine.families import TrunkOutput
+from cdam_engine.tree import Tree
 from cdam_engine.vit import SplitViT
 
 Precision = Literal["fp32", "bf16"]
@@ -41,6 +42,7 @@ class Trunk:
         batch_sizes: Sequence[int] = (),
     ) -> None:
         self._vit = vit
+        self._tree = Tree(vit.model)
         self._precision = precision
         self._model = vit
         self._copied: _State | None = None
@@ -72,7 +74,7 @@ class Trunk:
     def _follow(self) -> None:
         """In bfloat16, make the copy again if somebody has changed the model since."""
         if self._precision == "bf16":
-            state = _State.of(self._vit.model)
+            state = _State.of(self._tree)
             if self._copied is None or not state.equals(self._copied):
                 self._model, self._copied = SplitViT(_in_bfloat16(self._vit.model)), state
 
@@ -97,34 +99,26 @@ class _State(NamedTuple):
 
     Attributes:
         things: Modules, hooks, weights and buffers.
+        counts: How many weights, and buffers, each module has.
         versions: How often each weight and buffer was written to; what was written through `.data` does not count.
     """
 
     things: list[object]
+    counts: list[int]
     versions: list[int]
 
     @classmethod
-    def of(cls, model: nn.Module) -> _State:
+    def of(cls, tree: Tree) -> _State:
         """The state of a model as it is now."""
-        things: list[object] = []
-        versions: list[int] = []
-        pending: list[Any] = [model]
-        while pending:
-            module = pending.pop()
-            its = module.__dict__
-            things += (module, its.get("forward"), *hooks_on(module))
-            for tensors in (its["_parameters"], its["_buffers"]):
-                for tensor in tensors.values():
-                    if tensor is not None:
-                        things.append(tensor)
-                        versions.append(tensor._version)  # noqa: SLF001
-            pending += (part for part in its["_modules"].values() if part is not None)
-        return cls(things, versions)
+        tensors, counts = tree.tensors()
+        hooks = [its for module in tree.hooked() for its in (module, *hooks_on(module))]
+        things = [*tree.modules(), *tree.own("forward"), *hooks, *tensors]
+        return cls(things, counts, [tensor._version for tensor in tensors])  # noqa: SLF001
 
     def equals(self, other: _State) -> bool:
         """Whether nobody has changed anything in between."""
-        same = self.versions == other.versions and len(self.things) == len(other.things)
-        return same and all(map(operator.is_, self.things, other.things))
+        same = self[1:] == other[1:] and len(self.things) == len(other.things)
+        return same and all(map(is_, self.things, other.things))
 
 
 def resolve_precision(precision: str, device: torch.device) -> Precision:

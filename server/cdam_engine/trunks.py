@@ -14,6 +14,7 @@ from cdam_engine.cache import CacheEntry, TokenCache, digest, join
 from cdam_engine.clock import Clock
 from cdam_engine.families import TrunkOutput
 from cdam_engine.preprocess import DataConfig, normalise
+from cdam_engine.transfer import send
 from cdam_engine.trunk import Trunk
 from cdam_engine.vit import SplitViT
 
@@ -57,15 +58,16 @@ class Trunks:
         return replace(self, made=made)
 
     def keys(self, images: Tensor, *, several: bool = False) -> list[Hashable]:
-        """What is equal for equal images; without a cache, a single image or one that is on a GPU is not looked at.
+        """What is equal for equal images, if they are looked at: for a cache, or where a pass costs more than a digest.
 
         Args:
             images: A batch.
             several: Whether other batches are compared with it.
         """
-        if self.cache is None and not several and (len(images) == 1 or images.is_cuda):
+        on_gpu = images.is_cuda or next(self.vit.model.parameters()).is_cuda
+        if self.cache is None and not several and (len(images) == 1 or on_gpu):
             return list(range(len(images)))
-        return [(self.name, digest(image)) for image in images]
+        return [(self.name, digest(image)) for image in images.detach().cpu()]
 
     def load(self, images: Tensor) -> Tensor:
         """Normalised input on the model's device."""
@@ -74,9 +76,7 @@ class Trunks:
         if images.dtype != torch.uint8:
             return images.detach()
         weight = next(self.vit.model.parameters())
-        if weight.is_cuda and not images.is_cuda:
-            images = images.pin_memory()
-        return normalise(images.to(weight.device, non_blocking=True), self.data_config(), weight.dtype)
+        return normalise(send(images, weight.device), self.data_config(), weight.dtype)
 
     def fetch(
         self, images: Tensor, keys: Sequence[Hashable], clock: Clock, load: Callable[[], Tensor] | None = None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import captum
 import timm
 import torch
 from torch import Tensor
@@ -60,11 +59,11 @@ class Subject:
         return Explainer(self.model, **{"precision": self.precision, **options})
 
 
-def load(name: str, batch: int, device: torch.device, precision: str) -> Subject:
-    """A subject; the same one in every process."""
+def load(name: str, batch: int, device: torch.device, precision: str, **options: Any) -> Subject:
+    """A subject; the same one in every process. Options are timm's."""
     torch.manual_seed(0)
     model: Any = (
-        demo.load() if name == DEMO else timm.create_model(name, pretrained=False, num_classes=1000).eval()
+        demo.load() if name == DEMO else timm.create_model(name, pretrained=False, num_classes=1000, **options).eval()
     ).to(device)
     pixels = torch.randint(0, 256, (batch, *model.patch_embed.img_size, 3), dtype=torch.uint8)
     x = normalise(pixels.to(device), DataConfig.from_timm(model))
@@ -80,9 +79,16 @@ def machine(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "captum": captum.__version__,
-        "grad-cam": version("grad-cam"),
+        "captum": _version("captum"),
+        "grad-cam": _version("grad-cam"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "-"
 
 
 def _cpu_name() -> str:

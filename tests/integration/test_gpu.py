@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,23 @@ def test_map_is_the_cpus(model: nn.Module, method: Method) -> None:
     found = _explain(model, "cuda", [method])
     _assert_alike(found, expected, 1e-2 if method.kind == "partial_lrp" else 1e-4)  # its shares divide by almost 0
     assert all(item.trunk_seconds >= 0 and item.tail_seconds > 0 for item in found)
+
+
+@pytest.mark.parametrize("kind", ["cdam", "smooth_cdam", "integrated_cdam", "attention_rollout", "token_ablation"])
+def test_the_host_waits_once(model: nn.Module, kind: str) -> None:
+    explainer = Explainer(model.to("cuda"))
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    given = pixels, [[Output(1)]] * 3, [[METHOD[kind]]] * 3
+    explainer.explain(*given)  # what is drawn or looked up once is not looked at
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            explainer.explain(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(its.message) for its in caught if "synchronizing" in str(its.message)]
+    assert len(waits) <= 1, waits
 
 
 def test_what_is_kept_on_the_device(model: nn.Module) -> None:

@@ -266,3 +266,16 @@ def test_in_bfloat16_the_outputs_do_not_depend_on_the_company() -> None:
     (alone,) = ours.explain(pixels[:1], [[Output(1)]], [[InputXGradient()]])
     beside, _ = ours.explain(pixels, [[Output(1)], [Output(1)]], [[InputXGradient()], [Cdam()]])
     np.testing.assert_allclose(alone.logits, beside.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_told_is_not_what_is_kept() -> None:
+    made = explainer()
+    (first,) = made.explain(images(CASE, 1), [TARGETS])
+    expected = copy.deepcopy(first)
+    for array in (first.latent, first.logits, *(item.scores for item in first.maps)):
+        array[:] = np.nan
+    (again,) = made.explain(images(CASE, 1), [TARGETS])
+    assert again.token_cache_hit
+    np.testing.assert_array_equal(again.latent, expected.latent)
+    np.testing.assert_array_equal(again.logits, expected.logits)
+    np.testing.assert_array_equal(again.maps[0].scores, expected.maps[0].scores)

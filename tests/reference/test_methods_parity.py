@@ -38,6 +38,7 @@ from cdam_engine import (
     TopK,
     UnsupportedMethodError,
 )
+from cdam_engine.chunks import Limit
 from cdam_engine.preprocess import DataConfig
 from reference.method_expectations import Target, concept, expected, supported
 from reference.models import BY_ID, CASES, Case, build, images, require
@@ -348,24 +349,50 @@ def test_other_image_sizes(name: str, size: tuple[int, int]) -> None:
         compare(relevance, expected(model, pixels[0], method, Output(4)), 100 * DOUBLE, str(method))
 
 
+def _bound(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = [
+        (module, bound, value)
+        for path, module in sys.modules.items()
+        if path.startswith("cdam_engine.")
+        for bound, value in vars(module).items()
+        if isinstance(value, Limit) or (isinstance(value, int) and value >= 1 << 20)
+    ]
+    assert len(bounds) >= 10
+    for module, bound, value in bounds:
+        monkeypatch.setattr(module, bound, Limit(most, most) if isinstance(value, Limit) else most)
+
+
 @pytest.mark.parametrize("most", [1, 3000, 100_000])
 @pytest.mark.parametrize("name", ["eight_outputs", "deit_distilled", "beit", "rope_mixed"])
 def test_work_in_pieces(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever bounds memory changes no map: every such bound is made so small that small models exceed it."""
     case = BY_ID[name]
     require(case)
-    bounds = [
-        (module, bound)
-        for path, module in sys.modules.items()
-        if path.startswith("cdam_engine.")
-        for bound, value in vars(module).items()
-        if isinstance(value, int) and value >= 1 << 20
-    ]
-    assert len(bounds) >= 6
-    for module, bound in bounds:
-        monkeypatch.setattr(module, bound, most)
+    _bound(most, monkeypatch)
     for methods in (CDAM_FAMILY, TOKENS_AND_ATTENTION, PIXELS):
         check(case, methods, torch.float64)
+
+
+@pytest.mark.parametrize("most", [None, 3000, 10_000])
+@pytest.mark.parametrize("name", ["eight_outputs", "deit_distilled", "siglip"])
+def test_the_large_steps_of_a_gpu(name: str, most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several images share them, and nothing else changes."""
+    case = BY_ID[name]
+    every = (*CDAM_FAMILY[0], *TOKENS_AND_ATTENTION[0], *PIXELS[0], TokenAblation())
+    methods = [[method for method in every if supported(case, method)]]
+    explainer, pixels = Explainer(build(case)), images(case, 3)
+    wanted = [targets(case)[0], targets(case)[0], targets(case)[0][::-1]]
+    one_by_one = [explainer.explain(pixels[[row]], [its], methods)[0] for row, its in enumerate(wanted)]
+    for module in ("chunks", "targets", "tail", "methods.cdam"):
+        monkeypatch.setattr(f"cdam_engine.{module}.is_wide", lambda _device: True)
+    if most is not None:
+        _bound(most, monkeypatch)
+    for together, alone in zip(explainer.explain(pixels, wanted, 3 * methods), one_by_one, strict=True):
+        for one, other in zip(together.maps, alone.maps, strict=True):
+            scale = np.abs(other.scores).max()
+            tolerance = DOUBLE * (100 if methods[0][one.method_index].kind == "partial_lrp" else 1)
+            for its, same in ((one.scores, other.scores), (one.standard_error, other.standard_error)):
+                close(its, None if same is None else torch.from_numpy(same), tolerance, scale, str(one.method_index))
 
 
 def test_raw_pixels() -> None:

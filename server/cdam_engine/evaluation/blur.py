@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cdam_engine.transfer import send
+
 _REFERENCE_SIDE: Final = 224  # sigmas are given in pixels at 224 x 224
 
 
@@ -37,4 +39,4 @@ def _blur(side: int, sigma: float, device: torch.device) -> Tensor:
     read = np.where(read >= side, 2 * (side - 1) - read, read)  # and at the end
     matrix = np.zeros((side, side))
     np.add.at(matrix, (np.broadcast_to(rows, read.shape), read), taps / taps.sum())
-    return torch.from_numpy(matrix).to(device)
+    return send(torch.from_numpy(matrix), device)

@@ -13,6 +13,7 @@ from cdam_engine.evaluation.perturbation import Boxed, Perturbation, Ranked, Who
 from cdam_engine.evaluation.subject import Subject
 from cdam_engine.explainer import Explainer
 from cdam_engine.pauses import pause
+from cdam_engine.transfer import fetch, send
 
 _Asked = tuple[Subject, Perturbation]
 
@@ -58,7 +59,7 @@ class Forwards:
         pause(batch[0][0].pixels.device)
         try:
             latent, logits = self._explainer.outputs(self._composed(batch))
-            both = torch.cat((latent, logits), dim=1).cpu().double()  # at once: each copy waits for the device
+            both = torch.from_numpy(fetch([torch.cat((latent, logits), dim=1)])[0]).double()
         except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not _is_out_of_memory(error):
                 raise
@@ -95,7 +96,7 @@ def _compose(subject: Subject, images: Sequence[Perturbation], out: Tensor) -> N
     """Variations that are alike, into `out` (n, C, H, W)."""
 
     def column(numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=out.device)[:, None, None, None]
+        return send(numbers, out.device, torch.int32)[:, None, None, None]
 
     match images[0]:
         case Whole(picture):

@@ -23,6 +23,7 @@ from cdam_engine.methods.base import Method
 from cdam_engine.pauses import pause
 from cdam_engine.preprocess import normalise
 from cdam_engine.targets import Scalar, TopK
+from cdam_engine.transfer import send
 
 
 class Preparation:
@@ -144,14 +145,14 @@ class Preparation:
         if given.dtype == torch.uint8:
             if given.shape != (*size, channels):
                 raise SampleError(field, f"of shape {tuple(given.shape)}, not {(*size, channels)}")
-            return normalise(given[None].to(weight.device), self._explainer.data_config, weight.dtype)[0]
+            return normalise(send(given[None], weight.device), self._explainer.data_config, weight.dtype)[0]
         if given.shape != (channels, *size) or not given.is_floating_point():
             raise SampleError(
                 field, f"of shape {tuple(given.shape)} and type {given.dtype}, not {(channels, *size)} and float"
             )
         if not bool(given.isfinite().all()):
             raise SampleError(field, "has values that are not finite")
-        return given.to(weight.device, weight.dtype, copy=True)
+        return send(given.clone(), weight.device, weight.dtype)
 
     def _maps(self, subject: Subject) -> dict[MapOf, Scores]:
         sample = subject.sample

@@ -14,6 +14,7 @@ from torch import nn
 
 from cdam_engine.evaluation.draws import generator
 from cdam_engine.explainer import Explainer
+from cdam_engine.transfer import fetch, send
 
 # By model: the seed asked for last, and its models.
 _kept: Final[WeakKeyDictionary[nn.Module, tuple[int, Sequence[nn.Module]]]] = WeakKeyDictionary()
@@ -68,7 +69,7 @@ class RandomisedModels:
         ]
 
     def _draw(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        true = parameter.detach().double().cpu().numpy()
+        (true,) = fetch([parameter.double()])
         normal = generator(self._seed, "", "weights", name).standard_normal(true.shape)
         drawn = torch.as_tensor(np.asarray(true.mean() + true.std() * normal))
-        return nn.Parameter(drawn.to(parameter.device, parameter.dtype), requires_grad=parameter.requires_grad)
+        return nn.Parameter(send(drawn, parameter.device, parameter.dtype), requires_grad=parameter.requires_grad)

@@ -16,6 +16,7 @@ from cdam_engine.evaluation.perturbation import MapOf, Order, Perturbation, Pict
 from cdam_engine.evaluation.sample import Sample, SampleError
 from cdam_engine.methods.prediction import Activation, activated
 from cdam_engine.targets import Output
+from cdam_engine.transfer import send
 
 Scores = NDArray[np.floating[Any]]
 
@@ -80,7 +81,7 @@ class Subject:
         """The rank of every pixel, or of its patch, from 0, on the model's device, shape (H, W), int32."""
         if order not in self._ranks:
             scores = self.maps[order.map] if order.enlargement is None else self.enlarged(order.map, order.enlargement)
-            keys = torch.from_numpy(scores).to(self.pixels.device).flatten()
+            keys = send(torch.from_numpy(scores), self.pixels.device).flatten()
             # + 0: no negative zeros, which a sort by bits would put before the others.
             first_to_last = torch.sort((keys if order.least_first else -keys) + 0.0, stable=True).indices
             ranks = torch.empty_like(first_to_last, dtype=torch.int32)

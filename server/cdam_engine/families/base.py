@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar, Final, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from cdam_engine.attention import check_known, is_changed, is_code_of
 from cdam_engine.errors import UnsupportedArchitectureError, UnsupportedMethodError
+from cdam_engine.transfer import pick
 
 # What timm has after the last block, by the first part of its name.
 _AFTER_BLOCKS: Final = frozenset({"norm", "fc_norm", "attn_pool", "neck", "head", "head_dist"})
@@ -55,8 +55,7 @@ class TrunkOutput:
 
     def take(self, images: Sequence[int]) -> TrunkOutput:
         """The same of some images, in the order of their indices; an index may occur more than once."""
-        rows = torch.as_tensor(images, device=self.tokens.device)
-        return replace(self, residual=self.residual[rows], tokens=self.tokens[rows])
+        return replace(self, residual=pick(self.residual, images), tokens=pick(self.tokens, images))
 
     def part(self, image: int) -> TrunkOutput:
         """The same of one image; a view."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cdam_engine.batch import Batch
-from cdam_engine.chunks import chunks
+from cdam_engine.chunks import Limit, chunks
 from cdam_engine.errors import UnsupportedMethodError
 from cdam_engine.families import Embedded, TailOutput
 from cdam_engine.methods.base import Method, Scores
@@ -18,8 +18,8 @@ from cdam_engine.pauses import pause
 from cdam_engine.targets import Target, values
 from cdam_engine.vit import SplitViT
 
-_MAX_ELEMENTS: Final = 1 << 23  # of an MLP's hidden layer: 32 MiB in float32
-_MAX_ELEMENTS_ON_CPU: Final = 1 << 21  # what its cache about holds; more is not faster, and rests are rarer
+# Of an MLP's hidden layer: 8 MiB in float32, where more is not faster and rests are rarer; 256 MiB.
+_MAX_ELEMENTS: Final = Limit(cpu=1 << 21, gpu=1 << 26)
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,10 @@ class TokenAblation(Method):
         patches = batch.grid.h * batch.grid.w
         if patches == 1 and not vit.num_readout_tokens:
             raise UnsupportedMethodError("NO_TOKENS_LEFT", "of a single patch nothing is left to read out without it")
-        most = _MAX_ELEMENTS_ON_CPU if batch.pixels.device.type == "cpu" else _MAX_ELEMENTS
-        at_once = most // (4 * vit.width * batch.tokens)
+        at_once = _MAX_ELEMENTS.on(batch.pixels.device) // (4 * vit.width * batch.tokens)
         maps = []
         for image, targets in zip(images, batch.resolve(images, wanted), strict=True):
-            embedded = vit.embed(batch.pixels[[image]])
+            embedded = vit.embed(batch.pixels[image : image + 1])
             without = [
                 values([targets] * (some.stop - some.start), *_without(vit, embedded, some))
                 for some in chunks(patches, at_once)

@@ -10,14 +10,15 @@ import torch
 
 from cdam_engine import attention
 from cdam_engine.batch import Batch
-from cdam_engine.chunks import chunks
+from cdam_engine.chunks import Limit, chunks
 from cdam_engine.errors import UnsupportedMethodError
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Target
+from cdam_engine.transfer import pick
 from cdam_engine.vit import SplitViT
 
-_MAX_ELEMENTS: Final = 1 << 25  # of the attention weights kept at a time: 128 MiB in float32
+_MAX_ELEMENTS: Final = Limit(cpu=1 << 25, gpu=1 << 28)  # attention weights kept at a time: 128 MiB in float32; 1 GiB
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Attention(Method):
         # Of a prefix token's readout one row is enough.
         rows = vit.num_readout_tokens or len(rho)
         heads = list(self.heads) or slice(None)
-        size = max(1, _MAX_ELEMENTS // (vit.num_heads * rows * len(rho)))
+        size = max(1, _MAX_ELEMENTS.on(rho.device) // (vit.num_heads * rows * len(rho)))
         found = []
         for some in chunks(len(images), size):
             part = trunk.take(range(some.start, some.stop))
@@ -86,9 +87,10 @@ class AttentionRollout(Method):
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         vit = batch.vit
         found = []
-        for some in chunks(len(images), _MAX_ELEMENTS // (batch.tokens**2 * max(vit.num_heads, len(vit.blocks)))):
+        kept = batch.tokens**2 * max(vit.num_heads, len(vit.blocks))
+        for some in chunks(len(images), _MAX_ELEMENTS.on(batch.pixels.device) // kept):
             chosen = list(images[some])
-            embedded = vit.embed(batch.pixels[chosen])
+            embedded = vit.embed(pick(batch.pixels, chosen))
             x, means = embedded.tokens, []
             for index, arguments in enumerate(embedded.arguments):
                 x, a = vit.attend(index, x, arguments, vit.position_bias(index, arguments))

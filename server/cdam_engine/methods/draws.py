@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cdam_engine.chunks import chunks
 from cdam_engine.methods.base import Scores
+from cdam_engine.transfer import send
 
 _MAX_KEPT: Final = 64 * 1024 * 1024  # bytes
 
@@ -43,11 +44,11 @@ def _draw(generator: torch.Generator, count: int, shape: tuple[int, ...], device
     drawn = torch.empty((count, *shape), dtype=torch.float32)
     for one in drawn:
         one.normal_(generator=generator)
-    return drawn.to(device)
+    return send(drawn, device)
 
 
 class Moments:
-    """Mean and standard error of maps that come a few at a time, in double precision.
+    """Mean and standard error of several images' maps that come a few draws at a time, in double precision.
 
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
     """
@@ -58,7 +59,7 @@ class Moments:
         self._squares: Tensor = torch.zeros(())
 
     def add(self, values: Tensor) -> None:
-        """Take in some draws' values, shape (draws, ...)."""
+        """Take in some draws' values, shape (draws, B, ...)."""
         values = values.double()
         count, mean = len(values), values.mean(dim=0)
         squares = (values - mean).square().sum(dim=0)
@@ -71,7 +72,7 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """The mean over draws."""
+        """The mean over draws, shape (B, ...)."""
         return self._mean
 
     @property
@@ -81,10 +82,10 @@ class Moments:
 
 
 def mean_scores(moments: Sequence[Moments], like: Tensor, *, has_prefix: bool) -> Scores:
-    """The scores of several images, each a mean over draws, in the dtype of `like`."""
+    """The scores of all images, means over draws, in the dtype of `like`."""
     errors = [error for its in moments if (error := its.standard_error) is not None]
     return Scores(
-        torch.stack([its.mean for its in moments]).to(like),
+        torch.cat([its.mean for its in moments]).to(like),
         has_prefix=has_prefix,
-        standard_error=torch.stack(errors).to(like) if errors else None,
+        standard_error=torch.cat(errors).to(like) if errors else None,
     )

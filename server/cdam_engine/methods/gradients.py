@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdam_engine.batch import Batch
-from cdam_engine.chunks import chunks
+from cdam_engine.chunks import Limit, chunks
 from cdam_engine.families import TailOutput
 from cdam_engine.methods.base import Method, Noise, Quadrature, Scores, at_least_one, check_seed
 from cdam_engine.methods.draws import Moments, draws, mean_scores
 from cdam_engine.methods.quadrature import nodes
 from cdam_engine.pauses import pause
 from cdam_engine.targets import Scalar, Target, values
+from cdam_engine.transfer import pick, send
 
-_MAX_ELEMENTS: Final = 1 << 27  # of what a backward pass needs: about 512 MiB in float32
-_MAX_ELEMENTS_ON_CPU: Final = 3 << 24  # more is not faster, and rests are rarer
+# Of what a backward pass needs: 192 MiB in float32, where more is not faster and rests are rarer; 2 GiB.
+_MAX_ELEMENTS: Final = Limit(cpu=3 << 24, gpu=1 << 29)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class InputXGradient(Method):
         found = []
         for some in chunks(len(images), _at_once(batch)):
             chosen = list(images[some])
-            x, output = _forward(batch, batch.pixels[chosen])
+            x, output = _forward(batch, pick(batch.pixels, chosen))
             batch.learn(chosen, *output)
             targets = batch.resolve(chosen, wanted[some])
             found.append(_stack([_by_patch(batch, x.detach() * g) for g in _gradients(x, output, targets)], x))
@@ -80,7 +81,8 @@ class SmoothGrad(Method):
             for row, image in enumerate(images):
                 x, output = _forward(batch, batch.pixels[image] + sigma[image] * noise)
                 gradients = _gradients(x, output, [targets[row]] * len(noise))
-                moments[row].add(_stack([_by_patch(batch, gradient) for gradient in gradients], x))
+                found = _stack([_by_patch(batch, gradient) for gradient in gradients], x)
+                moments[row].add(found[:, None])
         return mean_scores(moments, batch.pixels, has_prefix=False)
 
 
@@ -110,8 +112,7 @@ class IntegratedGradients(Method):
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         targets = batch.resolve(images, wanted)
         points, weights = (
-            torch.tensor(numbers, dtype=batch.pixels.dtype, device=batch.pixels.device)
-            for numbers in nodes(self.quadrature, self.steps)
+            send(numbers, batch.pixels.device, batch.pixels.dtype) for numbers in nodes(self.quadrature, self.steps)
         )
         baseline = _outputs(batch, torch.zeros_like(batch.pixels[:1]))
         maps, residuals = [], []
@@ -136,8 +137,7 @@ class IntegratedGradients(Method):
 def _at_once(batch: Batch) -> int:
     """How many images a backward pass through the whole model may take."""
     vit = batch.vit
-    most = _MAX_ELEMENTS_ON_CPU if batch.pixels.device.type == "cpu" else _MAX_ELEMENTS
-    return max(1, most // (20 * batch.tokens * vit.width * len(vit.blocks)))
+    return max(1, _MAX_ELEMENTS.on(batch.pixels.device) // (20 * batch.tokens * vit.width * len(vit.blocks)))
 
 
 def _forward(batch: Batch, pixels: Tensor) -> tuple[Tensor, TailOutput]:
@@ -156,7 +156,7 @@ def _gradients(x: Tensor, output: TailOutput, targets: Sequence[Sequence[Scalar]
     """df/dx, shape of x: first of every image's first target, then of every second one, ..."""
     for row in zip(*targets, strict=True):
         with torch.enable_grad():
-            total = torch.stack([f(output.latent[b], output.logits[b]) for b, f in enumerate(row)]).sum()
+            total = values([[f] for f in row], *output).sum()
             (gradient,) = torch.autograd.grad(total, x, retain_graph=True)
         pause(x.device)
         yield gradient

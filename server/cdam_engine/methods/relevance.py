@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from cdam_engine import attention
 from cdam_engine.batch import Batch
-from cdam_engine.chunks import chunks
+from cdam_engine.chunks import Limit, chunks
 from cdam_engine.errors import UnsupportedMethodError
 from cdam_engine.families import Readout, layer_scale
 from cdam_engine.methods.base import Method, Scores
 from cdam_engine.pauses import pause
-from cdam_engine.targets import Scalar, Target
+from cdam_engine.targets import Scalar, Target, values
+from cdam_engine.transfer import pick
 from cdam_engine.vit import SplitViT
 
-_MAX_WEIGHTS: Final = 1 << 25  # attention weights kept for a backward pass: 128 MiB in float32
+_MAX_WEIGHTS: Final = Limit(cpu=1 << 25, gpu=1 << 28)  # kept for a backward pass: 128 MiB in float32; 1 GiB
 _EPSILON: Final = 1e-9
 
 
@@ -44,13 +45,13 @@ class RelevancePropagation(Method):
 
     def explain(self, batch: Batch, images: Sequence[int], wanted: Sequence[Sequence[Target]]) -> Scores:
         vit = batch.vit
-        at_once = _MAX_WEIGHTS // (batch.tokens**2 * vit.num_heads * len(vit.blocks))
+        at_once = _MAX_WEIGHTS.on(batch.pixels.device) // (batch.tokens**2 * vit.num_heads * len(vit.blocks))
         found = [self._propagate(batch, list(images[some]), wanted[some]) for some in chunks(len(images), at_once)]
         return Scores(torch.cat(found))
 
     def _propagate(self, batch: Batch, images: list[int], wanted: Sequence[Sequence[Target]]) -> Tensor:
         vit = batch.vit
-        embedded = vit.embed(batch.pixels[images])
+        embedded = vit.embed(pick(batch.pixels, images))
         last = len(vit.blocks) - 1
         with torch.enable_grad():
             x, weights = embedded.tokens.detach().requires_grad_(), []
@@ -66,7 +67,7 @@ class RelevancePropagation(Method):
         found = []
         for row in zip(*targets, strict=True):
             with torch.enable_grad():
-                total = torch.stack([f(output.latent[b], output.logits[b]) for b, f in enumerate(row)]).sum()
+                total = values([[f] for f in row], *output).sum()
                 gradients = torch.autograd.grad(total, weights, retain_graph=True)
             pause(rho.device)
             relevance = rho
@@ -138,9 +139,7 @@ def _gradients(vit: SplitViT, targets: Sequence[Sequence[Scalar]], latent: Tenso
         leaf = latent.detach().requires_grad_()
         logits = vit.family.head(leaf) if vit.num_outputs else leaf[:, :0]
         rows = [
-            torch.autograd.grad(
-                torch.stack([f(leaf[b], logits[b]) for b, f in enumerate(row)]).sum(), leaf, retain_graph=True
-            )[0]
+            torch.autograd.grad(values([[f] for f in row], leaf, logits).sum(), leaf, retain_graph=True)[0]
             for row in zip(*targets, strict=True)
         ]
     return torch.stack(rows, dim=1) if rows else leaf.detach()[:, None][:, :0]
