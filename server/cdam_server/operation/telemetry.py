@@ -1,6 +1,8 @@
 """Prometheus metrics; one object of each, in a registry of their own."""
 
 from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -110,6 +112,17 @@ class Telemetry(Observer, StoreObserver):
         self.models = Info("cdam_model", "Models that are loaded.", ["model"], registry=registry)
         self.build = Info("cdam_build", "What this server is made of.", registry=registry)
         ProcessCollector(registry=registry)
+        self._child = cache(_child)
+
+    def observe_rpc(self, method: str, code: str, seconds: float) -> None:
+        """Book an RPC that is answered."""
+        self._child(self.handled, method, code).inc()
+        self._child(self.handling, method).observe(seconds)
+
+    def observe_request(self, model: str, decode_seconds: float, queue_seconds: float) -> None:
+        """Book an image that is answered."""
+        self._child(self.compute, "decode", "", model).observe(decode_seconds)
+        self._child(self.queue, model).observe(queue_seconds)
 
     def admitted(self) -> None:
         """See `Observer`."""
@@ -153,3 +166,8 @@ class Telemetry(Observer, StoreObserver):
     def observe_cache(self, model: str, *, hit: bool) -> None:
         """Book an image that was looked for in the token cache."""
         (self.cache_hits if hit else self.cache_misses).labels(model).inc()
+
+
+def _child(metric: Any, *values: str) -> Any:
+    """A metric with its labels, which takes longer to look up than to count with."""
+    return metric.labels(*values)

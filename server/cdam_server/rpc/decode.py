@@ -1,10 +1,10 @@
 """From the API's messages to the use cases' words; every complaint names the field."""
 
+import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +108,7 @@ def request_id(request: explain_pb2.ExplainRequest) -> str:
     """
     if not _REQUEST_ID.fullmatch(request.request_id):
         raise InvalidArgumentError("request_id", "must be at most 128 printable ASCII characters")
-    return request.request_id or uuid4().hex
+    return request.request_id or f"{random.getrandbits(128):032x}"
 
 
 def check_name(name: str, field: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -43,28 +44,27 @@ def explain_response(explained: Explained, request_id: str, total_seconds: float
     """The answer to an Explain request."""
     model, answered = explained.model, explained.answered
     explanation, done, prepared = answered.done.answer, answered.done, answered.prepared
-    return explain_pb2.ExplainResponse(
+    # A part is written where it belongs: protobuf would copy a message that is made apart.
+    message = explain_pb2.ExplainResponse(
         request_id=request_id,
         model=model.name,
         model_fingerprint=model.fingerprint,
-        geometry=_geometry(prepared, explanation.grid, model.explained.sizes.patch_size),
-        timing=explain_pb2.Timing(
-            decode=duration(answered.decode_seconds),
-            queue=duration(done.queue_seconds),
-            trunk=duration(explanation.trunk_seconds),
-            tail=duration(explanation.tail_seconds),
-            total=duration(total_seconds),
-            batch_size=done.batch_size,
-        ),
-        targets=[_explained_target(explained, target) for target in explanation.targets],
-        maps=[_map(relevance) for relevance in explanation.maps],
         token_cache_hit=explanation.token_cache_hit,
-        preprocessing=explain_pb2.AppliedPreprocessing(
-            resize_mode=_RESIZE[prepared.resize],
-            input_size=size(prepared.input_size),
-            model_input=_model_input(model.data_config),
-        ),
+        preprocessing=_applied(model.data_config, prepared.resize, prepared.input_size),
     )
+    _write_geometry(message.geometry, prepared, explanation.grid, model.explained.sizes.patch_size)
+    timing = message.timing
+    _write_seconds(timing.decode, answered.decode_seconds)
+    _write_seconds(timing.queue, done.queue_seconds)
+    _write_seconds(timing.trunk, explanation.trunk_seconds)
+    _write_seconds(timing.tail, explanation.tail_seconds)
+    _write_seconds(timing.total, total_seconds)
+    timing.batch_size = done.batch_size
+    for target in explanation.targets:
+        _write_target(message.targets.add(), explained, target)
+    for relevance in explanation.maps:
+        _write_map(message.maps.add(), relevance)
+    return message
 
 
 def model(facts: ModelFacts, *, is_default: bool) -> model_pb2.Model:
@@ -135,6 +135,13 @@ def preprocessing(resize: str, input_size: tuple[int, int]) -> common_pb2.Prepro
     return common_pb2.Preprocessing(resize_mode=_RESIZE[resize], input_size=size(input_size))
 
 
+@lru_cache(maxsize=64)  # of every model and input size in use; what is put into a message is copied
+def _applied(config: DataConfig, resize: str, input_size: tuple[int, int]) -> explain_pb2.AppliedPreprocessing:
+    return explain_pb2.AppliedPreprocessing(
+        resize_mode=_RESIZE[resize], input_size=size(input_size), model_input=_model_input(config)
+    )
+
+
 def _model_input(config: DataConfig) -> common_pb2.ModelInput:
     return common_pb2.ModelInput(
         mean=config.mean,
@@ -159,16 +166,16 @@ def _methods(facts: ModelFacts) -> list[model_pb2.MethodSupport]:
     return support
 
 
-def _explained_target(explained: Explained, item: ExplainedTarget) -> explain_pb2.ExplainedTarget:
+def _write_target(message: explain_pb2.ExplainedTarget, explained: Explained, item: ExplainedTarget) -> None:
     index, probabilities = item.index, explained.probabilities
-    return explain_pb2.ExplainedTarget(
-        target=_target(item.target),
-        request_index=item.request_index,
-        output_index=index,
-        label=_label(item.target, explained.model.output_names),
-        value=item.value,
-        probability=None if index is None or probabilities is None else float(probabilities[index]),
-    )
+    message.target.CopyFrom(_target(item.target))
+    message.request_index = item.request_index
+    message.label = _label(item.target, explained.model.output_names)
+    message.value = item.value
+    if index is not None:
+        message.output_index = index
+        if probabilities is not None:
+            message.probability = float(probabilities[index])
 
 
 def _target(target: Output | Concept | Contrast) -> target_pb2.Target:
@@ -214,38 +221,40 @@ def _label(target: Output | Concept | Contrast, names: Sequence[str]) -> str:
             return f"{_label(positive, names)} - {_label(negative, names)}"
 
 
-def _map(relevance: RelevanceMap) -> explain_pb2.RelevanceMap:
-    message = explain_pb2.RelevanceMap(
-        method_index=relevance.method_index,
-        target_index=relevance.target_index,
-        scores=tensor(relevance.scores),
-        prefix_share=relevance.prefix_share,
-        completeness_residual=relevance.completeness_residual,
-        steps=relevance.steps,
-    )
+def _write_map(message: explain_pb2.RelevanceMap, relevance: RelevanceMap) -> None:
+    message.method_index = relevance.method_index
+    if relevance.target_index is not None:
+        message.target_index = relevance.target_index
+    _write_tensor(message.scores, relevance.scores)
+    if relevance.prefix_share is not None:
+        message.prefix_share = relevance.prefix_share
+    if relevance.completeness_residual is not None:
+        message.completeness_residual = relevance.completeness_residual
+    if relevance.steps is not None:
+        message.steps = relevance.steps
     if relevance.value_part is not None and relevance.key_part is not None:
-        message.parts.value.CopyFrom(tensor(relevance.value_part))
-        message.parts.key.CopyFrom(tensor(relevance.key_part))
+        _write_tensor(message.parts.value, relevance.value_part)
+        _write_tensor(message.parts.key, relevance.key_part)
     if relevance.standard_error is not None:
-        message.standard_error.CopyFrom(tensor(relevance.standard_error))
-    return message
+        _write_tensor(message.standard_error, relevance.standard_error)
 
 
-def _geometry(prepared: Prepared, grid: tuple[int, int], patch: tuple[int, int]) -> explain_pb2.MapGeometry:
+def _write_geometry(
+    message: explain_pb2.MapGeometry, prepared: Prepared, grid: tuple[int, int], patch: tuple[int, int]
+) -> None:
     """Where the grid lies; where a model pads its input to whole patches, the grid reaches beyond the input."""
-    region = prepared.region
+    seen, region = prepared.region, message.region
     down, across = (grid[axis] * patch[axis] / prepared.input_size[axis] for axis in (0, 1))
-    return explain_pb2.MapGeometry(
-        patch_grid=size(grid),
-        region=common_pb2.Region(
-            left=region.left,
-            top=region.top,
-            right=region.left + (region.right - region.left) * across,
-            bottom=region.top + (region.bottom - region.top) * down,
-        ),
-        image_size=size(prepared.image_size),
-        input_size=size(prepared.input_size),
-    )
+    region.left, region.top = seen.left, seen.top
+    region.right = seen.left + (seen.right - seen.left) * across
+    region.bottom = seen.top + (seen.bottom - seen.top) * down
+    _write_size(message.patch_grid, grid)
+    _write_size(message.image_size, prepared.image_size)
+    _write_size(message.input_size, prepared.input_size)
+
+
+def _write_size(message: common_pb2.Size, pixels: tuple[int, int]) -> None:
+    message.height, message.width = pixels
 
 
 def size(pixels: tuple[int, int]) -> common_pb2.Size:
@@ -255,11 +264,22 @@ def size(pixels: tuple[int, int]) -> common_pb2.Size:
 
 def tensor(array: NDArray[np.floating]) -> common_pb2.FloatTensor:
     """The array as float32."""
-    return common_pb2.FloatTensor(shape=array.shape, data=array.astype("<f4").tobytes())
+    message = common_pb2.FloatTensor()
+    _write_tensor(message, array)
+    return message
+
+
+def _write_tensor(message: common_pb2.FloatTensor, array: NDArray[np.floating]) -> None:
+    message.shape.extend(array.shape)
+    message.data = array.astype("<f4", copy=False).tobytes()
 
 
 def duration(seconds: float) -> Duration:
     """A span of time."""
     message = Duration()
-    message.FromNanoseconds(round(seconds * 1e9))
+    _write_seconds(message, seconds)
     return message
+
+
+def _write_seconds(message: Duration, seconds: float) -> None:
+    message.FromNanoseconds(round(seconds * 1e9))

@@ -37,6 +37,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._wrapped: dict[str, tuple[object, Any]] = {}  # by method: gRPC's handler, and what stands for it
 
     async def wait_until_idle(self) -> None:
         """Return when no RPC of the API is being answered."""
@@ -51,11 +52,18 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(_PREFIX):
             return handler  # type: ignore[no-any-return]
-        method = handler_call_details.method.removeprefix("/")
+        name = handler_call_details.method
+        of, wrapped = self._wrapped.get(name, (None, None))
+        if of is not handler:
+            wrapped = self._wrap(name.removeprefix("/"), handler)
+            self._wrapped[name] = handler, wrapped
+        return wrapped  # type: ignore[no-any-return]
+
+    def _wrap(self, method: str, handler: Any) -> Any:
         make = getattr(grpc, f"{_shape(handler)}_rpc_method_handler")
         wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
         parse = _pass_on if handler.request_streaming else handler.request_deserializer
-        return make(  # type: ignore[no-any-return]
+        return make(
             wrap(method, getattr(handler, _shape(handler)), parse),
             # A single request is parsed inside, where an error is answered, logged and counted like any other.
             request_deserializer=handler.request_deserializer if handler.request_streaming else None,
@@ -108,8 +116,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 self._idle.set()
             seconds = perf_counter() - started
             name = method.rpartition("/")[2]
-            self._telemetry.handled.labels(name, code.name).inc()
-            self._telemetry.handling.labels(name).observe(seconds)
+            self._telemetry.observe_rpc(name, code.name, seconds)
             facts = {"method": name, "code": code.name, "seconds": round(seconds, 6), "peer": context.peer()}
             if failure:
                 facts["error"] = failure

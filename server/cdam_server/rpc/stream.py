@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, Self, TypeVar
 
 import grpc
 import structlog
@@ -109,8 +109,8 @@ class StreamServer:
         stream = _Stream(exchange, write, self._telemetry, self._draining, most, self._budget)
         end: BaseException | None = None
         try:
-            async with asyncio.TaskGroup() as tasks:
-                end = await stream.read(requests, tasks, None if may_idle else self._idle_seconds)
+            async with asyncio.TaskGroup() as tasks, _Reader(requests, self._draining) as reader:
+                end = await stream.read(reader, tasks, None if may_idle else self._idle_seconds)
         except* _GoneError:
             end = asyncio.CancelledError()  # as gRPC itself is about to say
         finally:
@@ -171,12 +171,12 @@ class _Stream(Generic[Request, Response]):
         self._unanswered: set[str] = set()
 
     async def read(
-        self, requests: AsyncIterator[Request], tasks: asyncio.TaskGroup, longest: float | None
+        self, reader: _Reader[Request], tasks: asyncio.TaskGroup, longest: float | None
     ) -> ServiceError | None:
         """Make a task of each item; return when there are no more, with what ended the stream early, if it did."""
         while True:
             await self._slots.acquire()
-            request = await _next(requests, self._draining, longest)
+            request = await reader.next(longest)
             if isinstance(request, DeadlineError):  # the rest may come on another stream
                 return UnavailableError(str(request))
             if request is None or isinstance(request, ServiceError):
@@ -264,25 +264,58 @@ def _going_down() -> UnavailableError:
 
 
 async def _next(
-    requests: AsyncIterator[Request], draining: asyncio.Event, longest: float | None = None
+    requests: AsyncIterator[Request], draining: asyncio.Event, longest: float
 ) -> Request | ServiceError | None:
-    """The next message; None after the last, an error in place of one that can't be read or has not come in time, or if the
-    server goes down.
+    async with _Reader(requests, draining) as reader:
+        return await reader.next(longest)
+
+
+class _Reader(Generic[Request]):
+    """Reads messages until there are no more or the server goes down; a context, used in one task.
+
+    Args:
+        requests: The messages.
+        draining: Set when the server goes down.
     """
-    reading = asyncio.ensure_future(anext(requests, None))
-    waiting = asyncio.create_task(draining.wait())
-    try:
-        done, _ = await asyncio.wait({reading, waiting}, timeout=longest, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
-            return DeadlineError(f"nothing came for {longest:g} s")
-        return _going_down() if waiting.done() else reading.result()
-    except DecodeError:
-        return InvalidArgumentError("request", "is not a message of this API")
-    except ServiceError as error:
-        return error
-    except grpc.aio.BaseError as error:
-        raise _GoneError from error
-    finally:
-        reading.cancel()
-        waiting.cancel()
-        await asyncio.wait({reading, waiting})
+
+    def __init__(self, requests: AsyncIterator[Request], draining: asyncio.Event) -> None:
+        self._requests = requests
+        self._draining = draining
+        self._reading: asyncio.Timeout | None = None
+
+    async def __aenter__(self) -> Self:
+        # One task for all messages: to wait for two things at once takes two tasks for each.
+        self._waiting = asyncio.create_task(self._draining.wait())
+        self._waiting.add_done_callback(self._interrupt)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._waiting.cancel()
+        await asyncio.wait({self._waiting})
+
+    async def next(self, longest: float | None) -> Request | ServiceError | None:
+        """The next message; None after the last, an error in place of one that can't be read or has not come in time, or if the
+        server goes down.
+
+        Args:
+            longest: Seconds in which it has to come; None: any time.
+        """
+        if self._draining.is_set():
+            return _going_down()
+        try:
+            async with asyncio.timeout(longest) as self._reading:
+                return await anext(self._requests, None)
+        except TimeoutError:
+            return _going_down() if self._draining.is_set() else DeadlineError(f"nothing came for {longest:g} s")
+        except DecodeError:
+            return InvalidArgumentError("request", "is not a message of this API")
+        except ServiceError as error:
+            return error
+        except grpc.aio.BaseError as error:
+            raise _GoneError from error
+        finally:
+            self._reading = None
+
+    def _interrupt(self, waiting: asyncio.Task[bool]) -> None:
+        if not waiting.cancelled() and self._reading is not None and not self._reading.expired():
+            self._reading.reschedule(0)

@@ -134,8 +134,7 @@ class Images:
                 decode_seconds = perf_counter() - started
                 done = await ticket.submit(make(prepared.pixels))
         _trace(done, decode_seconds, perf_counter())
-        self._telemetry.compute.labels("decode", "", model.name).observe(decode_seconds)
-        self._telemetry.queue.labels(model.name).observe(done.queue_seconds)
+        self._telemetry.observe_request(model.name, decode_seconds, done.queue_seconds)
         return Answered(prepared, done, decode_seconds)
 
 
