@@ -93,6 +93,8 @@ class ModelFacts:
 
     def times_larger(self, input_size: tuple[int, int]) -> float:
         """Patches of this input divided by those of the model's own, which limits are set for; at least 1."""
+        if input_size == self.data_config.input_size:
+            return 1.0
         return max(1.0, self.patches(input_size) / self.patches(self.data_config.input_size))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 import socket
 import time
 from collections import defaultdict
@@ -37,7 +36,6 @@ from cdam_server.processes.wire import (
     Failed,
     Hold,
     Link,
-    PackedWork,
     Release,
     Submit,
 )
@@ -212,8 +210,8 @@ class _Device:
     def __init__(self, number: int, row: Any, gone: Callable[[], object]) -> None:
         self.number = number
         self.row = row
-        self.link = Link(self._receive, self._lost)
         self.ring = RingWriter()
+        self.link = Link(self._receive, self._lost, put=self.ring.put)
         self._gone = gone
         self._numbers = count()
         self._admissions: dict[int, asyncio.Future[object]] = {}
@@ -267,16 +265,6 @@ class _Device:
             if self.end(number):
                 self.link.send(Release(number))
 
-    def pack(self, work: ModelWork[Any]) -> PackedWork:
-        """The work, its arrays in the ring as far as there is room."""
-        buffers: list[pickle.PickleBuffer] = []
-        data = pickle.dumps(work, pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
-        places = []
-        for buffer in buffers:
-            with buffer.raw() as raw:
-                places.append(self.ring.put(raw) or bytes(raw))
-        return PackedWork(data, tuple(places))
-
     def _receive(self, messages: Sequence[Any]) -> None:
         for message in messages:
             match message:
@@ -329,9 +317,9 @@ class _Ticket:
         device = self._device
         if self._number is None or self._answer is None:
             self._number, self._answer = device.begin()
-            device.link.send(Admit(self._number, self._spec, self._arrived, device.pack(work)))
+            device.link.send(Admit(self._number, self._spec, self._arrived, work))
         else:
-            device.link.send(Submit(self._number, device.pack(work)))
+            device.link.send(Submit(self._number, work))
         return cast("Done[Answer]", await self._answer)
 
     @property

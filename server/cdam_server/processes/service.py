@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,6 @@ from cdam_server.processes.wire import (
     Failed,
     Hold,
     Link,
-    PackedWork,
     Release,
     Submit,
 )
@@ -38,7 +36,7 @@ from cdam_server.processes.wire import (
 # Bytes. So much of a ring has been read when the front end is told.
 _TOLD_AFTER: Final = RING_BYTES // 8
 # Seconds. What the board says is as old at most while anything happens.
-_PUBLISH_SECONDS: Final = 0.005
+_PUBLISH_SECONDS: Final = 0.01
 _log = structlog.get_logger("cdam.server")
 
 
@@ -99,7 +97,7 @@ class _Connection:
     """One front end's."""
 
     def __init__(self, service: ComputeService, ring: RingReader, lost: Callable[[_Connection], None]) -> None:
-        self.link = Link(self._receive, self._end)
+        self.link = Link(self._receive, self._end, take=ring.take)
         self._service = service
         self._host = service.host
         self._ring = ring
@@ -114,14 +112,12 @@ class _Connection:
         for message in messages:
             match message:
                 case Admit(number, spec, arrived, work):
-                    bound = None if work is None else self._unpack(work)
-                    job = self._admit(number, spec, arrived, told=bound is None)
-                    if job is not None and bound is not None:
-                        ready.append((job, bound))
+                    job = self._admit(number, spec, arrived, told=work is None)
+                    if job is not None and work is not None:
+                        ready.append((job, self._bound(work)))
                 case Submit(number, work):
-                    bound = self._unpack(work)
                     if (job := self._jobs.get(number)) is not None:  # else it has been told why not
-                        ready.append((job, bound))
+                        ready.append((job, self._bound(work)))
                 case Release(number):
                     self._release(number)
                 case Hold(number, what):
@@ -168,11 +164,7 @@ class _Connection:
             self._held.pop(number, None)
             self.link.send(Answered(number, Failed.of(error)))
 
-    def _unpack(self, packed: PackedWork) -> Bound[Any]:
-        buffers = [
-            self._ring.take(place) if not isinstance(place, bytes) else bytearray(place) for place in packed.places
-        ]
-        work: ModelWork[Any] = pickle.loads(packed.data, buffers=buffers)  # noqa: S301 - of a process of this server
+    def _bound(self, work: ModelWork[Any]) -> Bound[Any]:
         return Bound(work, self._host.catalog, self._service.telemetry)
 
     def _end(self) -> None:

@@ -6,29 +6,23 @@ import asyncio
 import pickle
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cdam_server.compute.concurrency import Long
 from cdam_server.compute.facts import EvaluationBucket
 from cdam_server.compute.scheduling import JobSpec
+from cdam_server.compute.work import ModelWork
 from cdam_server.processes.ring import Place
 
 GREETING: Final = b"cdam"
 """What a front end sends first, with the descriptor of its ring."""
 
-_LENGTH: Final = struct.Struct("<I")
+Buffer: TypeAlias = bytearray | NDArray[np.uint8]
 
-
-class PackedWork(NamedTuple):
-    """A `ModelWork`.
-
-    Attributes:
-        data: The work, pickled without its arrays' bytes.
-        places: Where those are: in the ring, or here if there was no room.
-    """
-
-    data: bytes
-    places: tuple[Place | bytes, ...]
+_LENGTHS: Final = struct.Struct("<II")  # of the messages, and of where their arrays are
 
 
 class Admit(NamedTuple):
@@ -44,14 +38,14 @@ class Admit(NamedTuple):
     number: int
     spec: JobSpec
     arrived: float
-    work: PackedWork | None
+    work: ModelWork[Any] | None
 
 
 class Submit(NamedTuple):
     """From a front end: the work of a job that was let in."""
 
     number: int
-    work: PackedWork
+    work: ModelWork[Any]
 
 
 class Hold(NamedTuple):
@@ -117,11 +111,23 @@ class Link(asyncio.Protocol):
     Args:
         receive: Called with messages that arrived.
         lost: Called once, when the other process is gone.
+        put: Takes an array's bytes, and returns where the other process finds them; None if there is no room: then they travel with the messages,
+            as all arrays do without this.
+        take: Returns the bytes of an array that the other process has put somewhere.
     """
 
-    def __init__(self, receive: Callable[[Sequence[Any]], None], lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        receive: Callable[[Sequence[Any]], None],
+        lost: Callable[[], None],
+        *,
+        put: Callable[[memoryview], Place | None] | None = None,
+        take: Callable[[Place], Buffer] | None = None,
+    ) -> None:
         self._receive = receive
         self._lost = lost
+        self._put = put
+        self._take = take
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._incoming = bytearray()
@@ -157,18 +163,36 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         self._incoming += data
-        while len(self._incoming) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._incoming)
-            end = _LENGTH.size + length
+        while len(self._incoming) >= _LENGTHS.size:
+            length, places = _LENGTHS.unpack_from(self._incoming)
+            middle = _LENGTHS.size + length
+            end = middle + places
             if len(self._incoming) < end:
                 return
             with memoryview(self._incoming) as view:
-                messages = pickle.loads(view[_LENGTH.size : end])  # noqa: S301 - of a process of this server
+                messages = self._unpacked(view[_LENGTHS.size : middle], view[middle:end])
             del self._incoming[:end]
             self._receive(messages)
 
+    def _unpacked(self, data: memoryview, places: memoryview) -> Any:
+        arrays: list[Buffer] = []
+        if places:
+            for place in pickle.loads(places):  # noqa: S301 - of a process of this server
+                assert self._take is not None
+                arrays.append(bytearray(place) if isinstance(place, bytes) else self._take(place))
+        return pickle.loads(data, buffers=arrays)  # noqa: S301 - likewise
+
     def _flush(self) -> None:
         messages, self._outgoing = self._outgoing, []
-        if messages and self._transport is not None and not self._transport.is_closing():
-            data = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
-            self._transport.writelines((_LENGTH.pack(len(data)), data))
+        if not messages or self._transport is None or self._transport.is_closing():
+            return
+        arrays: list[pickle.PickleBuffer] = []
+        keep = arrays.append if self._put is not None else None
+        data = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL, buffer_callback=keep)
+        places = pickle.dumps([self._place(array) for array in arrays], pickle.HIGHEST_PROTOCOL) if arrays else b""
+        self._transport.writelines((_LENGTHS.pack(len(data), len(places)), data, places))
+
+    def _place(self, array: pickle.PickleBuffer) -> Place | bytes:
+        assert self._put is not None
+        with array.raw() as raw:
+            return self._put(raw) or bytes(raw)

@@ -18,7 +18,12 @@ from cdam_server.settings.config import Settings
 OPTIONS = {option.name: option for option in serve.params if isinstance(option, click.Option) and option.name}
 FIELDS = Settings.model_fields
 # What the help says of settings whose default is no value.
-WORDS = {"model_name": "the architecture", "num_outputs": "as many as the classifier has", "tracing_endpoint": "none", "front_ends": "by the cores"}
+WORDS = {
+    "model_name": "the architecture",
+    "num_outputs": "as many as the classifier has",
+    "tracing_endpoint": "none",
+    "front_ends": "by the cores",
+}
 every_setting = pytest.mark.parametrize("name", FIELDS)
 
 

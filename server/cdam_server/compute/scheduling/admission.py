@@ -27,9 +27,10 @@ class Admission:
         Raises:
             QueueFullError: With how long it should wait before it comes again.
         """
-        work = self._forecast.running(now) + self._queue.work
-        retry_after = max(policy.MIN_RETRY_SECONDS, policy.RETRY_SHARE * work)
-        self._queue.check_room(spec, retry_after)
+        try:
+            self._queue.check_room(spec, policy.MIN_RETRY_SECONDS)
+        except QueueFullError as full:
+            raise QueueFullError(full.reason, str(full), self._retry_after(now)) from None
         late = self._late(spec, now)
         if late <= 0:
             return
@@ -37,16 +38,23 @@ class Admission:
             self.tested(spec.kind, now)
             return
         message = f"too busy to answer within {spec.timeout:.3g} s; requests being served: {self._queue.held}"
-        raise QueueFullError("deadline", message, max(retry_after, late))
+        raise QueueFullError("deadline", message, max(self._retry_after(now), late))
 
     def tested(self, kind: Kind, now: float) -> None:
         """The estimate of a kind is being compared with the time that a batch takes."""
         self._tested[kind] = now
 
+    def _retry_after(self, now: float) -> float:
+        """Seconds after which another try may succeed; computed for a refusal only, since it looks at all that is held."""
+        work = self._forecast.running(now) + self._queue.work
+        return max(policy.MIN_RETRY_SECONDS, policy.RETRY_SHARE * work)
+
     def _late(self, spec: JobSpec, now: float) -> float:
         """Seconds that a job would be late, at least."""
+        if spec.timeout is None or not self._queue.held:  # an idle server tries
+            return 0.0
         own = self._forecast.seconds(spec, spec.cost)
-        if spec.timeout is None or own is None or not self._queue.held:  # an idle server tries
+        if own is None:
             return 0.0
         ahead = self._queue.backlog(spec, self._forecast.share(spec))
         # Jobs ahead share its batch, up to the longest one; the others are computed before it.
