@@ -80,7 +80,7 @@ def test_the_host_waits_once(model: nn.Module, kind: str) -> None:
             explainer.explain(*given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(its.message) for its in caught if "synchronizing" in str(its.message)]
+    waits = [str(its.message) for its in caught if "called a synchronizing" in str(its.message)]
     assert len(waits) <= 1, waits
 
 
