@@ -334,6 +334,10 @@ def cost(plan: argparse.Namespace, report: Report) -> None:
         echo.kill()
         for server in servers:
             server.stop()
+    _tell_cost(found, report)
+
+
+def _tell_cost(found: dict[str, list[float]], report: Report) -> None:
     for name, values in found.items():
         report.add(f"cost, {name}", _median(values), "ms/request")
     for one, other, bar in (
