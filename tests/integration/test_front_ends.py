@@ -21,6 +21,7 @@ from PIL import Image
 import cdam
 from calls import SAMPLES, Stub, contrast, method, output, request, vector
 from cdam.v1 import common_pb2, concept_pb2, target_pb2
+from faults.callers import noise, raw_request
 from processes import ServerProcess, free_ports, serving
 
 CONNECTIONS = 12
@@ -199,6 +200,17 @@ def test_the_death_of_the_only_device_ends_the_server(tmp_path: Path) -> None:
         assert call.code() in {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
         assert server.process.wait(timeout=60) == 1
         assert server.children("front") == []
+
+
+def test_an_image_goes_where_its_tokens_are(tmp_path: Path) -> None:
+    flags = ("--device", "cpu,cpu", "--front-ends", "2", "--data-dir", str(tmp_path))
+    with serving(tmp_path / "log", *flags) as server, stubs(server, 6) as its:
+        for number in range(12):  # each of them new to the server
+            asked = raw_request(noise(number))
+            hits = [stub.Explain(asked).token_cache_hit for stub in its]
+            assert hits == [False, *[True] * 5]
+        metrics = server.metrics()
+    assert metrics['cdam_token_cache_misses_total{model="demo"}'] == 12
 
 
 def test_one_of_two_devices_may_die(tmp_path: Path) -> None:

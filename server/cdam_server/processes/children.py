@@ -131,7 +131,14 @@ async def _compute(its: Assignment, catalog: Any) -> None:
 
 async def _front_end(its: Assignment, models: Models, devices: tuple[int, ...], of: int) -> None:
     telemetry, row = Telemetry(), its.board.front_ends[its.number]
-    remote = RemoteCompute(its.board, its.number, of, its.settings.max_pending, telemetry)
+    remote = RemoteCompute(
+        its.board,
+        its.number,
+        of,
+        its.settings.max_pending,
+        telemetry,
+        remembers=its.settings.token_cache_mib > 0,
+    )
     for device in devices:
         await remote.connect(device, its.socket(device))
     ready = False

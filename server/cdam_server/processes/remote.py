@@ -58,15 +58,19 @@ class RemoteCompute:
         of: Number of front ends.
         max_pending: The server's bound on requests.
         observer: Told of refusals that no compute process has heard of.
+        remembers: Whether the devices keep tokens, so that it pays to send an image where it has been.
     """
 
-    def __init__(self, board: Board, number: int, of: int, max_pending: int, observer: Observer) -> None:
+    def __init__(
+        self, board: Board, number: int, of: int, max_pending: int, observer: Observer, *, remembers: bool
+    ) -> None:
         self._board = board
         self._rows = [board.front_ends[other] for other in range(of)]
         self._row = self._rows[number]
         self._max_pending = max_pending
         self._observer = observer
         self._images = ImagePlaces(board)
+        self._remembers = remembers
         self._devices: dict[int, _Device] = {}
         self._evaluations: defaultdict[EvaluationBucket, list[_Device]] = defaultdict(list)
         self._refusals: dict[tuple[Any, ...], tuple[float, QueueFullError]] = {}
@@ -146,7 +150,7 @@ class RemoteCompute:
     def _device_for(self, spec: JobSpec, image: Callable[[], int] | None) -> _Device:
         if isinstance(spec.bucket, EvaluationBucket) and (holders := self._evaluations.get(spec.bucket)):
             return holders[0]
-        if image is None or len(self._devices) < 2:
+        if image is None or not self._remembers or len(self._devices) < 2:
             return self._least_loaded()
         key = image()
         device = self._devices.get(cast("int", self._images.get(key)))

@@ -93,6 +93,7 @@ def explain_command(
             rank=_RANK[request.priority],
             caller=caller,
             bytes=request.ByteSize(),
+            content=lambda: request.image.encoded or request.image.raw.data,
         ),
         targets=_targets(request, limits, methods),
         methods=methods,
