@@ -107,7 +107,8 @@ async def _compute(its: Assignment, catalog: Any) -> None:
         host.open(resources)
         await host.warm_up()
         service = ComputeService(host, telemetry, row)
-        listening = asyncio.create_task(service.listen(its.socket(its.number)), name="listen")
+        listening = resources.enter_context(service.listen(its.socket(its.number)))
+        accepting = asyncio.create_task(service.accept(listening), name="accept")
         publishing = asyncio.create_task(_every(_PUBLISH_SECONDS, service.publish), name="publish")
         control = _Control(its.control)
         row.up = 1
@@ -125,7 +126,7 @@ async def _compute(its: Assignment, catalog: Any) -> None:
             await asyncio.sleep(_LAST_WORDS_SECONDS)
             control.send(Ended())
             os._exit(1)  # its threads may be stuck
-        listening.cancel()
+        accepting.cancel()
         publishing.cancel()
 
 

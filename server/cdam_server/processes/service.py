@@ -33,6 +33,8 @@ from cdam_server.processes.wire import (
     Submit,
 )
 
+# Front ends that connect at once; there are at most half as many.
+_BACKLOG: Final = 128
 # Bytes. So much of a ring has been read when the front end is told.
 _TOLD_AFTER: Final = RING_BYTES // 8
 # Seconds. What the board says is as old at most while anything happens.
@@ -55,20 +57,24 @@ class ComputeService:
         self._row = row
         self._connections: set[_Connection] = set()
 
-    async def listen(self, path: Path) -> None:
-        """Accept front ends until cancelled."""
+    def listen(self, path: Path) -> socket.socket:
+        """A socket to `accept` front ends from; they may connect from now on."""
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        server.bind(str(path))
+        server.listen(_BACKLOG)
+        server.setblocking(False)
+        return server
+
+    async def accept(self, server: socket.socket) -> None:
+        """Serve front ends as they come, until cancelled."""
         loop = asyncio.get_running_loop()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-            server.bind(str(path))
-            server.listen(128)
-            server.setblocking(False)
-            while True:
-                client, _ = await loop.sock_accept(server)
-                try:
-                    await self._connect(client)
-                except OSError:
-                    client.close()  # it was killed meanwhile
-                    _log.warning("a front end left as it came")
+        while True:
+            client, _ = await loop.sock_accept(server)
+            try:
+                await self._connect(client)
+            except OSError:
+                client.close()  # it was killed meanwhile
+                _log.warning("a front end left as it came")
 
     async def _connect(self, client: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -40,6 +40,8 @@ from cdam_server.processes.metrics import MergedMetrics, Page
 from cdam_server.settings.config import Settings
 
 _CHILDREN: Final = "cdam_server.processes.children"
+# Bytes. Systems allow 104 at least for the path of a socket, whose own name takes some.
+_LONGEST_FOLDER: Final = 90
 # Seconds without a heartbeat until a front end is replaced.
 _STALL_SECONDS: Final = 10.0
 # Seconds between two looks at the heartbeats.
@@ -211,6 +213,8 @@ class _Supervisor:
         async with AsyncExitStack() as resources:
             self._loop = asyncio.get_running_loop()
             self._folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="cdam-")))
+            if len(os.fsencode(self._folder)) > _LONGEST_FOLDER:
+                raise ValueError(f"{tempfile.gettempdir()} (TMPDIR) is too long a path for sockets")
             resources.push_async_callback(self._kill_all)
             address = self._claim_port(resources)
             admin = resources.enter_context(

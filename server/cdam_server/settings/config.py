@@ -35,6 +35,7 @@ _ONE_MODEL = {
     "weights_key",
 }
 _PREFIX: Final = "CDAM_"
+_MOST_DEVICES: Final = 16  # more than any machine has
 _log = structlog.get_logger("cdam.server")
 # Read elsewhere: by the command line and by the client's commands.
 _OTHER_VARIABLES: Final = {"CDAM_CONFIG", "CDAM_SERVER", "CDAM_TOKEN"}
@@ -164,9 +165,11 @@ class Settings(BaseSettings):
         return init_settings, env_settings, file
 
     @model_validator(mode="after")
-    def _one_front_end_at_a_path(self) -> Self:
+    def _processes_that_can_be(self) -> Self:
         if self.address.startswith("unix:") and (self.front_ends or 0) > 1:
             raise ValueError("address is a path, which one front end serves alone: front_ends must be 0 or 1")
+        if len(self.devices) > _MOST_DEVICES:
+            raise ValueError(f"device names {len(self.devices)} devices; at most {_MOST_DEVICES} are allowed")
         if self.front_ends == 0 and len(self.devices) > 1:
             raise ValueError("device names several: each has a process of its own, so front_ends must not be 0")
         return self

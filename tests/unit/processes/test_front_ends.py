@@ -49,6 +49,7 @@ def test_how_many_front_ends(
         ({"address": "unix:/tmp/cdam", "front_ends": 2}, "front_ends must be 0 or 1"),
         ({"device": "cpu,cpu", "front_ends": 0}, "front_ends must not be 0"),
         ({"front_ends": 65}, "less than or equal to 64"),
+        ({"device": ",".join(["cpu"] * 17)}, "at most 16 are allowed"),
     ],
 )
 def test_what_cannot_be(settings: dict[str, Any], words: str) -> None:
