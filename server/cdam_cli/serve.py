@@ -49,7 +49,7 @@ There is neither TLS nor authentication, so only this machine is served by defau
     help="postgresql://USER@HOST/DATABASE: where concepts are kept instead, for many servers; needs the extra "
     "`postgres`. A password is better given by the environment: CDAM_STORE or PGPASSWORD.",
 )
-@click.option("--device", help="auto, cpu, cuda, cuda:1, ...  [auto]")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, ...; several (cuda:0,cuda:1) have a process each.  [auto]")
 @click.option("--threads", type=click.IntRange(min=0), help="Compute threads on a CPU; 0: torch's choice.  [0]")
 @click.option(
     "--precision",
