@@ -9,8 +9,7 @@ import pytest
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 
-from cdam_server.bootstrap import warn_of_unknown_variables
-from cdam_server.settings.config import Settings, unknown_variables
+from cdam_server.settings.config import Settings, unknown_variables, warn_of_unknown_variables
 
 
 @pytest.fixture
