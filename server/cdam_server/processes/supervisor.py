@@ -323,13 +323,13 @@ class _Supervisor:
             await self._again(lambda: self._start_front_end(number), lived, number=number)
 
     async def _keep_device(self, number: int) -> None:
-        """Start a device's process again whenever it dies, as long as there is another that computes."""
+        """Start a device's process again whenever it dies; but without its only device a server ends, as whoever runs it knows better."""
         while True:
             child = self._compute[number]
             lived = await self._lifetime(child)
             if self._stopping:
                 return
-            if all(other.exited.is_set() for other in self._compute.values()):
+            if len(self._compute) == 1:
                 self._set_ready(False)
                 self.failed.set()
                 return
