@@ -42,6 +42,7 @@ from cdam_server.processes.remote import RemoteCompute
 from cdam_server.processes.service import ComputeService
 from cdam_server.processes.wire import Failed
 from cdam_server.settings.config import Settings
+from cdam_server.store import StoreUnusableError
 
 # Seconds. The event loop and the workers want the interpreter in turns, hundreds of times a batch.
 _SWITCH_SECONDS: Final = 0.0005
@@ -233,7 +234,7 @@ def _run(control: Connection, work: Awaitable[None]) -> None:
 def _give_up(control: Connection, error: Exception) -> NoReturn:
     with suppress(OSError):
         control.send(Ended(Failed.of(error)))
-    if not isinstance(error, (ValueError, OSError)):  # else it is in the user's words
+    if not isinstance(error, (ValueError, OSError, StoreUnusableError)):  # else it is in the user's words
         _log.critical("failed", exc_info=error)
     raise SystemExit(1)
 
