@@ -33,7 +33,7 @@ class Tree:
         if not modules or list(map(_parts, theirs)) != parts:  # equal dicts hold the same objects
             modules = [self._root]
             for module in modules:  # which grows meanwhile
-                modules += [part for part in module._modules.values() if part is not None]  # noqa: SLF001
+                modules += [part for part in module._modules.values() if part is not None]  # noqa: SLF001 - torch has no other way that is as fast
             theirs = list(map(vars, modules))
             self._known = modules, theirs, [dict(its) for its in map(_parts, theirs)]
         return modules

@@ -16,13 +16,11 @@ from cdam_server.compute.models import Catalog
 from cdam_server.operation.admin import AdminServer
 from cdam_server.operation.health import Health
 from cdam_server.operation.telemetry import Telemetry
-from cdam_server.processes.compute_host import ComputeHost
+from cdam_server.processes.compute_host import SWITCH_SECONDS, ComputeHost
 from cdam_server.processes.failure import ServerFailedError
 from cdam_server.processes.front_end import SERVICE, FrontEnd, cancel
 from cdam_server.settings.config import Settings
 
-# Seconds. The event loop and the workers want the interpreter in turns, hundreds of times a batch.
-_SWITCH_SECONDS: Final = 0.0005
 # Seconds without a heartbeat until the event loop counts as hanging.
 _STALL_SECONDS: Final = 10.0
 
@@ -108,7 +106,7 @@ async def serve(settings: Settings, catalog: Catalog) -> None:
     Raises:
         ServerFailedError: Nothing can be computed any more; those who waited have been told.
     """
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     application = Application(settings, catalog)
     stopping = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):

@@ -46,7 +46,7 @@ class LocalCompute:
         self._limits = limits
 
     @asynccontextmanager
-    async def admit(self, spec: JobSpec, image: Callable[[], int] | None = None) -> AsyncIterator[LocalTicket]:  # noqa: ARG002
+    async def admit(self, spec: JobSpec, image: Callable[[], int] | None = None) -> AsyncIterator[LocalTicket]:  # noqa: ARG002 - there is one device
         """See `Compute`."""
         with self._scheduler.admit(spec) as ticket:
             yield LocalTicket(ticket, self._catalog, self._observer)

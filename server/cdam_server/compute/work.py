@@ -145,7 +145,7 @@ class EvaluateWork:
 
     def record(
         self,
-        catalog: Catalog,  # noqa: ARG002
+        catalog: Catalog,  # noqa: ARG002 - nothing of it is counted
         observer: BatchObserver,
         batch: Sequence[EvaluateWork],  # noqa: ARG002 - counted once, however many share it
         answers: Sequence[Measured | Exception],  # noqa: ARG002

@@ -25,7 +25,7 @@ from cdam_server.operation import logs
 from cdam_server.operation.health import Health
 from cdam_server.operation.telemetry import Telemetry
 from cdam_server.processes.board import FrontEndWrites
-from cdam_server.processes.compute_host import ComputeHost
+from cdam_server.processes.compute_host import SWITCH_SECONDS, ComputeHost
 from cdam_server.processes.control import (
     Close,
     Device,
@@ -44,8 +44,6 @@ from cdam_server.processes.wire import Failed
 from cdam_server.settings.config import Settings
 from cdam_server.store import StoreUnusableError
 
-# Seconds. The event loop and the workers want the interpreter in turns, hundreds of times a batch.
-_SWITCH_SECONDS: Final = 0.0005
 # Seconds between two looks at what there is to do, where nothing else changes.
 _PUBLISH_SECONDS: Final = 0.1
 # Seconds for answers that are on their way when nothing can be computed any more.
@@ -79,7 +77,7 @@ class Assignment(NamedTuple):
 def compute(its: Assignment) -> None:
     """A compute process: load the models, warm up, and serve front ends until it is told to close."""
     _begin(its.settings, f"cdam-compute-{its.number}")
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         catalog = load_catalog(its.settings)
     except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor says it

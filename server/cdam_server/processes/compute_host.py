@@ -21,6 +21,9 @@ from cdam_server.operation.watchdog import Watchdog
 from cdam_server.processes.failure import ServerFailedError
 from cdam_server.settings.config import MIB, Settings
 
+SWITCH_SECONDS: Final = 0.0005
+"""Between two threads that want the interpreter: the event loop and the workers do in turns, hundreds of times a batch."""
+
 # Batches at once on a GPU: one is staged while another is computed. On a CPU, whose cores are better used by several
 # than by one: at most so many, each with a core of its own.
 _GPU_SLOTS: Final = 2
