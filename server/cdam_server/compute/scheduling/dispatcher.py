@@ -76,7 +76,7 @@ class Dispatcher:
         with self._changed:
             if self._closed:
                 raise ClosedError
-            self._admission.check(job.spec, time.monotonic())
+            job.expected = self._admission.check(job.spec, time.monotonic())
             job.seconds = self._forecast.share(job.spec)
             self._queue.hold(job)
 
@@ -126,6 +126,8 @@ class Dispatcher:
         """A batch is done; learn from it if all of it was computed at once."""
         with self._changed:
             now = time.monotonic()
+            for job in run.jobs:
+                self._admission.ended(job, now, computed=computed)
             if (
                 computed and not run.spec.background
             ):  # their kinds are too many, each with too few batches to learn from
@@ -163,6 +165,8 @@ class Dispatcher:
         while not self._ended:
             now = time.monotonic()
             if late := self._batching.drop_late(now):
+                for job in late:
+                    self._admission.ended(job, now, computed=False)
                 return late, None
             delay = self._batching.delay(now, closed=self._closed)
             if delay is not None and delay <= 0:

@@ -68,7 +68,7 @@ class Bounds:
         jobs: Number of jobs.
         cost: Their costs together.
         bytes: The memory that they hold.
-        deadline_margin: A job is let in if its estimated time, so many times, is within its deadline.
+        deadline_margin: A job is let in if its estimated time, at least so many times, is within its deadline.
     """
 
     jobs: int = 256
@@ -142,6 +142,7 @@ class Job:
         number: Larger than that of any job that arrived before it.
         reply: Takes its answer, once, in the event loop's thread; not if it has been released.
         seconds: Estimate of what it adds to the work.
+        expected: Estimate, when it was let in, of the seconds until it is done; 0 if there was none.
         submitted: When its work was there; infinity until then.
         released: Whether the caller has an answer, or has left.
         deadline: When its timeout is over.
@@ -153,6 +154,7 @@ class Job:
     number: int
     reply: "Callable[[Done[object] | Exception], None]"
     seconds: float = 0.0
+    expected: float = 0.0
     submitted: float = math.inf
     released: bool = False
     deadline: float = field(init=False)

@@ -9,6 +9,14 @@ from typing import Final
 
 # Ratio. The default of deadline_margin: estimates miss by some, and an answer that comes too late is work for nothing.
 DEADLINE_MARGIN: Final = 1.5
+# Ratio. The most that the margin is raised to, where estimates miss by more; jobs let in then end in a quarter of their deadline.
+MAX_DEADLINE_MARGIN: Final = 4.0
+# Ratio. The part of the jobs that may come later than the margin says.
+LATE_SHARE: Final = 0.01
+# Ratio. One that does raises the margin so much: a late batch, whose jobs are all late, makes itself felt at once.
+MARGIN_STEP: Final = 0.05
+# Ratio to a job's deadline. Only of jobs that are expected to take so much of it, margin and all, does the margin learn.
+MARGIN_FROM: Final = 0.5
 # Seconds. A job of a kind that was not computed for so long is let in despite its estimate: only computing can correct an estimate.
 TRIAL_SECONDS: Final = 2.0
 # Ratio. A caller holds at most so many times what would be left free, so that others find room while it sends as much as it can.
@@ -31,8 +39,9 @@ MAX_CALLERS: Final = 1024
 
 # Passes. A job that costs more shares no batch: its inner work fills the device, and alone it can end early.
 LIGHT_COST: Final = 4.0
-# Ratio. A batch takes at most this part of the time that any of its callers gave: what waits behind it has deadlines, too.
-MAX_BATCH_SHARE: Final = 0.5
+# Ratio. A batch takes at most this part of the time that any of its callers gave: what waits behind it has deadlines, too, and
+# where estimates miss, the time of several batches is closer to its estimate than that of one.
+MAX_BATCH_SHARE: Final = 0.25
 # Ratio. A batch that begins with the job of a caller who has had little takes at most so many times what that job takes alone.
 MAX_BATCH_STRETCH: Final = 1.5
 
@@ -68,6 +77,6 @@ OVERRUN: Final = 0.25
 # --- Threads
 
 # Nice value, on Linux. On a CPU that is busy with computing the event loop must still run at once, to refuse for example.
-NICENESS: Final = 5
+NICENESS: Final = 10
 # Seconds. How often it is asked, when closing, whether the threads have ended.
 CLOSE_POLL_SECONDS: Final = 0.01

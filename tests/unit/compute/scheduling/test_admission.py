@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from cdam_server.compute.scheduling import BACKGROUND, JobSpec, QueueFullError, policy
@@ -63,6 +64,56 @@ def test_what_would_be_late_is_tried_if_its_kind_was_not_for_long() -> None:
 def test_an_idle_server_refuses_nobody_for_a_deadline() -> None:
     assert refusal(admission([]), timeout=0.001) is None
     assert refusal(admission([job(0, cost=500.0, rank=BACKGROUND)]), timeout=0.001) is None
+
+
+def ended(made: Admission, took: float, *, computed: bool = True, times: int = 1, **spec: object) -> float:
+    """The margin after so many jobs that were expected to take a second of their two."""
+    of = job(0, **{"timeout": 2.0, **spec})
+    of.expected = 1.0
+    for _ in range(times):
+        made.ended(of, of.arrived + took, computed=computed)
+    return made.margin(of.spec)
+
+
+def test_where_answers_come_later_than_expected_the_margin_grows() -> None:
+    made = admission([job(0, caller="other")])
+    assert refusal(made, timeout=3.1) is None
+    assert ended(made, took=1.6) == pytest.approx(1.5 * (1 + policy.MARGIN_STEP))
+    assert refusal(made, timeout=3.1) is not None
+    assert refusal(made, timeout=3.1, rank=1) is None  # those behind learn for themselves
+    assert ended(made, took=9.0, times=100) == policy.MAX_DEADLINE_MARGIN
+
+
+def test_the_margin_shrinks_again_but_not_below_what_was_asked_for() -> None:
+    made = admission([])
+    raised = ended(made, took=2.0, times=5)
+    assert 1.5 < ended(made, took=1.0, times=50) < raised
+    assert ended(made, took=1.0, times=1000) == 1.5
+
+
+def test_the_margin_settles_where_so_few_are_late_as_the_policy_says() -> None:
+    made, late = admission([]), 0
+    took = np.random.default_rng(0).lognormal(np.log(1.2), 0.25, 40_000)
+    for number, seconds in enumerate(took):
+        late += number >= 20_000 and seconds > made.margin(job(0, timeout=2.0).spec)
+        ended(made, seconds)
+    assert late / 20_000 == pytest.approx(policy.LATE_SHARE, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("took", "computed", "timeout"),
+    [
+        (1.0, False, 2.0),  # its caller has left early
+        (1.6, True, None),
+        (9.0, True, 20.0),  # it was not near to being refused
+    ],
+)
+def test_of_what_says_nothing_about_estimates_nothing_is_learned(
+    took: float, computed: bool, timeout: float | None
+) -> None:
+    made = admission([])
+    before = ended(made, took=2.0, times=5)
+    assert ended(made, took, computed=computed, timeout=timeout) == before
 
 
 def test_of_what_nothing_is_known_nothing_is_refused() -> None:

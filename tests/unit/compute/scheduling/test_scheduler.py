@@ -794,6 +794,38 @@ async def test_a_job_that_could_not_be_done_in_time_is_refused_on_arrival() -> N
     await scheduler.close()
 
 
+async def test_jobs_that_take_longer_than_expected_leave_room_for_fewer() -> None:
+    def compute(bucket: str, jobs: Sequence[int], pause: Pause) -> list[int | Exception]:
+        time.sleep(0.1)
+        return list(jobs)
+
+    scheduler = Calls(compute, max_batch_size=1)
+    scheduler.start()
+    dispatcher = scheduler._dispatcher
+    dispatcher._forecast._estimator.observe(("a", True), 1.0, 0.05)  # as it was once
+    spec = JobSpec("a", timeout=0.25)
+    await asyncio.gather(*await _submitted(scheduler, (spec, 0), (spec, 1)))
+    await scheduler.close()
+    assert dispatcher._admission.margin(spec) > Bounds().deadline_margin
+
+
+async def test_jobs_that_expire_while_they_wait_leave_room_for_fewer() -> None:
+    gate = Gate()
+    scheduler = Calls(gate, max_batch_size=1)
+    scheduler.start()
+    dispatcher = scheduler._dispatcher
+    dispatcher._forecast._estimator.observe(("a", True), 1.0, 0.05)
+    busy = await _busy(gate, scheduler)
+    spec = JobSpec("a", timeout=0.25)
+    waiting = await _submitted(scheduler, (spec, 1), (spec, 2))
+    await asyncio.sleep(0.3)
+    gate.open.set()
+    assert all(isinstance(error, ExpiredError) for error in await asyncio.gather(*waiting, return_exceptions=True))
+    await busy
+    await scheduler.close()
+    assert dispatcher._admission.margin(spec) > Bounds().deadline_margin
+
+
 async def test_batches_are_no_longer_than_their_deadlines_bear() -> None:
     sizes = []
 
@@ -808,8 +840,8 @@ async def test_batches_are_no_longer_than_their_deadlines_bear() -> None:
         estimator.observe(("a", True), size, 3.0 * size)
     full = estimator.seconds(("a", True), 16.0)
     assert full is not None
-    await scheduler.submit_together([(JobSpec("a", timeout=full / 0.53), job) for job in range(16)])
-    assert max(sizes) < 16  # which take more than half of that
+    await scheduler.submit_together([(JobSpec("a", timeout=full / 0.27), job) for job in range(16)])
+    assert max(sizes) < 16  # which take more than a quarter of that
     sizes.clear()
     await scheduler.submit_together([(JobSpec("a", timeout=6000), job) for job in range(16)])
     assert sizes == [16]
