@@ -9,8 +9,8 @@ from typing import Final
 
 # Ratio. The default of deadline_margin: estimates miss by some, and an answer that comes too late is work for nothing.
 DEADLINE_MARGIN: Final = 1.5
-# Ratio. The most that the margin is raised to, where estimates miss by more; jobs let in then end in a quarter of their deadline.
-MAX_DEADLINE_MARGIN: Final = 4.0
+# Ratio. The most that the margin is raised to, where estimates miss by more: what may wait must last while a batch is computed.
+MAX_DEADLINE_MARGIN: Final = 2.5
 # Ratio. The part of the jobs that may come later than the margin says.
 LATE_SHARE: Final = 0.01
 # Ratio. One that does raises the margin so much: a late batch, whose jobs are all late, makes itself felt at once.
@@ -39,9 +39,8 @@ MAX_CALLERS: Final = 1024
 
 # Passes. A job that costs more shares no batch: its inner work fills the device, and alone it can end early.
 LIGHT_COST: Final = 4.0
-# Ratio. A batch takes at most this part of the time that any of its callers gave: what waits behind it has deadlines, too, and
-# where estimates miss, the time of several batches is closer to its estimate than that of one.
-MAX_BATCH_SHARE: Final = 0.25
+# Ratio. A batch takes at most this part of the time that any of its callers gave: what waits behind it has deadlines, too.
+MAX_BATCH_SHARE: Final = 0.5
 # Ratio. A batch that begins with the job of a caller who has had little takes at most so many times what that job takes alone.
 MAX_BATCH_STRETCH: Final = 1.5
 

@@ -25,8 +25,8 @@ def batching(waiting: Sequence[Job], *, slots: int = 1, delay: float = 0.0, busy
     return Batching(queue_of(waiting), device, forecast, delay)
 
 
-@pytest.mark.parametrize(("timeout", "slots", "size"), [(None, 1, 8), (20.0, 1, 4), (36.0, 1, 8), (36.0, 2, 2)])
-def test_a_batch_takes_a_quarter_of_a_deadline_at_most_which_the_slots_share(
+@pytest.mark.parametrize(("timeout", "slots", "size"), [(None, 1, 8), (10.0, 1, 4), (18.0, 1, 8), (18.0, 2, 2)])
+def test_a_batch_takes_half_of_a_deadline_at_most_which_the_slots_share(
     timeout: float | None, slots: int, size: int
 ) -> None:
     waiting = [job(0, timeout=timeout), *(job(number) for number in range(1, 8))]
@@ -67,7 +67,7 @@ def test_what_is_in_the_background_begins_only_on_an_idle_device() -> None:
     [
         ([], False, None),
         ([job(3), job(4)], False, 3 + 10 - 5),
-        ([job(3), job(4, timeout=16.0)], False, 3 + 4 - 5),  # no longer than a quarter of a deadline
+        ([job(3), job(4, timeout=8.0)], False, 3 + 4 - 5),  # no longer than half of a deadline
         ([job(3), job(4)], True, 0.0),
         ([job(3, cost=100.0), job(4)], False, 0.0),  # it shares no batch
         ([job(number) for number in range(8)], False, 0.0),  # the batch is full

@@ -72,9 +72,9 @@ def test_what_shares_no_batch_is_estimated_by_single_jobs_until_one_was_computed
 def test_a_job_adds_its_share_of_as_full_a_batch_as_its_deadline_allows() -> None:
     forecast = known(Device(slots=1, ceilings=Ceilings(4)), of_1=0.010, of_4=0.016)
     assert forecast.share(JobSpec("a")) == pytest.approx(0.016 / 4)
-    # A quarter of the timeout is less than a full batch takes; two jobs are thought to take no less than four.
-    assert forecast.share(JobSpec("a", timeout=0.040)) == pytest.approx(0.016 / 2)
-    assert forecast.longest_batch(JobSpec("a", timeout=0.040)) == pytest.approx(0.010)
+    # Half of the timeout is less than a full batch takes; two jobs are thought to take no less than four.
+    assert forecast.share(JobSpec("a", timeout=0.020)) == pytest.approx(0.016 / 2)
+    assert forecast.longest_batch(JobSpec("a", timeout=0.020)) == pytest.approx(0.010)
     assert forecast.longest_batch(JobSpec("a")) == pytest.approx(0.016)
     assert forecast.share(JobSpec("unknown")) == 0.0
 
