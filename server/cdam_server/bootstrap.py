@@ -16,7 +16,7 @@ from cdam_server.compute.models import Catalog
 from cdam_server.operation.admin import AdminServer
 from cdam_server.operation.health import Health
 from cdam_server.operation.telemetry import Telemetry
-from cdam_server.processes.compute_host import SWITCH_SECONDS, ComputeHost
+from cdam_server.processes.compute_host import SWITCH_SECONDS, ComputeHost, settle
 from cdam_server.processes.failure import ServerFailedError
 from cdam_server.processes.front_end import SERVICE, FrontEnd, cancel
 from cdam_server.settings.config import Settings
@@ -118,6 +118,7 @@ async def serve(settings: Settings, catalog: Catalog) -> None:
         await cancel(starting)
         return
     await starting
+    settle()
     failed = asyncio.create_task(application.failed.wait())
     await asyncio.wait((told, failed), return_when=asyncio.FIRST_COMPLETED)
     await application.stop()

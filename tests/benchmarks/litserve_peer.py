@@ -48,12 +48,13 @@ class CdamApi(litserve.LitAPI):  # type: ignore[misc]
     Args:
         model: timm's name of the model, or "demo".
         threads: Compute threads of the worker; 0: torch's choice.
+        zeros: Compute nothing, and answer with scores of zero: what is left is LitServe itself.
         **batching: LitServe's.
     """
 
-    def __init__(self, model: str, *, threads: int = 0, **batching: Any) -> None:
+    def __init__(self, model: str, *, threads: int = 0, zeros: bool = False, **batching: Any) -> None:
         super().__init__(**batching)
-        self._name, self._threads = model, threads
+        self._name, self._threads, self._zeros = model, threads, zeros
 
     def setup(self, device: str) -> None:
         """Load the model; called in the worker."""
@@ -79,6 +80,8 @@ class CdamApi(litserve.LitAPI):  # type: ignore[misc]
     def predict(self, x: tuple[Tensor, list[int]]) -> NDArray[np.float32]:
         """The scores of all patches, shape (B, patches)."""
         pixels, classes = x
+        if self._zeros:
+            return np.zeros((len(pixels), self._model.patch_embed.num_patches), np.float32)
         found: Tensor = self._attribution.attribute(pixels.to(self._device), target=classes)
         scores: NDArray[np.float32] = found.detach().sum(-1)[:, self._model.num_prefix_tokens :].cpu().numpy()
         return scores
@@ -101,11 +104,13 @@ def main() -> None:
     parser.add_argument("--batch-timeout", type=float, default=0.01, help="seconds that a batch is waited for")
     parser.add_argument("--workers", type=int, default=1, help="processes that compute")
     parser.add_argument("--threads", type=int, default=0, help="of each worker; 0: torch's choice")
+    parser.add_argument("--zeros", action="store_true", help="compute nothing")
     parser.add_argument("--fast-queue", action=argparse.BooleanOptionalAction, default=True, help="answers by ZeroMQ")
     arguments = parser.parse_args()
     api = CdamApi(
         arguments.model,
         threads=arguments.threads,
+        zeros=arguments.zeros,
         max_batch_size=arguments.max_batch_size,
         batch_timeout=arguments.batch_timeout,
     )

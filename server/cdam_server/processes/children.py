@@ -25,7 +25,7 @@ from cdam_server.operation import logs
 from cdam_server.operation.health import Health
 from cdam_server.operation.telemetry import Telemetry
 from cdam_server.processes.board import FrontEndWrites
-from cdam_server.processes.compute_host import SWITCH_SECONDS, ComputeHost
+from cdam_server.processes.compute_host import SWITCH_SECONDS, ComputeHost, settle
 from cdam_server.processes.control import (
     Close,
     Device,
@@ -105,6 +105,7 @@ async def _compute(its: Assignment, catalog: Any) -> None:
     async with AsyncExitStack() as resources:
         host.open(resources)
         await host.warm_up()
+        settle()
         service = ComputeService(host, telemetry, row)
         listening = resources.enter_context(service.listen(its.socket(its.number)))
         accepting = asyncio.create_task(service.accept(listening), name="accept")

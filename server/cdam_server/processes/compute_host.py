@@ -1,6 +1,7 @@
 """What computes: the models, the scheduler, and who watches over them."""
 
 import asyncio
+import gc
 import platform
 from collections.abc import Callable
 from contextlib import AsyncExitStack, closing, suppress
@@ -30,6 +31,12 @@ _GPU_SLOTS: Final = 2
 _MAX_CPU_SLOTS: Final = 4
 
 _log = structlog.get_logger("cdam.server")
+
+
+def settle() -> None:
+    """Have garbage collections pass over what there is now, as it lives as long as the process: each stops all threads while it looks."""
+    gc.collect()
+    gc.freeze()
 
 
 class ComputeHost:

@@ -39,7 +39,7 @@ from cdam_server.processes.failure import ServerFailedError
 from cdam_server.processes.metrics import MergedMetrics, Page
 from cdam_server.settings.config import Settings
 
-_CHILDREN: Final = "cdam_server.processes.children"
+_PRELOAD: Final = "cdam_server.processes.preload"
 # Bytes. Systems allow 104 at least for the path of a socket, whose own name takes some.
 _LONGEST_FOLDER: Final = 90
 # Seconds without a heartbeat until a front end is replaced.
@@ -195,7 +195,7 @@ class _Supervisor:
         self._settings = settings
         self._devices = settings.devices
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["__main__", _CHILDREN])
+        self._context.set_forkserver_preload(["__main__", _PRELOAD])
         self._board = make_board(self._context)
         self._compute: dict[int, Child] = {}
         self._front_ends: dict[int, Child] = {}
