@@ -138,6 +138,8 @@ def connection(
         # A request larger than this buffer (256 KiB by default) would be sent once and never again.
         ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
         ("grpc.enable_retries", int(retries > 0)),
+        # Else all clients of a process share a connection, and so one of the server's front ends.
+        ("grpc.use_local_subchannel_pool", 1),
         # By default a second passes before the first new attempt to connect: longer than most of the retries.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 5000),

@@ -35,10 +35,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _STAGES: Final = ("decode", "queue", "trunk", "tail", "total")
 _TOLD: Final = (*_STAGES, "batch_size", "token_cache_hit", "maps")
 _HEAD: Final = ("milliseconds", "count", "mean", "p50", "p90", "p99", "p99.9", "max")
-_CHANNEL: Final = (
-    ("grpc.use_local_subchannel_pool", 1),  # else channels to one address share a connection
-    ("grpc.primary_user_agent", f"cdam-bench/{cdam.__version__}"),
-)
+_CHANNEL: Final = (("grpc.primary_user_agent", f"cdam-bench/{cdam.__version__}"),)
 
 _HELP = """Put a server under load, and measure what it does.
 

@@ -4,6 +4,7 @@
 
 instant   answers a second with 64 callers, 224-pixel JPEGs and 640 x 427 photographs: this tree, the tree before, LitServe
 cost      processor time of all server processes a request: unary, stream, a refusal; a bare grpc.aio echo of the same bytes; Pillow alone
+waits     how long front ends' event loops let something wait that is due, with 64 callers
 devices   two devices that take 20 ms, and 80 ms, for a batch of 8, over one
 start     seconds from start to ready, and memory of all processes
 kill      a front end is killed every 3 s for 60 s, under the client's default retries
@@ -33,6 +34,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -177,9 +179,10 @@ class Ours(Server):
         tree: Of which sources.
         *flags: Of `cdam serve`.
         seconds: That a batch takes; None: as long as it takes to compute it.
+        waits: Folder for how long event loops let things wait.
     """
 
-    def __init__(self, tree: Tree, *flags: str, seconds: float | None = 0.0) -> None:
+    def __init__(self, tree: Tree, *flags: str, seconds: float | None = 0.0, waits: str = "") -> None:
         api, admin = _free_port(), _free_port()
         self.address = f"127.0.0.1:{api}"
         path = os.pathsep.join(str(tree.folder / name) for name in ("client", "server"))
@@ -190,6 +193,7 @@ class Ours(Server):
         command += ["--token-cache-mib", "0", "--model", tree.model, "--data-dir", self._data.name, *flags]
         command += ["--random-weights"] if tree.model == MODEL else []
         variables = {"PYTHONPATH": path, "INSTANT_SECONDS": str(seconds or 0)}
+        variables |= {"INSTANT_WAITS": waits} if waits else {}
         super().__init__(tree.name, command, variables, f"http://127.0.0.1:{admin}/readyz")
 
     def load(self, plan: argparse.Namespace, size: tuple[int, int], seconds: float) -> Load:
@@ -411,10 +415,9 @@ def cost(plan: argparse.Namespace, report: Report) -> None:
 
 
 def _prepare(file: bytes, config: DataConfig, times: int) -> int:
-    """Decode a photograph so many times, and bring it to the model's input, with Pillow alone."""
-    for _ in range(times):
-        prepare(Image.open(io.BytesIO(file)), config)
-    return times
+    """Decode a photograph so many times, and bring it to the model's input, with Pillow alone; on all cores, as two may be halves of one."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        return len(list(threads.map(lambda _: prepare(Image.open(io.BytesIO(file)), config), range(times))))
 
 
 def _tell_cost(found: dict[str, list[float]], report: Report) -> None:
@@ -432,6 +435,25 @@ def _tell_cost(found: dict[str, list[float]], report: Report) -> None:
         if other in found:
             ratio = _median(a / b for a, b in zip(found[one], found[other], strict=True))
             report.add(f"cost: {one} / {other}", ratio, "", bar)
+
+
+def waits(plan: argparse.Namespace, report: Report) -> None:
+    """How responsive front ends are."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Ours(plan.trees[0], waits=folder)
+        try:
+            files = [Path(folder) / str(pid) for pid in server.front_ends()]
+            ghz(plan, server.address, SIZES["224 x 224"], 2)
+            before = [len(file.read_text().splitlines()) for file in files]
+            for name, size in SIZES.items():
+                ghz(plan, server.address, size, plan.seconds)
+                lines = [file.read_text().splitlines() for file in files]
+                found = [float(line) for its, start in zip(lines, before, strict=True) for line in its[start:]]
+                before = [len(its) for its in lines]
+                report.add(f"waits, {name}: p99", float(np.quantile(found, 0.99)), "s")
+                report.add(f"waits, {name}: longest", max(found), "s", "<= 0.02")
+        finally:
+            server.stop()
 
 
 def devices(plan: argparse.Namespace, report: Report) -> None:
@@ -512,7 +534,7 @@ def kill(plan: argparse.Namespace, report: Report) -> None:
         print("   ", error)
 
 
-SCENARIOS: Final = {"instant": instant, "cost": cost, "devices": devices, "start": start, "kill": kill}
+SCENARIOS: Final = {"instant": instant, "cost": cost, "waits": waits, "devices": devices, "start": start, "kill": kill}
 
 
 def _median(values: Any) -> float:

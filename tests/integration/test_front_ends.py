@@ -91,6 +91,15 @@ def _connections(pid: int) -> int:
     return sum(link.startswith("socket:") for link in links) - 4
 
 
+def test_clients_have_connections_of_their_own(server: ServerProcess) -> None:
+    """So that those of one process use all front ends."""
+    with ExitStack() as stack:
+        for _ in range(CONNECTIONS):
+            client = stack.enter_context(cdam.Client(server.address))
+            client.explain(IMAGE, targets=[3])
+        assert all(_connections(pid) > 0 for pid in server.children("front"))
+
+
 def test_images_that_do_not_fit_into_the_ring(server: ServerProcess) -> None:
     """They go through the socket."""
     size = common_pb2.Size(height=192, width=192)
@@ -200,6 +209,8 @@ def test_the_death_of_the_only_device_ends_the_server(tmp_path: Path) -> None:
         assert call.code() in {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
         assert server.process.wait(timeout=60) == 1
         assert server.children("front") == []
+    (died,) = (line for line in server.log_lines() if line["event"] == "the compute process died")
+    assert (died["device"], died["exit_code"]) == ("auto", -signal.SIGKILL)
 
 
 def test_an_image_goes_where_its_tokens_are(tmp_path: Path) -> None:
@@ -232,6 +243,29 @@ def test_one_of_two_devices_may_die(tmp_path: Path) -> None:
         wait_for(lambda: "cdam_admitted_total" in server.metrics())
         os.kill(second, signal.SIGKILL)  # now the other one must do it all
         wait_for(lambda: _answer(its[0]) == expected)
+
+
+def test_without_what_all_are_forked_from_it_is_not_ready_until_it_has_started_again(tmp_path: Path) -> None:
+    flags = ("--device", "cpu,cpu", "--front-ends", "2", "--data-dir", str(tmp_path))
+    with serving(tmp_path / "log", *flags) as server:
+        (fork_server,) = (pid for pid in server.children() if b"forkserver" in _command(pid) and not _named(pid))
+        os.kill(fork_server, signal.SIGKILL)
+        wait_for(lambda: server.get("/readyz")[0] == 503, 10)
+        wait_for(lambda: server.get("/readyz")[0] == 200)
+        with stubs(server, 1) as (stub,):
+            assert stub.Explain(request(IMAGE, output(3))).maps
+        wait_for(lambda: server.metrics()['cdam_processes{kind="front_end"}'] == 2)
+        wait_for(lambda: server.metrics()['cdam_process_restarts_total{kind="compute"}'] == 2)
+    died = [line for line in server.log_lines() if "died" in str(line["event"])]
+    assert len(died) == 4
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def _named(pid: int) -> bool:
+    return Path(f"/proc/{pid}/comm").read_text().startswith("cdam-")
 
 
 def _answer(stub: Stub) -> bytes | None:

@@ -39,12 +39,18 @@ class FrontEndRow(ctypes.Structure):
     """Written by a front end.
 
     Attributes:
+        devices: How many it is connected to.
         preparing: Jobs whose image it decodes before it asks for room.
         writes: How often it has changed the store of concepts.
         beat: When its event loop last turned, by `time.monotonic`.
     """
 
-    _fields_ = [("preparing", ctypes.c_double), ("writes", ctypes.c_double), ("beat", ctypes.c_double)]
+    _fields_ = [
+        ("devices", ctypes.c_double),
+        ("preparing", ctypes.c_double),
+        ("writes", ctypes.c_double),
+        ("beat", ctypes.c_double),
+    ]
 
 
 class Board(ctypes.Structure):

@@ -141,7 +141,8 @@ async def _front_end(its: Assignment, models: Models, devices: tuple[int, ...], 
         remembers=its.settings.token_cache_mib > 0,
     )
     for device in devices:
-        await remote.connect(device, its.socket(device))
+        with suppress(OSError):  # it has just died; the supervisor tells when it is there again
+            await remote.connect(device, its.socket(device))
     ready = False
     health = Health(live=lambda: True, ready=lambda: ready and remote.connected, service=SERVICE)
     others = FrontEndWrites(its.board, its.number, of)

@@ -41,6 +41,7 @@ def snapshot(registry: CollectorRegistry) -> Page:
             },
         )
         for metric in registry.collect()
+        if metric.type != "info" or any(sample.labels for sample in metric.samples)  # else nothing was said yet
     ]
 
 
@@ -61,11 +62,15 @@ class MergedMetrics(CollectorRegistry):
 
     Args:
         gather: Asks every process; returns who it is, and its page, or None if it does not say.
+        own: Metrics of this process.
     """
 
-    def __init__(self, gather: Callable[[], Sequence[tuple[Hashable, Page | None]]]) -> None:
+    def __init__(
+        self, gather: Callable[[], Sequence[tuple[Hashable, Page | None]]], own: CollectorRegistry | None = None
+    ) -> None:
         super().__init__()
         self._gather = gather
+        self._own = own
         self._last: dict[Hashable, Page] = {}
         self._dead: Page = []
         self.register(_Collector(self._merged))
@@ -79,7 +84,8 @@ class MergedMetrics(CollectorRegistry):
         for process, page in self._gather():
             if page is not None:
                 self._last[process] = page
-        return merge([*self._last.values(), self._dead])
+        own = [] if self._own is None else snapshot(self._own)
+        return merge([own, *self._last.values(), self._dead])
 
 
 class _Collector(Collector):

@@ -76,14 +76,21 @@ class RemoteCompute:
         self._refusals: dict[tuple[Any, ...], tuple[float, QueueFullError]] = {}
 
     async def connect(self, number: int, path: Path) -> None:
-        """Use a device from now on.
+        """Use a device from now on, if it is not used already.
 
         Raises:
             OSError: Its process is gone.
         """
-        device = _Device(number, self._board.devices[number], lambda: self._devices.pop(number, None))
+        if number in self._devices:
+            return
+        device = _Device(number, self._board.devices[number], lambda: self._forget(number))
         await device.connect(path)
         self._devices[number] = device
+        self._row.devices = len(self._devices)
+
+    def _forget(self, number: int) -> None:
+        self._devices.pop(number, None)
+        self._row.devices = len(self._devices)
 
     @property
     def connected(self) -> bool:

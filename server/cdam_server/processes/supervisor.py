@@ -14,6 +14,7 @@ import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, closing, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,7 @@ from time import monotonic
 from typing import Any, Final
 
 import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from cdam_server.operation.admin import AdminServer
 from cdam_server.operation.health import Health
@@ -109,6 +111,16 @@ class Child:
         self._loop.add_reader(process.sentinel, self._exit)
 
     @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return not self.exited.is_set()
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the process, once it has ended; the number of a signal that ended it is negative."""
+        return self._process.exitcode
+
+    @property
     def pid(self) -> int:
         """Of the process."""
         assert self._process.pid is not None
@@ -130,7 +142,7 @@ class Child:
 
     async def metrics(self) -> Page | None:
         """Its metrics; None if it does not say."""
-        if self.exited.is_set():
+        if not self.alive:
             return None
         if self._metrics is None:
             self._metrics = self._loop.create_future()
@@ -204,8 +216,16 @@ class _Supervisor:
         self._rows = [self._board.devices[number] for number in range(len(self._devices))]
         self._ready = self._serving = self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._metrics = MergedMetrics(self._gather)
-        self._health = Health(live=self._live, ready=lambda: self._ready and self._computes, service="")
+        registry = CollectorRegistry()
+        self._metrics = MergedMetrics(self._gather, registry)
+        self._restarts = Counter(
+            "cdam_process_restarts", "Processes that died and were started again.", ["kind"], registry=registry
+        )
+        processes = Gauge("cdam_processes", "Processes that are there.", ["kind"], registry=registry)
+        for kind, children in (("compute", self._compute), ("front_end", self._front_ends)):
+            self._restarts.labels(kind)
+            processes.labels(kind).set_function(partial(_alive, children))
+        self._health = Health(live=self._live, ready=lambda: self._ready and self._serves, service="")
         self._beat = monotonic()
 
     async def start(self) -> None:
@@ -265,7 +285,7 @@ class _Supervisor:
         self._models = (await child.ready()).models
 
     async def _start_front_end(self, number: int) -> None:
-        devices = tuple(number for number, child in self._compute.items() if not child.exited.is_set())
+        devices = tuple(number for number, child in self._compute.items() if child.alive)
         child = self._front_ends[number] = await self._child(
             "front_end", number, self._settings, self._models, devices, self._front_end_count, self._address
         )
@@ -317,10 +337,13 @@ class _Supervisor:
         while True:
             child = self._front_ends[number]
             lived = await self._lifetime(child)
+            self._board.front_ends[number].devices = 0  # it can't say so itself
             if self._stopping:
                 return
-            _log.error("a front end died, and is replaced", number=number, pid=child.pid)
+            _log.error("a front end died, and is replaced", number=number, pid=child.pid, exit_code=child.exit_code)
             await self._again(lambda: self._start_front_end(number), lived, number=number)
+            self._restarts.labels("front_end").inc()
+            _log.info("a front end was replaced", number=number, pid=self._front_ends[number].pid)
 
     async def _keep_device(self, number: int) -> None:
         """Start a device's process again whenever it dies; but without its only device a server ends, as whoever runs it knows better."""
@@ -329,12 +352,21 @@ class _Supervisor:
             lived = await self._lifetime(child)
             if self._stopping:
                 return
+            device = self._devices[number]
             if len(self._compute) == 1:
+                _log.critical("the compute process died", device=device, pid=child.pid, exit_code=child.exit_code)
                 self._set_ready(False)
                 self.failed.set()
                 return
-            _log.error("a compute process died, and is started again", device=self._devices[number], pid=child.pid)
-            await self._again(lambda: self._start_compute(number), lived, device=self._devices[number])
+            _log.error(
+                "a compute process died, and is started again",
+                device=device,
+                pid=child.pid,
+                exit_code=child.exit_code,
+            )
+            await self._again(lambda: self._start_compute(number), lived, device=device)
+            self._restarts.labels("compute").inc()
+            _log.info("a compute process was started again", device=device, pid=self._compute[number].pid)
             for front_end in self._front_ends.values():
                 front_end.tell(Device(number))
 
@@ -368,7 +400,7 @@ class _Supervisor:
                 continue
             for number, child in self._front_ends.items():
                 beat = self._board.front_ends[number].beat
-                if beat and now - beat > _STALL_SECONDS and not child.exited.is_set():
+                if beat and now - beat > _STALL_SECONDS and child.alive:
                     _log.error("a front end stands still, and is killed", number=number, pid=child.pid)
                     self._board.front_ends[number].beat = 0.0
                     child.kill()
@@ -384,7 +416,13 @@ class _Supervisor:
     @property
     def _computes(self) -> bool:
         """Whether there is a device that does."""
-        return any(row.up for row in self._rows)
+        return any(self._rows[number].up and child.alive for number, child in self._compute.items())
+
+    @property
+    def _serves(self) -> bool:
+        """Whether there is a front end that answers requests."""
+        rows = self._board.front_ends
+        return self._computes and any(rows[number].devices and its.alive for number, its in self._front_ends.items())
 
     def _set_ready(self, value: bool) -> None:
         self._ready = value
@@ -425,6 +463,10 @@ async def _all(starting: Iterable[Coroutine[Any, Any, None]]) -> None:
                 tasks.create_task(each)
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
+
+
+def _alive(children: dict[int, Child]) -> int:
+    return sum(child.alive for child in children.values())
 
 
 def run_child(function: str, assignment: tuple[Any, ...], *arguments: Any) -> None:

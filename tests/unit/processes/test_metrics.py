@@ -17,6 +17,7 @@ def _process(calls: int, *, up: int) -> CollectorRegistry:
     for _ in range(calls):
         histogram.observe(1.5)
     Info("build", "What.", registry=registry).info({"version": "1"})
+    Info("model", "Which.", registry=registry)  # of which nothing is known here
     return registry
 
 
@@ -34,6 +35,15 @@ def test_a_page_of_two() -> None:
     assert (found['seconds_bucket{le="1.0"}'], found['seconds_bucket{le="2.0"}'], found["seconds_count"]) == (0, 7, 7)
     assert found["seconds_sum"] == 7 * 1.5
     assert found['build_info{version="1"}'] == 1
+    assert "model_info" not in found
+
+
+def test_the_page_has_what_is_of_this_process_alone() -> None:
+    own = CollectorRegistry()
+    Gauge("cdam_processes", "There.", ["kind"], registry=own).labels("compute").set(2)
+    merged = MergedMetrics(lambda: [("one", snapshot(_process(3, up=1)))], own)
+    assert _values(merged)['cdam_processes{kind="compute"}'] == 2
+    assert _values(merged)['calls_total{code="OK"}'] == 3
 
 
 def test_what_a_dead_process_counted_still_counts() -> None:
