@@ -89,7 +89,7 @@ There is neither TLS nor authentication, so only this machine is served by defau
 @click.option(
     "--deadline-margin",
     type=click.FloatRange(1, 10),
-    help="A request is let in if its estimated time, at least so many times, is within its deadline.  [1.5]",
+    help="A request with a deadline is let in if its estimated time, so many times, fits into it. Rises by itself, up to 2.5, while answers come late.  [1.5]",
 )
 @click.option(
     "--compute-slots",

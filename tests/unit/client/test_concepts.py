@@ -350,10 +350,10 @@ def test_a_timeout_is_for_all_of_it(script: Hearing, call: Call) -> None:
     images = [jpeg(n) for n in range(100)]
     try:
         with pytest.raises(cdam.DeadlineExceeded):
-            call(script.address, "register_concept", "loops", images, timeout=0.3)
+            call(script.address, "register_concept", "loops", images, timeout=1.0)
     finally:
         script.hold.set()
-    assert script.seconds_left[0] < 0.4
+    assert script.seconds_left[0] < 1.1
     script.delay = 0.5
     with pytest.raises(cdam.DeadlineExceeded):
         call(script.address, "register_concept", "loops", images[:2], timeout=0.1)
