@@ -163,20 +163,20 @@ def _serve(settings: "Settings") -> None:
     from cdam_server.settings.config import warn_of_unknown_variables
     from cdam_server.store import StoreUnusableError
 
+    front_ends = number_of(settings)
     try:
         warn_of_unknown_variables()
         # As PID 1 of a container the process would not hear a SIGTERM while it loads; serving has a handler of its own.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        front_ends = number_of(settings)
         if front_ends:
             from cdam_server.processes import supervisor
 
             asyncio.run(supervisor.serve(settings, front_ends))
-        else:
-            from cdam_server import bootstrap
-            from cdam_server.compute.catalog import load_catalog
+            return
+        from cdam_server import bootstrap
+        from cdam_server.compute.catalog import load_catalog
 
-            asyncio.run(bootstrap.serve(settings, load_catalog(settings)))
+        asyncio.run(bootstrap.serve(settings, load_catalog(settings)))
         # Requests that outlived the drain may still be computed, and their threads would keep the process.
         sys.stderr.flush()
         os._exit(0)
@@ -184,5 +184,7 @@ def _serve(settings: "Settings") -> None:
         raise click.ClickException(str(error)) from error
     except ServerFailedError as error:
         click.echo(f"Error: {error}", err=True)
+        if front_ends:
+            sys.exit(1)
         sys.stderr.flush()
         os._exit(1)  # its threads may be stuck

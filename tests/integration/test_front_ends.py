@@ -278,6 +278,33 @@ def _answer(stub: Stub) -> bytes | None:
         raise
 
 
+def test_a_signal_to_all_processes_at_once_drains(tmp_path: Path) -> None:
+    flags = ("--front-ends", "2", "--data-dir", str(tmp_path))
+    environment = {"TMPDIR": str(tmp_path)}
+    with serving(tmp_path / "log", *flags, environment=environment) as server, stubs(server, 4) as its:
+        long = request(IMAGE, output(3), methods=[method("smooth_cdam", samples=200)])
+        calls = [stub.Explain.future(long) for stub in its]
+        wait_for(lambda: server.metrics()["cdam_admitted_total"] == len(its))
+        for pid in [*server.children(), server.process.pid]:
+            os.kill(pid, signal.SIGTERM)
+        assert all(call.result().maps for call in calls)
+        assert server.process.wait(timeout=60) == 0
+    assert not [*tmp_path.glob("cdam-*"), *tmp_path.glob("pymp-*")]
+
+
+def test_a_device_that_hangs_gets_nothing_new_and_is_replaced(tmp_path: Path) -> None:
+    flags = ("--device", "cpu,cpu", "--front-ends", "1", "--data-dir", str(tmp_path))
+    with serving(tmp_path / "log", *flags) as server, stubs(server, 1) as (stub,):
+        before = server.children("compute")
+        os.kill(before[0], signal.SIGSTOP)
+        time.sleep(3)  # it may get a request until it has been silent for two
+        for _ in range(5):
+            assert stub.Explain(request(IMAGE, output(3)), timeout=10).maps
+        assert server.get("/readyz")[0] == 200
+        wait_for(lambda: len(server.children("compute")) == 2 and server.children("compute") != before)
+        wait_for(lambda: server.metrics()['cdam_process_restarts_total{kind="compute"}'] == 1)
+
+
 def test_without_the_supervisor_nobody_stays(tmp_path: Path) -> None:
     with serving(tmp_path / "log", "--front-ends", "2", "--data-dir", str(tmp_path)) as server:
         orphans = [*server.children("front"), *server.children("compute")]

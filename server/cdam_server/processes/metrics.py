@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Final, NamedTuple, TypeAlias
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
@@ -26,6 +27,14 @@ class Family(NamedTuple):
 
 
 Page: TypeAlias = list[Family]
+
+
+class Process(Protocol):
+    """Who has metrics."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
 
 
 def snapshot(registry: CollectorRegistry) -> Page:
@@ -66,26 +75,30 @@ class MergedMetrics(CollectorRegistry):
     """
 
     def __init__(
-        self, gather: Callable[[], Sequence[tuple[Hashable, Page | None]]], own: CollectorRegistry | None = None
+        self, gather: Callable[[], Sequence[tuple[Process, Page | None]]], own: CollectorRegistry | None = None
     ) -> None:
         super().__init__()
         self._gather = gather
         self._own = own
-        self._last: dict[Hashable, Page] = {}
+        self._lock = threading.Lock()  # a process may die while it is asked
+        self._last: dict[Process, Page] = {}
         self._dead: Page = []
         self.register(_Collector(self._merged))
 
-    def keep(self, process: Hashable) -> None:
+    def keep(self, process: Process) -> None:
         """The process is dead: what it had counted when it was last asked still counts."""
-        kept = [family for family in self._last.pop(process, []) if family.type in _LASTING]
-        self._dead = merge([self._dead, kept])
+        with self._lock:
+            kept = [family for family in self._last.pop(process, []) if family.type in _LASTING]
+            self._dead = merge([self._dead, kept])
 
     def _merged(self) -> Page:
-        for process, page in self._gather():
-            if page is not None:
-                self._last[process] = page
-        own = [] if self._own is None else snapshot(self._own)
-        return merge([own, *self._last.values(), self._dead])
+        pages = self._gather()
+        with self._lock:
+            for process, page in pages:
+                if page is not None and process.alive:
+                    self._last[process] = page
+            own = [] if self._own is None else snapshot(self._own)
+            return merge([own, *self._last.values(), self._dead])
 
 
 class _Collector(Collector):

@@ -45,6 +45,8 @@ from cdam_server.processes.wire import (
 _LITTLE: Final = 0.25
 # Seconds. So long a caller who was refused is refused again without asking: the queue has not become much shorter.
 _REFUSAL_SECONDS: Final = 0.05
+# Seconds. A device that says nothing for so long gets nothing new while there are others.
+_SILENT_SECONDS: Final = 2.0
 # Callers whose last refusal is remembered.
 _REFUSALS: Final = 1024
 
@@ -161,7 +163,7 @@ class RemoteCompute:
             return self._least_loaded()
         key = image()
         device = self._devices.get(cast("int", self._images.get(key)))
-        if device is None or device.row.jobs >= self._max_pending:
+        if device is None or device.row.jobs >= self._max_pending or _is_silent(device):
             device = self._least_loaded()
             self._images.put(key, device.number)
         return device
@@ -169,7 +171,7 @@ class RemoteCompute:
     def _least_loaded(self) -> _Device:
         if not self._devices:
             raise DeviceLostError("nothing can be computed now")
-        return min(self._devices.values(), key=lambda device: (device.row.seconds, device.row.jobs))
+        return min(self._devices.values(), key=lambda device: (_is_silent(device), device.row.seconds, device.row.jobs))
 
     def _check(self, device: _Device, spec: JobSpec) -> None:
         """Refuse what would be refused anyway, before anybody is asked.
@@ -204,9 +206,14 @@ class RemoteCompute:
         return bool(jobs < _LITTLE * self._max_pending and in_time)
 
 
+def _is_silent(device: _Device) -> bool:
+    return bool(time.monotonic() - device.row.beat > _SILENT_SECONDS)
+
+
 def _refusal_key(spec: JobSpec) -> tuple[Any, ...]:
     """What two jobs have in common if the second one would be refused as the first one was."""
-    return spec.caller, spec.rank, spec.bucket, spec.cost, spec.timeout is None or round(spec.timeout, 1)
+    timeout = None if spec.timeout is None else round(spec.timeout, 1)
+    return spec.caller, spec.rank, spec.bucket, spec.cost, timeout
 
 
 class _Device:
@@ -291,8 +298,7 @@ class _Device:
         _settle(admission or future, answer)
 
     def _lost(self) -> None:
-        self.row.up = 0  # before any caller hears of it
-        self._gone()
+        self._gone()  # before any caller hears of it
         self.ring.close()
         for number in list(self._answers):
             self._answer(number, Failed.of(DeviceLostError("nothing can be computed any more")))

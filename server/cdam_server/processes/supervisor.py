@@ -116,6 +116,11 @@ class Child:
         return not self.exited.is_set()
 
     @property
+    def name(self) -> str:
+        """Of the process: its kind and number."""
+        return self._process.name
+
+    @property
     def exit_code(self) -> int | None:
         """Of the process, once it has ended; the number of a signal that ended it is negative."""
         return self._process.exitcode
@@ -291,6 +296,8 @@ class _Supervisor:
         )
         said = await child.ready()
         self._address = said.address
+        for device in self._compute:  # some may have started meanwhile
+            child.tell(Device(device))
         child.tell(SetReady(self._ready))
 
     async def _child(self, function: str, number: int, settings: Settings, *arguments: object) -> Child:
@@ -337,7 +344,8 @@ class _Supervisor:
         while True:
             child = self._front_ends[number]
             lived = await self._lifetime(child)
-            self._board.front_ends[number].devices = 0  # it can't say so itself
+            row = self._board.front_ends[number]
+            row.devices = row.preparing = row.beat = 0.0  # it can't say so itself
             if self._stopping:
                 return
             _log.error("a front end died, and is replaced", number=number, pid=child.pid, exit_code=child.exit_code)
@@ -350,6 +358,7 @@ class _Supervisor:
         while True:
             child = self._compute[number]
             lived = await self._lifetime(child)
+            self._rows[number].up = self._rows[number].beat = 0.0  # it can't say so itself
             if self._stopping:
                 return
             device = self._devices[number]
@@ -391,18 +400,20 @@ class _Supervisor:
                 return
 
     async def _watch(self) -> None:
-        """Kill front ends that stand still, so that they are replaced."""
+        """Kill processes that hang, so that they are replaced; but not the only device's, whose end is the server's: liveness says so."""
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = monotonic()
             slept, self._beat = now - self._beat, now
             if slept > _STALL_SECONDS / 2:  # the whole machine stood still, or all of this server
                 continue
-            for number, child in self._front_ends.items():
-                beat = self._board.front_ends[number].beat
-                if beat and now - beat > _STALL_SECONDS and child.alive:
-                    _log.error("a front end stands still, and is killed", number=number, pid=child.pid)
-                    self._board.front_ends[number].beat = 0.0
+            watched = [(child, self._board.front_ends[number]) for number, child in self._front_ends.items()]
+            if len(self._compute) > 1:
+                watched += [(child, self._rows[number]) for number, child in self._compute.items()]
+            for child, row in watched:
+                if row.beat and now - row.beat > _STALL_SECONDS and child.alive:
+                    _log.error("a process hangs, and is killed", name=child.name, pid=child.pid)
+                    row.beat = 0.0
                     child.kill()
 
     def _live(self) -> bool:

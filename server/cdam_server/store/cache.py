@@ -58,10 +58,11 @@ class OtherWriters:
 
 @dataclass(frozen=True)
 class _Asking:
-    """A question that the store has not answered yet, and when it was put."""
+    """A question that the store has not answered yet, when it was put, and how often others had written then."""
 
     task: asyncio.Task[Any]
     since: float
+    writes: int
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,8 @@ class CachedStore(ConceptStore):
             return kept
         self._refuse_while_down()
         asking = self._asking.get(key)
-        if asking is None:
-            asking = self._asking[key] = _Asking(asyncio.create_task(ask()), self._clock())
+        if asking is None or asking.writes != self._others.writes():
+            asking = self._asking[key] = _Asking(asyncio.create_task(ask()), self._clock(), self._others.writes())
             self._tasks.add(asking.task)
             asking.task.add_done_callback(lambda task: self._answered(key, task))
         if kept is None:

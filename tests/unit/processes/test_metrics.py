@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 
 from cdam_server.processes.metrics import MergedMetrics, Page, snapshot
@@ -21,13 +23,18 @@ def _process(calls: int, *, up: int) -> CollectorRegistry:
     return registry
 
 
+@dataclass(eq=False)
+class _Its:
+    alive: bool = True
+
+
 def _values(merged: MergedMetrics) -> dict[str, float]:
     lines = generate_latest(merged).decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
 def test_a_page_of_two() -> None:
-    pages = {"one": snapshot(_process(3, up=1)), "other": snapshot(_process(4, up=0))}
+    pages = {_Its(): snapshot(_process(3, up=1)), _Its(): snapshot(_process(4, up=0))}
     found = _values(MergedMetrics(lambda: list(pages.items())))
     assert found['calls_total{code="OK"}'] == 7
     assert found["cdam_pending_requests"] == 7
@@ -41,18 +48,21 @@ def test_a_page_of_two() -> None:
 def test_the_page_has_what_is_of_this_process_alone() -> None:
     own = CollectorRegistry()
     Gauge("cdam_processes", "There.", ["kind"], registry=own).labels("compute").set(2)
-    merged = MergedMetrics(lambda: [("one", snapshot(_process(3, up=1)))], own)
+    pages = [(_Its(), snapshot(_process(3, up=1)))]
+    merged = MergedMetrics(lambda: pages, own)
     assert _values(merged)['cdam_processes{kind="compute"}'] == 2
     assert _values(merged)['calls_total{code="OK"}'] == 3
 
 
 def test_what_a_dead_process_counted_still_counts() -> None:
-    pages: dict[str, Page | None] = {"one": snapshot(_process(3, up=1)), "other": snapshot(_process(4, up=1))}
+    other = _Its()
+    pages: dict[_Its, Page | None] = {_Its(): snapshot(_process(3, up=1)), other: snapshot(_process(4, up=1))}
     merged = MergedMetrics(lambda: list(pages.items()))
     _values(merged)
-    merged.keep("other")
-    pages["other again"] = snapshot(_process(1, up=1))
-    del pages["other"]
+    other.alive = False
+    merged.keep(other)
+    pages[_Its()] = snapshot(_process(1, up=1))
+    del pages[other]
     found = _values(merged)
     assert found['calls_total{code="OK"}'] == 3 + 4 + 1
     assert found["seconds_count"] == 3 + 4 + 1
@@ -60,8 +70,28 @@ def test_what_a_dead_process_counted_still_counts() -> None:
 
 
 def test_a_process_that_does_not_answer_counts_with_what_it_said() -> None:
-    pages: dict[str, Page | None] = {"one": snapshot(_process(3, up=1)), "other": snapshot(_process(4, up=1))}
+    other = _Its()
+    pages: dict[_Its, Page | None] = {_Its(): snapshot(_process(3, up=1)), other: snapshot(_process(4, up=1))}
     merged = MergedMetrics(lambda: list(pages.items()))
     before = _values(merged)
-    pages["other"] = None
+    pages[other] = None
     assert _values(merged) == before
+
+
+def test_a_process_that_dies_while_all_are_asked_counts_once() -> None:
+    other = _Its()
+    pages: dict[_Its, Page | None] = {_Its(): snapshot(_process(3, up=1)), other: snapshot(_process(4, up=1))}
+
+    def gather() -> list[tuple[_Its, Page | None]]:
+        answers = list(pages.items())
+        if len(asked) == 1:
+            other.alive = False
+            merged.keep(other)
+        asked.append(len(answers))
+        return answers
+
+    asked: list[int] = []
+    merged = MergedMetrics(gather)
+    before = _values(merged)['calls_total{code="OK"}']
+    for _ in range(2):
+        assert _values(merged)['calls_total{code="OK"}'] == before == 7
