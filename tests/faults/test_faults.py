@@ -174,7 +174,7 @@ def _probe(server: ServerProcess, path: str) -> int | None:
 def test_weights_that_give_no_finite_maps_are_refused_at_once(tmp_path: Path) -> None:
     shape = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
     weights = VisionTransformer(patch_size=16, num_classes=3, **shape).state_dict()
-    weights["head.weight"] += 1e38  # finite, but no sum of them is
+    weights["head.weight"] += 3e38  # finite, but no product with a number above 1.2 is
     save_file(weights, tmp_path / "weights.safetensors")
     model = {
         "name": "broken",
