@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -92,7 +93,7 @@ class Report:
 # --- servers
 
 
-class Server:
+class Server(ABC):
     """A server with all its processes.
 
     Args:
@@ -113,9 +114,9 @@ class Server:
         self._wait(ready)
         self.start_seconds = time.perf_counter() - started
 
+    @abstractmethod
     def load(self, plan: argparse.Namespace, size: tuple[int, int], seconds: float) -> Load:
         """Closed-loop load of all callers."""
-        raise NotImplementedError
 
     def _wait(self, ready: str) -> None:
         until = time.monotonic() + _START_SECONDS

@@ -59,7 +59,7 @@ async def _keep_beating(self: FrontEnd) -> None:
 ServedModel.compute = _answer  # type: ignore[assignment]
 _beats = FrontEnd._keep_beating
 if "INSTANT_WAITS" in os.environ:
-    FrontEnd._keep_beating = _keep_beating  # type: ignore[method-assign]
+    FrontEnd._keep_beating = _keep_beating  # type: ignore[method-assign]  # it is replaced, as is `compute`
 
 if __name__ == "__main__":
     cdam_cli.main(prog_name="cdam")
