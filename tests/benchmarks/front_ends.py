@@ -35,7 +35,6 @@ import time
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -416,9 +415,10 @@ def cost(plan: argparse.Namespace, report: Report) -> None:
 
 
 def _prepare(file: bytes, config: DataConfig, times: int) -> int:
-    """Decode a photograph so many times, and bring it to the model's input, with Pillow alone; on all cores, as two may be halves of one."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        return len(list(threads.map(lambda _: prepare(Image.open(io.BytesIO(file)), config), range(times))))
+    """Decode a photograph so many times, and bring it to the model's input, with Pillow alone, on one core."""
+    for _ in range(times):
+        prepare(Image.open(io.BytesIO(file)), config)
+    return times
 
 
 def _tell_cost(found: dict[str, list[float]], report: Report) -> None:
