@@ -190,7 +190,10 @@ class Link(asyncio.Protocol):
         keep = arrays.append if self._put is not None else None
         data = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL, buffer_callback=keep)
         places = pickle.dumps([self._place(array) for array in arrays], pickle.HIGHEST_PROTOCOL) if arrays else b""
-        self._transport.writelines((_LENGTHS.pack(len(data), len(places)), data, places))
+        frame = [_LENGTHS.pack(len(data), len(places)), data]
+        if places:  # an empty chunk is never taken off the transport's queue by Python 3.12 and 3.13: the event loop would spin
+            frame.append(places)
+        self._transport.writelines(frame)
 
     def _place(self, array: pickle.PickleBuffer) -> Place | bytes:
         assert self._put is not None

@@ -54,7 +54,7 @@ async def test_those_of_one_turn_of_the_event_loop_arrive_together() -> None:
     for number in range(10):
         link.send(number)
     link.close()
-    await lost.wait()
+    await asyncio.wait_for(lost.wait(), 10)
     assert turns == [list(range(10))]
 
 
