@@ -10,13 +10,14 @@ from typing import Any, Literal
 import structlog
 
 
-def configure(form: Literal["auto", "console", "json"], level: str) -> None:
-    """Send every log line to stderr in the form asked for."""
+def configure(form: Literal["auto", "console", "json"], level: str, **always: object) -> None:
+    """Send every log line to stderr in the form asked for, with the facts that are always true."""
     logger = structlog.WriteLogger(sys.stderr)
     console = sys.stderr.isatty() if form == "auto" else form == "console"
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            lambda _, __, event: {**always, **event},
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             *(

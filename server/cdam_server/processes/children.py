@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
+from multiprocessing import current_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
@@ -85,11 +86,11 @@ def compute(its: Assignment) -> None:
     _run(its.control, _compute(its, catalog))
 
 
-def front_end(its: Assignment, models: bytes, devices: tuple[int, ...], of: int, address: str) -> None:
-    """A front end: connect to the devices, and serve the API until it is told to drain."""
+def front_end(its: Assignment, models: bytes, of: int, address: str) -> None:
+    """A front end: serve the API over the devices that it is told of, until it is told to drain."""
     _begin(its.settings, f"cdam-front-{its.number}")
     settings = its.settings.model_copy(update={"address": address})
-    _run(its.control, _front_end(its._replace(settings=settings), pickle.loads(models), devices, of))  # noqa: S301 - ours
+    _run(its.control, _front_end(its._replace(settings=settings), pickle.loads(models), of))  # noqa: S301 - ours
 
 
 async def _compute(its: Assignment, catalog: Any) -> None:
@@ -130,7 +131,7 @@ async def _compute(its: Assignment, catalog: Any) -> None:
         publishing.cancel()
 
 
-async def _front_end(its: Assignment, models: Models, devices: tuple[int, ...], of: int) -> None:
+async def _front_end(its: Assignment, models: Models, of: int) -> None:
     telemetry, row = Telemetry(), its.board.front_ends[its.number]
     remote = RemoteCompute(
         its.board,
@@ -140,9 +141,6 @@ async def _front_end(its: Assignment, models: Models, devices: tuple[int, ...], 
         telemetry,
         remembers=its.settings.token_cache_mib > 0,
     )
-    for device in devices:
-        with suppress(OSError):  # it has just died; the supervisor tells when it is there again
-            await remote.connect(device, its.socket(device))
     ready = False
     health = Health(live=lambda: True, ready=lambda: ready and remote.connected, service=SERVICE)
     others = FrontEndWrites(its.board, its.number, of)
@@ -165,7 +163,7 @@ async def _front_end(its: Assignment, models: Models, devices: tuple[int, ...], 
                     front.accepting = front.accepting or value
                     await front.publish()
                 case Device(number):
-                    with suppress(OSError):  # it has died again
+                    with suppress(OSError):  # it has died; the supervisor tells when it is there again
                         await remote.connect(number, its.socket(number))
                 case Drain(seconds):
                     await front.drain(seconds)
@@ -214,7 +212,7 @@ def _begin(settings: Settings, name: str) -> None:
         Path("/proc/self/comm").write_text(name)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    logs.configure(settings.log_format, settings.log_level)
+    logs.configure(settings.log_format, settings.log_level, process=current_process().name)
 
 
 def _run(control: Connection, work: Awaitable[None]) -> None:

@@ -7,7 +7,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, cast
@@ -47,6 +47,8 @@ _LITTLE: Final = 0.25
 _REFUSAL_SECONDS: Final = 0.05
 # Seconds. A device that says nothing for so long gets nothing new while there are others.
 _SILENT_SECONDS: Final = 2.0
+# Seconds. Where only the connection to a device is lost, and not its process, it is made again so much later.
+_RECONNECT_SECONDS: Final = 0.1
 # Callers whose last refusal is remembered.
 _REFUSALS: Final = 1024
 
@@ -74,6 +76,9 @@ class RemoteCompute:
         self._images = ImagePlaces(board)
         self._remembers = remembers
         self._devices: dict[int, _Device] = {}
+        self._closed = False
+        self._connecting = asyncio.Lock()
+        self._reconnecting: set[asyncio.Task[None]] = set()
         self._evaluations: defaultdict[EvaluationBucket, list[_Device]] = defaultdict(list)
         self._refusals: dict[tuple[Any, ...], tuple[float, QueueFullError]] = {}
 
@@ -83,16 +88,26 @@ class RemoteCompute:
         Raises:
             OSError: Its process is gone.
         """
-        if number in self._devices:
-            return
-        device = _Device(number, self._board.devices[number], lambda: self._forget(number))
-        await device.connect(path)
-        self._devices[number] = device
-        self._row.devices = len(self._devices)
+        async with self._connecting:
+            if number in self._devices:
+                return
+            device = _Device(number, self._board.devices[number], lambda: self._forget(number, path))
+            await device.connect(path)
+            self._devices[number] = device
+            self._row.devices = len(self._devices)
 
-    def _forget(self, number: int) -> None:
+    def _forget(self, number: int, path: Path) -> None:
         self._devices.pop(number, None)
         self._row.devices = len(self._devices)
+        if not self._closed:
+            task = asyncio.create_task(self._reconnect(number, path), name=f"reconnect {number}")
+            self._reconnecting.add(task)
+            task.add_done_callback(self._reconnecting.discard)
+
+    async def _reconnect(self, number: int, path: Path) -> None:
+        await asyncio.sleep(_RECONNECT_SECONDS)
+        with suppress(OSError):  # the process is gone, too; the supervisor tells when there is another
+            await self.connect(number, path)
 
     @property
     def connected(self) -> bool:
@@ -101,6 +116,9 @@ class RemoteCompute:
 
     def close(self) -> None:
         """Leave all devices."""
+        self._closed = True
+        for task in self._reconnecting:
+            task.cancel()
         for device in list(self._devices.values()):
             device.link.close()
 

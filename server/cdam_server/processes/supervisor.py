@@ -290,14 +290,14 @@ class _Supervisor:
         self._models = (await child.ready()).models
 
     async def _start_front_end(self, number: int) -> None:
-        devices = tuple(number for number, child in self._compute.items() if child.alive)
         child = self._front_ends[number] = await self._child(
-            "front_end", number, self._settings, self._models, devices, self._front_end_count, self._address
+            "front_end", number, self._settings, self._models, self._front_end_count, self._address
         )
         said = await child.ready()
         self._address = said.address
-        for device in self._compute:  # some may have started meanwhile
-            child.tell(Device(device))
+        for device, compute in self._compute.items():
+            if compute.alive:
+                child.tell(Device(device))
         child.tell(SetReady(self._ready))
 
     async def _child(self, function: str, number: int, settings: Settings, *arguments: object) -> Child:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from cdam_server.compute.concurrency import Long
@@ -23,6 +24,7 @@ GREETING: Final = b"cdam"
 Buffer: TypeAlias = bytearray | NDArray[np.uint8]
 
 _LENGTHS: Final = struct.Struct("<II")  # of the messages, and of where their arrays are
+_log = structlog.get_logger("cdam.server")
 
 
 class Admit(NamedTuple):
@@ -108,6 +110,8 @@ class Consumed(NamedTuple):
 class Link(asyncio.Protocol):
     """One end of a connection. Messages of one turn of the event loop travel together, and arrive together.
 
+    The connection is lost if any can't be sent or received, so that both ends know that there is nothing to wait for.
+
     Args:
         receive: Called with messages that arrived.
         lost: Called once, when the other process is gone.
@@ -186,14 +190,20 @@ class Link(asyncio.Protocol):
         messages, self._outgoing = self._outgoing, []
         if not messages or self._transport is None or self._transport.is_closing():
             return
+        try:
+            self._transport.writelines(self._frame(messages))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for what was not sent
+            _log.error("messages between processes can't be sent", exc_info=error)
+            self._transport.abort()
+
+    def _frame(self, messages: Sequence[object]) -> list[bytes]:
         arrays: list[pickle.PickleBuffer] = []
         keep = arrays.append if self._put is not None else None
         data = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL, buffer_callback=keep)
         places = pickle.dumps([self._place(array) for array in arrays], pickle.HIGHEST_PROTOCOL) if arrays else b""
-        frame = [_LENGTHS.pack(len(data), len(places)), data]
-        if places:  # an empty chunk is never taken off the transport's queue by Python 3.12 and 3.13: the event loop would spin
-            frame.append(places)
-        self._transport.writelines(frame)
+        chunks = (_LENGTHS.pack(len(data), len(places)), data, places)
+        # An empty chunk stays in the transport of Python 3.12 and 3.13 for ever, and the event loop spins.
+        return [chunk for chunk in chunks if chunk]
 
     def _place(self, array: pickle.PickleBuffer) -> Place | bytes:
         assert self._put is not None

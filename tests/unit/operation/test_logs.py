@@ -24,11 +24,11 @@ class Pieces(io.StringIO):
         return len(text)
 
 
-def configured(monkeypatch: pytest.MonkeyPatch, level: str) -> Pieces:
+def configured(monkeypatch: pytest.MonkeyPatch, level: str, **always: object) -> Pieces:
     """What is logged as JSON from now on."""
     file = Pieces()
     monkeypatch.setattr("sys.stderr", file)
-    logs.configure("json", level)
+    logs.configure("json", level, **always)
     return file
 
 
@@ -48,6 +48,15 @@ def test_a_line_of_json_is_written_at_once_with_all_that_is_bound(monkeypatch: p
         "file": repr(Path("x")),
         "request_id": "a",
     }
+
+
+def test_what_is_always_true_is_in_every_line_unless_the_line_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = configured(monkeypatch, "info", process="front_end-1")
+    structlog.get_logger("cdam.test").info("ready")
+    structlog.get_logger("cdam.test").info("replaced", process="front_end-0")
+    first, second = map(json.loads, file.pieces)
+    assert first["process"] == "front_end-1"
+    assert second["process"] == "front_end-0"
 
 
 def test_an_error_is_logged_with_its_traceback_and_lesser_levels_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,37 @@ async def test_those_of_one_turn_of_the_event_loop_arrive_together() -> None:
     assert turns == [list(range(10))]
 
 
+async def test_what_cannot_be_sent_ends_the_connection_for_both() -> None:
+    received: list[Any] = []
+    losses = [asyncio.Event(), asyncio.Event()]
+    loop = asyncio.get_running_loop()
+    one, other = socket.socketpair()
+    link = Link(lambda messages: None, losses[0].set)
+    await loop.create_connection(lambda: link, sock=one)
+    await loop.create_connection(lambda: Link(received.extend, losses[1].set), sock=other)
+    link.send("as usual")
+    await asyncio.sleep(0)
+    link.send(lambda: "no pickle of this")
+    for lost in losses:
+        await asyncio.wait_for(lost.wait(), 10)
+    assert link.closed
+    assert received == ["as usual"]
+
+
+async def test_what_cannot_be_received_ends_the_connection_for_both() -> None:
+    losses = [asyncio.Event(), asyncio.Event()]
+    loop = asyncio.get_running_loop()
+    one, other = socket.socketpair()
+    link = Link(lambda messages: None, losses[0].set)
+    await loop.create_connection(lambda: link, sock=one)
+    await loop.create_connection(lambda: Link(lambda messages: 1 / 0, losses[1].set), sock=other)
+    loop.set_exception_handler(lambda *_: None)
+    link.send("whatever")
+    for lost in losses:
+        await asyncio.wait_for(lost.wait(), 10)
+    assert link.closed
+
+
 @pytest.mark.parametrize(
     "error",
     [
