@@ -10,7 +10,7 @@ start     seconds from start to ready, and memory of all processes
 kill      a front end is killed every 3 s for 60 s, under the client's default retries
 
 The engine answers at once (`instant_server`), and so does LitServe's (`litserve_peer --zeros`, a worker for each core). Load comes from ghz
-(github.com/bojand/ghz), LitServe's from hey (github.com/rakyll/hey), both from the Go proxy; without hey LitServe is left out. `--before` is a worktree of
+(`go install github.com/bojand/ghz/cmd/ghz@latest`), LitServe's from hey (`go install github.com/rakyll/hey@latest`); without hey LitServe is left out. `--before` is a worktree of
 the commit to compare with; servers take turns within a round, and a ratio is the median over rounds. Prints a table, keeps results/front_ends.json in step, and exits 0 whatever the figures are.
 """
 
@@ -24,6 +24,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -561,6 +562,9 @@ def main() -> None:
     plan = _arguments()
     if plan.echo:
         asyncio.run(_echo(plan.echo))
+    for tool in filter(None, (plan.ghz, plan.hey)):
+        if shutil.which(tool) is None:
+            raise SystemExit(f"{tool} is missing; --help says how to get it")
     plan.trees = [Tree("after", ROOT)] + ([Tree("before", plan.before)] if plan.before else [])
     report = Report(plan.json, {**machine(torch.device("cpu")), "seconds": plan.seconds, "rounds": plan.rounds})
     for name in plan.scenarios:

@@ -37,7 +37,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -71,6 +71,7 @@ REFUSED: Final = ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
 
 _IMAGES: Final = 128  # more than any batch, so that no batch holds one twice
 _PHOTO: Final = (480, 360)
+_CONNECTIONS: Final = 16  # the kernel deals them to the front ends; of a few all might go to one
 _IDENTITIES: Final = 8  # of the callers of an overload
 _AFTER_REFUSAL: Final = 0.05  # seconds; without a pause the flood would be of refusals, and mostly our own work
 _EXPLAIN: Final = f"/{explainer_service_pb2.DESCRIPTOR.services_by_name['ExplainerService'].full_name}/Explain"
@@ -151,9 +152,14 @@ class Server:
         raise SystemExit(f"{self.name} {what}:\n{self._log.read().decode(errors='replace')[-4000:]}")
 
     def memory(self) -> int:
-        """Bytes that the first of its processes has in memory."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+        """Bytes that all its processes have in memory; what several share counts once."""
+        kilobytes = 0
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended meanwhile
+                if os.getpgid(int(process.name)) == self._process.pid:
+                    lines = (process / "smaps_rollup").read_text().splitlines()
+                    kilobytes += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return 1024 * kilobytes
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -205,7 +211,7 @@ class Ours(Server):
     async def calls(
         self, *tokens: str, method: str = "cdam", deadline: float | None = None
     ) -> AsyncIterator[GrpcCalls]:
-        """Calls over a new connection.
+        """Calls over new connections, in turn: each goes to one of the front ends.
 
         Args:
             *tokens: Who calls, in turn; none: nobody in particular.
@@ -223,8 +229,12 @@ class Ours(Server):
             for number, image in enumerate(images(self.model))
         ]
         metadata: list[Any] = [(("authorization", f"Bearer {token}"),) for token in tokens] or [()]
-        async with grpc.aio.insecure_channel(self._address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-            yield GrpcCalls(channel.unary_unary(_EXPLAIN), requests, metadata, deadline)
+        async with AsyncExitStack() as stack:
+            explain = []
+            for _ in range(_CONNECTIONS):
+                channel = grpc.aio.insecure_channel(self._address, [("grpc.use_local_subchannel_pool", 1)])
+                explain.append((await stack.enter_async_context(channel)).unary_unary(_EXPLAIN))
+            yield GrpcCalls(explain, requests, metadata, deadline)
 
 
 class GrpcCalls:
@@ -235,7 +245,7 @@ class GrpcCalls:
     """
 
     def __init__(
-        self, explain: Any, requests: Sequence[bytes], metadata: Sequence[Any], deadline: float | None
+        self, explain: Sequence[Any], requests: Sequence[bytes], metadata: Sequence[Any], deadline: float | None
     ) -> None:
         self._explain, self._requests, self._metadata, self._deadline = explain, requests, metadata, deadline
         self._answers: dict[int, bytes] = {}
@@ -244,8 +254,9 @@ class GrpcCalls:
     async def __call__(self, number: int) -> str:
         """Make the request of this number."""
         request, metadata = self._requests[number % _IMAGES], self._metadata[number % len(self._metadata)]
+        explain = self._explain[number % len(self._explain)]
         try:
-            self._answers[number] = await self._explain(request, metadata=metadata, timeout=self._deadline)
+            self._answers[number] = await explain(request, metadata=metadata, timeout=self._deadline)
         except grpc.aio.AioRpcError as error:
             code: str = error.code().name
         else:
@@ -601,7 +612,7 @@ async def engine(plan: Plan, report: Report) -> None:
         plan.model,
         f"throughput, {CALLERS} callers / the engine's",
         [load.throughput / rate for load, rate in zip(loads, rates, strict=True)],
-        Bar(0.93, at_least=True),
+        Bar(0.95, at_least=True),
         f"{_in_words(server.name, loads)}; engine {middle}",
         {"engine": rates, "batches": batches, **_rounds({server.name: loads})},
     )
@@ -609,13 +620,13 @@ async def engine(plan: Plan, report: Report) -> None:
 
 async def litserve(plan: Plan, report: Report) -> None:
     """A common model, also with the trunk in bfloat16."""
-    bars = {"fp32": Bar(1.3, at_least=True), "bf16": Bar(2.5, at_least=True)}
+    bars = {"fp32": Bar(1.1, at_least=True), "bf16": Bar(2.5, at_least=True)}
     await _beside_litserve(plan, report, "litserve", plan.model, CALLERS, bars)
 
 
 async def demo(plan: Plan, report: Report) -> None:
     """The small model, where all that is not compute weighs more."""
-    bars = {plan.precision: Bar(3, at_least=True)}
+    bars = {plan.precision: Bar(1.5, at_least=True)}
     await _beside_litserve(plan, report, "demo", DEMO, DEMO_CALLERS, bars)
 
 
@@ -663,33 +674,41 @@ async def overload(plan: Plan, report: Report) -> None:
             memory.append(server.memory())
             async with server.calls() as call:
                 after = await closed_loop(plan, call, CALLERS)
-        _tell_overload(report, model, load, [before, after], memory)
+        _tell_overload(report, model, load, [before, after], memory, goal=0.9 if model == DEMO else 0.93)
 
 
 def _identities() -> list[str]:
     return [f"caller-{number}" for number in range(_IDENTITIES)]
 
 
-def _tell_overload(report: Report, model: str, load: Load, peaks: Sequence[Load], memory: Sequence[int]) -> None:
+def _tell_overload(
+    report: Report, model: str, load: Load, peaks: Sequence[Load], memory: Sequence[int], *, goal: float
+) -> None:
     refused = load.in_window & np.isin(load.codes, REFUSED)
     took = load.ended - load.begun  # as the deadline counts; how late the generator itself was is told beside it
-    # Let in and then not answered in time is worse than any latency.
-    admitted = np.where(load.codes == OK, took, math.inf)[load.in_window & ~refused]
-    expired = f"{len(admitted)} requests, {np.isinf(admitted).sum()} of them not answered in time"
+    admitted = load.in_window & ~refused
+    late = admitted & (load.codes != OK)
+    share = 100 * late.sum() / max(admitted.sum(), 1)
+    p99 = _time(quantile(took[admitted & ~late], 0.99))
     peak = statistics.mean(each.throughput for each in peaks)
     start, end = (size / 2**20 for size in memory)
     counts = ", ".join(f"{number} {code}" for code, number in load.counts.items())
-    late = f"sent late by p99 {_time(quantile(load.late, 0.99))}"
-    offered = f"{_number(load.requests / load.seconds)}/s for {load.seconds:g} s ({late}): {counts}"
+    sent = f"sent late by p99 {_time(quantile(load.late, 0.99))}"
+    offered = f"{_number(load.requests / load.seconds)}/s for {load.seconds:g} s ({sent}): {counts}"
     details = {"load": load.to_json(), "peaks": [each.to_json() for each in peaks], "memory": list(memory)}
     for what, value, bar, behind in (
         (
             "goodput / peak",
             load.throughput / peak,
-            Bar(0.9, at_least=True),
+            Bar(goal, at_least=True),
             f"{_number(load.throughput)}/s, peak {_number(peak)}/s; offered {offered}",
         ),
-        ("p99 of the admitted", quantile(admitted, 0.99), Bar(DEADLINE, unit=" s"), expired),
+        (
+            "let in and not answered in time",
+            float(share),
+            Bar(1, unit=" %"),
+            f"{late.sum()} of {admitted.sum()}; p99 of the others {p99}",
+        ),
         ("p99 of refusals", quantile(took[refused], 0.99), Bar(0.1, unit=" s"), f"{refused.sum()} requests"),
         ("memory, end / start", end / start, Bar(1.1), f"{start:.0f} MiB, {end:.0f} MiB"),
     ):
@@ -731,7 +750,7 @@ async def _beside_trouble(
         plan.model,
         f"p99 beside {trouble} / alone",
         p99_beside / p99,
-        Bar(3),
+        Bar(1.5),
         f"alone p50 {_time(p50)}, p99 {_time(p99)}; beside p50 {_time(p50_beside)}, p99 {_time(p99_beside)}; "
         f"{len(beside)} requests; the other's: {counts}",
         {"alone": alone, "beside": beside, "other": dict(other.codes)},
