@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,8 +127,7 @@ class Models:
         return self._models[name]
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):  # compared and hashed many times a request
     """What the images of a batch have in common.
 
     Attributes:

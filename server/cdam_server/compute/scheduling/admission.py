@@ -30,7 +30,7 @@ class Admission:
         """Refuse a job that finds no room, or that, as far as can be told, would not be done in time.
 
         Returns:
-            Estimate of the seconds until it is done; 0 if there is none, or if nobody waits for less.
+            Estimate of the seconds until it is done; 0 if there is none, or if it is in no danger to be late.
 
         Raises:
             QueueFullError: With how long it should wait before it comes again.
@@ -39,7 +39,7 @@ class Admission:
             self._queue.check_room(spec, policy.MIN_RETRY_SECONDS)
         except QueueFullError as full:
             raise QueueFullError(full.reason, str(full), self._retry_after(now)) from None
-        if spec.timeout is None or not self._queue.held:  # an idle server tries
+        if spec.timeout is None or not self._queue.held or self._is_little(spec, now):  # an idle server tries
             return 0.0
         seconds = self._seconds(spec, now)
         late = self.margin(spec) * seconds - spec.timeout
@@ -69,8 +69,20 @@ class Admission:
             margin *= 1 + policy.MARGIN_STEP
         elif computed:  # else its caller has left early, and nobody knows how long it would have taken
             margin *= 1 - policy.MARGIN_STEP * policy.LATE_SHARE
-        most = max(self._least_margin, policy.MAX_DEADLINE_MARGIN)
-        self._margins[_like(spec)] = min(max(margin, self._least_margin), most)
+        self._margins[_like(spec)] = min(max(margin, self._least_margin), self._most)
+
+    @property
+    def _most(self) -> float:
+        return max(self._least_margin, policy.MAX_DEADLINE_MARGIN)
+
+    def _is_little(self, spec: JobSpec, now: float) -> bool:
+        """Whether a job is safe even if it is served last of all, so that nobody need look at each caller's part."""
+        if spec.background:  # it waits for others of its rank, too, whose batches don't count as running
+            return False
+        own = self._forecast.seconds(spec, spec.cost) or 0.0
+        slots = self._device.slots
+        work = slots * (self._forecast.running(now) + self._queue.work + own) / (1 - policy.MIN_SPEED)
+        return self._most * work < policy.MARGIN_FROM * (spec.timeout or 0.0)
 
     def _retry_after(self, now: float) -> float:
         """Seconds after which another try may succeed; computed for a refusal only, since it looks at all that is held."""

@@ -1,7 +1,7 @@
 """Which jobs make a batch, and when it begins."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from cdam_server.compute.scheduling import policy
 from cdam_server.compute.scheduling.forecast import Forecast
@@ -42,28 +42,39 @@ class Batching:
     def take(self) -> list[Job]:
         """The next batch for an idle worker; empty if none may begin now."""
         busy = bool(self._device.foreground)
-        return self._queue.take(self._device.ceilings.jobs, self.fits, lambda job: not (job.spec.background and busy))
+        return self._queue.take(self._device.ceilings.jobs, self.begin, lambda job: not (job.spec.background and busy))
 
-    def fits(self, jobs: Sequence[Job], most: float = math.inf) -> bool:
-        """Whether these jobs may be one batch, which takes at most `most` seconds."""
-        first, last = jobs[0], jobs[-1]
-        seconds = self._forecast.batch(jobs)
-        if seconds is None:
+    def begin(self, first: Job, most: float = math.inf) -> Callable[[Job], bool]:
+        """Begin a batch of at most `most` seconds with a job; what is returned says whether the next one fits as well, and then counts as a part of it."""
+        cost, shortest = first.spec.cost, first.timeout
+        stretched = policy.MAX_BATCH_STRETCH * (self._forecast.seconds(first.spec, cost) or math.inf)
+
+        def fits(job: Job) -> bool:
+            nonlocal cost, shortest
+            both, shorter = cost + job.spec.cost, min(shortest, job.timeout)
+            seconds = self._forecast.seconds(first.spec, both)
+            if seconds is not None:
+                longest = min(most, policy.MAX_BATCH_SHARE * shorter / self._device.slots)
+                if seconds > longest or (seconds > stretched and self.is_behind([job])(first)):
+                    return False
+            cost, shortest = both, shorter
             return True
-        if len(jobs) == 1:  # it must be computed, however long it takes
-            return seconds <= most
-        if self.is_behind(first, [last]):
-            most = min(most, policy.MAX_BATCH_STRETCH * (self._forecast.batch([first]) or math.inf))
-        return seconds <= min(most, policy.MAX_BATCH_SHARE * _shortest_timeout(jobs) / self._device.slots)
 
-    def is_behind(self, job: Job, others: Sequence[Job]) -> bool:
-        """Whether its caller has received less than each of the others', by more than a full batch; two busy callers never differ so much."""
-        return self._queue.lag(job, others) > self._device.ceilings.max_batch_size
+        return fits
+
+    def lasts(self, job: Job) -> float:
+        """Estimate of the seconds that a job takes alone; 0 if there is none."""
+        return self._forecast.seconds(job.spec, job.spec.cost) or 0.0
+
+    def is_behind(self, others: Iterable[Job]) -> Callable[[Job], bool]:
+        """Whether a job's caller has received less than each of the others', by more than a full batch; two busy callers never differ so much."""
+        lag, most = self._queue.lag(others), self._device.ceilings.max_batch_size
+        return lambda job: lag(job) > most
 
     def _is_late(self, job: Job, now: float) -> bool:
         if not job.wanted(now):
             return True
-        alone = self._forecast.batch([job])
+        alone = self._forecast.seconds(job.spec, job.spec.cost)
         # Since estimates may be wrong, the last one that waits is tried in any case.
         if alone is None or self._queue.waiting_with(job.spec) <= 1 or not job.spec.light:
             return False
@@ -71,4 +82,4 @@ class Batching:
 
 
 def _shortest_timeout(jobs: Sequence[Job]) -> float:
-    return min(job.deadline - job.arrived for job in jobs)
+    return min(job.timeout for job in jobs)

@@ -91,8 +91,7 @@ class Dispatcher:
         """Its caller has an answer, or has left."""
         with self._changed:
             job.released = True
-            self._queue.release(job)
-            self._changed.notify_all()
+            self._queue.release(job)  # which gives a worker nothing to do
 
     def next(self) -> Run | None:
         """The next batch, as soon as there is one; None if there will be none."""

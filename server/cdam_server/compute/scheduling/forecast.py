@@ -17,16 +17,26 @@ class Estimator:
 
     def __init__(self) -> None:
         self._rates: dict[Kind, dict[int, float]] = {}  # seconds for each unit of cost
+        self._estimates: dict[tuple[Kind, float], float | None] = {}  # asked for again and again between two batches
 
     def observe(self, kind: Kind, cost: float, seconds: float) -> None:
         """Learn from a batch that took so long."""
         rates = self._rates.setdefault(kind, {})
         size, rate = _size(cost), seconds / cost
         known = rates.get(size, rate)
+        self._estimates.clear()
         rates[size] = known + policy.NEWEST_WEIGHT * (min(rate, policy.MAX_SLOWDOWN * known) - known)
 
     def seconds(self, kind: Kind, cost: float) -> float | None:
         """What a batch of this cost will take; None if there was none of its kind."""
+        key = kind, cost
+        if key not in self._estimates:
+            if len(self._estimates) >= policy.MAX_ESTIMATES:
+                self._estimates.clear()
+            self._estimates[key] = self._estimate(kind, cost)
+        return self._estimates[key]
+
+    def _estimate(self, kind: Kind, cost: float) -> float | None:
         rates = self._rates.get(kind)
         if not rates:
             return None
@@ -61,10 +71,7 @@ class Forecast:
 
     def longest_batch(self, spec: JobSpec) -> float:
         """The longest batch that a job may be in, with the device to itself."""
-        full = self.seconds(spec, self._most_jobs(spec) * spec.cost) or 0.0
-        if spec.timeout is None:
-            return full
-        return min(full, policy.MAX_BATCH_SHARE * spec.timeout / self._device.slots)
+        return self._within(spec, self.seconds(spec, self._most_jobs(spec) * spec.cost) or 0.0)
 
     def share(self, spec: JobSpec) -> float:
         """What a job adds to the work, in batches as full as its deadline lets them be."""
@@ -72,8 +79,11 @@ class Forecast:
         full = self.seconds(spec, jobs * spec.cost)
         if not full:
             return 0.0
-        jobs = max(1, int(jobs * self.longest_batch(spec) / full))
-        return (self.seconds(spec, jobs * spec.cost) or 0.0) / jobs
+        longest = self._within(spec, full)
+        if longest < full:
+            jobs = max(1, int(jobs * longest / full))
+            full = self.seconds(spec, jobs * spec.cost) or 0.0
+        return full / jobs
 
     def running(self, now: float) -> float:
         """What is left of all batches in work but those in the background."""
@@ -88,6 +98,12 @@ class Forecast:
             gives_way = (run.spec.background and not spec.background) or (spec.light and not run.spec.light)
             slots[run.outermost] += 0.0 if gives_way else run.remaining(now, sharing)
         return 0.0 if len(slots) < self._device.slots else min(slots.values())
+
+    def _within(self, spec: JobSpec, seconds: float) -> float:
+        """A batch's time, or the longest one that a job's deadline lets it take."""
+        if spec.timeout is None:
+            return seconds
+        return min(seconds, policy.MAX_BATCH_SHARE * spec.timeout / self._device.slots)
 
     def _most_jobs(self, spec: JobSpec) -> int:
         return self._device.ceilings.jobs(spec.bucket) if spec.light else 1

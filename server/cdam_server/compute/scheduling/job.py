@@ -161,8 +161,12 @@ class Job:
     work: Work[object] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        timeout = self.spec.timeout
-        self.deadline = math.inf if timeout is None else self.arrived + timeout
+        self.deadline = self.arrived + self.timeout
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that its caller gives it; infinity if it waits for ever."""
+        return math.inf if self.spec.timeout is None else self.spec.timeout
 
     @property
     def order(self) -> tuple[int, float, int]:

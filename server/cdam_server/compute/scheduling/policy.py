@@ -70,6 +70,8 @@ PAUSE_SECONDS: Final = 0.1
 NEWEST_WEIGHT: Final = 0.2
 # Ratio. A batch that took longer counts as so many times its estimate: a machine that stalled once is not so much slower now.
 MAX_SLOWDOWN: Final = 4.0
+# Estimates that are kept until the next batch: costs are as many as there are sets of methods and targets.
+MAX_ESTIMATES: Final = 1024
 # Ratio to the time computed so far. The least that a batch still takes: one that is late will be later.
 OVERRUN: Final = 0.25
 

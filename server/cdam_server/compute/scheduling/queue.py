@@ -7,7 +7,7 @@ import heapq
 import math
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -87,6 +87,7 @@ class Queue:
         }
         self._callers: dict[tuple[bool, str], _Caller] = {}
         self._held: defaultdict[str, float] = defaultdict(float)
+        self._work = 0.0
 
     @property
     def waiting(self) -> int:
@@ -128,7 +129,7 @@ class Queue:
         for name, wanted, _ in self._amounts(job.spec):
             caller.held[name] += wanted
             self._held[name] += wanted
-        caller.backlog[job.spec.rank, job.spec.light] += job.seconds
+        self._add_work(caller, job, job.seconds)
 
     def release(self, job: Job) -> None:
         """Give the room back, wherever the job is now."""
@@ -136,7 +137,7 @@ class Queue:
         if job in caller.waiting:
             self._take_out(caller, job)
         elif job.submitted == math.inf:
-            caller.backlog[job.spec.rank, job.spec.light] -= job.seconds
+            self._add_work(caller, job, -job.seconds)
         for name, wanted, _ in self._amounts(job.spec):
             caller.held[name] -= wanted
             self._held[name] -= wanted
@@ -145,6 +146,7 @@ class Queue:
             caller.backlog.clear()  # so that rounding errors don't add up
         if not (self._held["jobs"] or self._held["background"]):
             self._held.clear()
+            self._work = 0.0
 
     def push(self, job: Job) -> None:
         """A job that may be computed from now on."""
@@ -169,14 +171,14 @@ class Queue:
     def take(
         self,
         ceiling: Callable[[Hashable], int],
-        fits: Callable[[Sequence[Job]], bool],
+        begin: Callable[[Job], Callable[[Job], bool]],
         may: Callable[[Job], bool] = lambda job: True,  # noqa: ARG005
     ) -> list[Job]:
         """The next batch: the first job, and further light ones of its bucket in order, as long as they fit.
 
         Args:
             ceiling: Most jobs in a batch of a bucket.
-            fits: Whether so many jobs may be one batch.
+            begin: Begins a batch with a job; what it returns says whether the next one fits as well, and then counts as a part of it.
             may: Whether a job may be computed now.
         """
         batch: list[Job] = []
@@ -185,13 +187,14 @@ class Queue:
                 continue
             if not batch:
                 batch.append(job)
+                most, fits = ceiling(job.spec.bucket), begin(job)
                 if not job.spec.light:
                     break
             elif job.spec.light and job.spec.bucket == batch[0].spec.bucket:
-                if not fits([*batch, job]):
+                if not fits(job):
                     break
                 batch.append(job)
-            if len(batch) >= ceiling(batch[0].spec.bucket):
+            if len(batch) >= most:
                 break
         for job in batch:
             caller = self._callers[_key(job.spec)]
@@ -202,14 +205,22 @@ class Queue:
             caller.served = min(caller.served + job.spec.cost, group.virtual_time + group.credit)
         return batch
 
-    def lag(self, job: Job, others: Sequence[Job]) -> float:
+    def heads(self) -> list[Job]:
+        """Each caller's next job."""
+        return [caller.waiting[0] for caller in self._callers.values() if caller.waiting]
+
+    def lag(self, others: Iterable[Job]) -> Callable[[Job], float]:
         """How much less, in units of cost, a job's caller has had than each of the others; negative if it is one of them."""
-        own = self._callers[_key(job.spec)]
         their = {_key(other.spec) for other in others}
-        if _key(job.spec) in their:
-            return -math.inf
-        served = [caller.served for key in their if (caller := self._callers.get(key)) is not None]
-        return min(served, default=math.inf) - own.served
+        least = min(
+            (caller.served for key in their if (caller := self._callers.get(key)) is not None), default=math.inf
+        )
+
+        def of(job: Job) -> float:
+            key = _key(job.spec)
+            return -math.inf if key in their else least - self._callers[key].served
+
+        return of
 
     def backlog(self, spec: JobSpec, own_seconds: float) -> float:
         """Estimated seconds of work that will be done before a job that comes now, its own not counted.
@@ -232,7 +243,7 @@ class Queue:
     @property
     def work(self) -> float:
         """Estimated seconds of work that was let in and is not yet begun."""
-        return sum(sum(caller.backlog.values()) for caller in self._callers.values())
+        return self._work
 
     def _amounts(self, spec: JobSpec) -> tuple[tuple[str, float, float], ...]:
         if spec.background:
@@ -245,8 +256,12 @@ class Queue:
 
     def _take_out(self, caller: _Caller, job: Job) -> None:
         caller.waiting.remove(job)
-        caller.backlog[job.spec.rank, job.spec.light] -= job.seconds
+        self._add_work(caller, job, -job.seconds)
         caller.group.waiting -= 1
+
+    def _add_work(self, caller: _Caller, job: Job, seconds: float) -> None:
+        caller.backlog[job.spec.rank, job.spec.light] += seconds
+        self._work += seconds
 
     def _in_order(self) -> Iterator[Job]:
         """All that wait, in the order in which they would be served if each took its turn."""

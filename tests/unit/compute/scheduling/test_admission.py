@@ -1,9 +1,12 @@
 """Who is let in, with estimates that are known and a clock that stands still."""
 
+import random
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cdam_server.compute.scheduling import BACKGROUND, JobSpec, QueueFullError, policy
 from cdam_server.compute.scheduling.admission import Admission
@@ -16,9 +19,9 @@ from jobs import job, queue_of
 NOW = 1000.0
 
 
-def admission(waiting: Sequence[Job], runs: Sequence[Run] = (), *, tested: float = NOW) -> Admission:
+def admission(waiting: Sequence[Job], runs: Sequence[Run] = (), *, tested: float = NOW, slots: int = 1) -> Admission:
     """Of a device that takes a second for each job, one after the other."""
-    device = Device(slots=1, ceilings=Ceilings(1))
+    device = Device(slots, ceilings=Ceilings(1))
     forecast = Forecast(device)
     device.runs.append(Run([job(0)], 0.0, None, None, None))
     forecast.learn(device.runs.pop(), 1.0)
@@ -64,6 +67,32 @@ def test_what_would_be_late_is_tried_if_its_kind_was_not_for_long() -> None:
 def test_an_idle_server_refuses_nobody_for_a_deadline() -> None:
     assert refusal(admission([]), timeout=0.001) is None
     assert refusal(admission([job(0, cost=500.0, rank=BACKGROUND)]), timeout=0.001) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_who_is_let_in_at_a_glance_is_let_in_after_a_closer_look_and_teaches_nothing_either_way(seed: int) -> None:
+    draw = random.Random(seed)
+    ranks, costs = (-1, 0, 1, BACKGROUND), (0.5, 1.0, 4.0, 40.0)
+
+    def some(number: int) -> Job:
+        return job(
+            number,
+            caller=draw.choice("abcd"),
+            rank=draw.choice(ranks),
+            cost=draw.choice(costs),
+            seconds=draw.random() * draw.choice((0.1, 3.0)),
+        )
+
+    waiting = [some(number) for number in range(draw.randrange(12))]
+    runs = [Run([some(100 + number)], NOW - draw.random(), 2 * draw.random(), None, None) for number in range(2)]
+    made = admission(waiting, runs[: draw.randrange(3)], slots=2)
+    timeout = 200 * draw.random() ** 2
+    spec = JobSpec("a", cost=draw.choice(costs), caller=draw.choice("abe"), rank=draw.choice(ranks), timeout=timeout)
+    if made._is_little(spec, NOW):
+        assert made.check(spec, NOW) == 0
+        closer = made._seconds(spec, NOW)
+        assert policy.MAX_DEADLINE_MARGIN * closer < policy.MARGIN_FROM * timeout
 
 
 def ended(made: Admission, took: float, *, computed: bool = True, times: int = 1, **spec: object) -> float:

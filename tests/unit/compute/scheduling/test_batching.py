@@ -25,21 +25,27 @@ def batching(waiting: Sequence[Job], *, slots: int = 1, delay: float = 0.0, busy
     return Batching(queue_of(waiting), device, forecast, delay)
 
 
+def fits(made: Batching, jobs: Sequence[Job]) -> bool:
+    """Whether all may be one batch."""
+    first, *others = jobs
+    joins = made.begin(first)
+    return all(joins(other) for other in others)
+
+
 @pytest.mark.parametrize(("timeout", "slots", "size"), [(None, 1, 8), (10.0, 1, 4), (18.0, 1, 8), (18.0, 2, 2)])
 def test_a_batch_takes_half_of_a_deadline_at_most_which_the_slots_share(
     timeout: float | None, slots: int, size: int
 ) -> None:
     waiting = [job(0, timeout=timeout), *(job(number) for number in range(1, 8))]
     made = batching(waiting, slots=slots)
-    fitting = [count for count in (1, 2, 4, 8) if made.fits(waiting[:count])]
+    fitting = [count for count in (1, 2, 4, 8) if fits(made, waiting[:count])]
     assert max(fitting) == size
 
 
 def test_a_single_job_is_computed_however_long_it_takes() -> None:
     first = job(0, timeout=0.5)
     made = batching([first])
-    assert made.fits([first])
-    assert not made.fits([first], most=1.9)
+    assert made.take() == [first]
 
 
 def test_who_has_had_little_is_in_no_batch_that_takes_much_longer_than_its_job_alone() -> None:
@@ -49,11 +55,11 @@ def test_who_has_had_little_is_in_no_batch_that_takes_much_longer_than_its_job_a
         assert len(made.take()) == 8
     little = job(20, caller="little")
     made._queue.hold(little)
-    assert made.is_behind(little, much)
-    assert not made.is_behind(much[0], [little])
-    assert not made.is_behind(much[0], much)
-    assert made.fits([little, much[16]])  # three seconds are 1.5 times two
-    assert not made.fits([little, *much[16:19]])
+    assert made.is_behind(much)(little)
+    assert not made.is_behind([little])(much[0])
+    assert not made.is_behind(much)(much[0])
+    assert fits(made, [little, much[16]])  # three seconds are 1.5 times two
+    assert not fits(made, [little, *much[16:19]])
 
 
 def test_what_is_in_the_background_begins_only_on_an_idle_device() -> None:

@@ -1,8 +1,11 @@
 """Which jobs interrupt a batch."""
 
+import random
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cdam_server.compute.scheduling import BACKGROUND
 from cdam_server.compute.scheduling.batching import Batching
@@ -81,3 +84,35 @@ def test_who_has_had_little_interrupts_a_batch_of_callers_who_have_had_much() ->
     queue.hold(little)
     queue.push(little)
     assert preemption.take(run, NOW)[0] is little
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_look_at_each_callers_next_job_misses_nobody(seed: int) -> None:
+    def interrupting(*, at_a_glance: bool) -> list[Job]:
+        draw = random.Random(seed)
+        device = Device(slots=1, ceilings=Ceilings(4))
+
+        def some(number: int) -> Job:
+            rank = draw.choice((0, 0, 0, 1, BACKGROUND)) - (draw.random() < 0.05)
+            return job(number, caller=draw.choice("abcdef"), rank=rank, cost=draw.choice((0.5, 1.0, 4.0, 40.0)))
+
+        queue = queue_of([some(number) for number in range(draw.randrange(40))])
+        batching = Batching(queue, device, Forecast(device), 0.0)
+        for _ in range(draw.randrange(6)):  # some have had more than others
+            batching.take()
+        if not (batch := batching.take()):
+            return []
+        run = Run(batch, NOW - 1.0, 100.0, None, None, rested=draw.choice((0.0, 9.0)))
+        device.runs.append(run)
+        for number in range(100, 100 + draw.randrange(4)):
+            new = job(number, caller=draw.choice("abcxyz"), cost=draw.choice((0.5, 40.0)))
+            queue.hold(new)
+            queue.push(new)
+        if not at_a_glance:
+            queue.heads = lambda: [job(999, rank=-99)]  # type: ignore[method-assign]  # somebody, so that all are looked at
+        return Preemption(queue, device, batching).take(run, NOW)
+
+    assert [its.number for its in interrupting(at_a_glance=True)] == [
+        its.number for its in interrupting(at_a_glance=False)
+    ]

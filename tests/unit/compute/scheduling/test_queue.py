@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,17 @@ from jobs import job, queue_of
 
 
 def take(queue: Queue, size: int = 1) -> list[int]:
-    return [item.number for item in queue.take(lambda bucket: size, lambda batch: True)]
+    return [item.number for item in queue.take(lambda bucket: size, lambda first: lambda job: True)]
+
+
+def at_most_three(first: Job) -> Callable[[Job], bool]:
+    joined = [first]
+
+    def fits(item: Job) -> bool:
+        joined.append(item)
+        return len(joined) <= 3
+
+    return fits
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,7 +66,7 @@ def test_every_job_comes_out_once_and_the_books_balance(seed: int) -> None:
                 queue.push(chosen)
                 pushed.add(chosen.number)
             case 1:
-                batch = queue.take(lambda bucket: 4, lambda batch: len(batch) <= 3)
+                batch = queue.take(lambda bucket: 4, at_most_three)
                 assert len({its.spec.bucket for its in batch}) <= 1
                 assert len(batch) == 1 or all(its.spec.light for its in batch)
                 out.update(its.number for its in batch)
@@ -68,7 +79,10 @@ def test_every_job_comes_out_once_and_the_books_balance(seed: int) -> None:
                 out.update(its.number for its in dropped)
         assert queue.held == sum(not its.spec.background for its in held.values())
         assert queue.held <= 40
-    while batch := queue.take(lambda bucket: 4, lambda batch: True):
+        begun = out.keys()
+        left = sum(its.seconds for its in held.values() if its.number not in begun)
+        assert queue.work == pytest.approx(left, abs=1e-9)
+    while batch := queue.take(lambda bucket: 4, lambda first: lambda job: True):
         out.update(its.number for its in batch)
     assert set(out.elements()) == pushed
     assert max(out.values(), default=1) == 1
@@ -88,7 +102,7 @@ def test_callers_get_equal_shares_of_work_whatever_they_ask_for() -> None:
     queue = queue_of(jobs)
     had: Counter[str] = Counter()
     for _ in range(200):
-        (chosen,) = queue.take(lambda bucket: 1, lambda batch: True)
+        (chosen,) = queue.take(lambda bucket: 1, lambda first: lambda job: True)
         had[chosen.spec.caller] += int(chosen.spec.cost)
     assert max(had.values()) - min(had.values()) <= 8
 
