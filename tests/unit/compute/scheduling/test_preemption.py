@@ -95,18 +95,18 @@ def test_a_look_at_each_callers_next_job_misses_nobody(seed: int) -> None:
 
         def some(number: int) -> Job:
             rank = draw.choice((0, 0, 0, 1, BACKGROUND)) - (draw.random() < 0.05)
-            return job(number, caller=draw.choice("abcdef"), rank=rank, cost=draw.choice((0.5, 1.0, 4.0, 40.0)))
+            return job(number, caller=draw.choice("abc"), rank=rank, cost=draw.choice((1.0, 4.0, 4.0, 40.0)))
 
-        queue = queue_of([some(number) for number in range(draw.randrange(40))])
+        queue = queue_of([some(number) for number in range(draw.randrange(60))])
         batching = Batching(queue, device, Forecast(device), 0.0)
-        for _ in range(draw.randrange(6)):  # some have had more than others
+        for _ in range(draw.randrange(12)):  # some have had more than others
             batching.take()
         if not (batch := batching.take()):
             return []
         run = Run(batch, NOW - 1.0, 100.0, None, None, rested=draw.choice((0.0, 9.0)))
         device.runs.append(run)
         for number in range(100, 100 + draw.randrange(4)):
-            new = job(number, caller=draw.choice("abcxyz"), cost=draw.choice((0.5, 40.0)))
+            new = job(number, caller=draw.choice("axyz"), cost=draw.choice((0.5, 0.5, 40.0)))
             queue.hold(new)
             queue.push(new)
         if not at_a_glance:
