@@ -19,7 +19,6 @@ from typing import Any
 
 import cdam_cli
 from cdam_server.compute.models import ServedModel
-from cdam_server.processes.front_end import FrontEnd
 
 _SECONDS = float(os.environ.get("INSTANT_SECONDS", "0"))
 _compute: Callable[..., list[Any]] = ServedModel.compute
@@ -42,23 +41,25 @@ def _key(served: ServedModel, job: Any) -> Any:
     return served.loaded.name, job.pixels.shape, job.targets, job.methods
 
 
-async def _keep_beating(self: FrontEnd) -> None:
-    """The heartbeat, and how late it is."""
-    with (Path(os.environ["INSTANT_WAITS"]) / str(os.getpid())).open("w", buffering=1) as file:
-        beats = asyncio.ensure_future(_beats(self))
-        try:
-            while True:
-                due = time.monotonic() + 0.005
-                await asyncio.sleep(0.005)
-                file.write(f"{time.monotonic() - due}\n")
-        finally:
-            beats.cancel()
-
-
 # At the top level, as child processes import this file.
 ServedModel.compute = _answer  # type: ignore[assignment]
-_beats = FrontEnd._keep_beating
 if "INSTANT_WAITS" in os.environ:
+    from cdam_server.processes.front_end import FrontEnd  # there was none in a tree before it
+
+    _beats = FrontEnd._keep_beating
+
+    async def _keep_beating(self: FrontEnd) -> None:
+        """The heartbeat, and how late it is."""
+        with (Path(os.environ["INSTANT_WAITS"]) / str(os.getpid())).open("w", buffering=1) as file:
+            beats = asyncio.ensure_future(_beats(self))
+            try:
+                while True:
+                    due = time.monotonic() + 0.005
+                    await asyncio.sleep(0.005)
+                    file.write(f"{time.monotonic() - due}\n")
+            finally:
+                beats.cancel()
+
     FrontEnd._keep_beating = _keep_beating  # type: ignore[method-assign]  # it is replaced, as is `compute`
 
 if __name__ == "__main__":
