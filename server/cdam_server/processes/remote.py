@@ -93,6 +93,8 @@ class RemoteCompute:
                 return
             device = _Device(number, self._board.devices[number], lambda: self._forget(number, path))
             await device.connect(path)
+            if device.link.closed:  # already lost again
+                return
             self._devices[number] = device
             self._row.devices = len(self._devices)
 
