@@ -59,7 +59,7 @@ def connection_options(command: Command, *, several: bool = False) -> Command:
             type=click.FloatRange(0, min_open=True),
             default=30.0,
             show_default=True,
-            help="Seconds for each call, retries included.",
+            help="Seconds for each call, with its retries where the command makes any.",
         ),
         click.option("--token", envvar="CDAM_TOKEN", help="Bearer token. Better kept in CDAM_TOKEN or a file."),
         click.option("--token-file", type=_FILE, help="File with the bearer token."),

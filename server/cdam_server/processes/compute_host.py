@@ -105,6 +105,7 @@ class ComputeHost:
         telemetry, cache = self._telemetry, self.catalog.cache
         telemetry.pending.set_function(lambda: self.scheduler.waiting)
         telemetry.cache_bytes.set_function(lambda: 0 if cache is None else cache.bytes)
+        _log.info("device", device=str(self._device))
         if self._on_gpu:
             telemetry.device_memory.set_function(torch.cuda.memory_allocated)
         telemetry.build.info(
@@ -126,8 +127,13 @@ class ComputeHost:
         return _GPU_SLOTS if self._on_gpu else min(_MAX_CPU_SLOTS, torch.get_num_threads())
 
     @property
+    def _device(self) -> torch.device:
+        """All models are on one."""
+        return next(next(iter(self.catalog)).loaded.module.parameters()).device
+
+    @property
     def _on_gpu(self) -> bool:
-        return any(next(served.loaded.module.parameters()).is_cuda for served in self.catalog)
+        return self._device.type == "cuda"
 
     def _give_up(self) -> None:
         """The computing stands still; called in the watchdog's thread."""
