@@ -163,8 +163,7 @@ async def _front_end(its: Assignment, models: Models, of: int) -> None:
                     front.accepting = front.accepting or value
                     await front.publish()
                 case Device(number):
-                    with suppress(OSError):  # it has died; the supervisor tells when it is there again
-                        await remote.connect(number, its.socket(number))
+                    await remote.connect(number, its.socket(number))
                 case Drain(seconds):
                     await front.drain(seconds)
                     await front.last_arrivals()

@@ -7,7 +7,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, cast
@@ -29,6 +29,7 @@ from cdam_server.processes.board import Board, ImagePlaces
 from cdam_server.processes.ring import RingWriter
 from cdam_server.processes.wire import (
     GREETING,
+    GREETING_SECONDS,
     Admit,
     Admitted,
     Answered,
@@ -38,6 +39,7 @@ from cdam_server.processes.wire import (
     Link,
     Release,
     Submit,
+    Welcome,
 )
 
 # Ratio to max_pending, and to a job's deadline. Below it the device has so little to do that a job is prepared before it is let in: it
@@ -48,7 +50,7 @@ _REFUSAL_SECONDS: Final = 0.05
 # Seconds. A device that says nothing for so long gets nothing new while there are others.
 _SILENT_SECONDS: Final = 2.0
 # Seconds. Where only the connection to a device is lost, and not its process, it is made again so much later.
-_RECONNECT_SECONDS: Final = 0.1
+_RECONNECT_SECONDS: Final = 0.5
 # Callers whose last refusal is remembered.
 _REFUSALS: Final = 1024
 
@@ -83,20 +85,21 @@ class RemoteCompute:
         self._refusals: dict[tuple[Any, ...], tuple[float, QueueFullError]] = {}
 
     async def connect(self, number: int, path: Path) -> None:
-        """Use a device from now on, if it is not used already.
-
-        Raises:
-            OSError: Its process is gone.
-        """
+        """Use a device from now on, if it is not used already; later, if its process does not answer, and not if there is none."""
         async with self._connecting:
             if number in self._devices:
                 return
             device = _Device(number, self._board.devices[number], lambda: self._forget(number, path))
-            await device.connect(path)
-            if device.link.closed:  # already lost again
+            try:
+                await device.connect(path)
+            except TimeoutError:
+                device.link.close()
                 return
-            self._devices[number] = device
-            self._row.devices = len(self._devices)
+            except OSError:  # the supervisor tells when there is another
+                return
+            if not device.link.closed:
+                self._devices[number] = device
+                self._row.devices = len(self._devices)
 
     def _forget(self, number: int, path: Path) -> None:
         self._devices.pop(number, None)
@@ -108,8 +111,7 @@ class RemoteCompute:
 
     async def _reconnect(self, number: int, path: Path) -> None:
         await asyncio.sleep(_RECONNECT_SECONDS)
-        with suppress(OSError):  # the process is gone, too; the supervisor tells when there is another
-            await self.connect(number, path)
+        await self.connect(number, path)
 
     @property
     def connected(self) -> bool:
@@ -165,20 +167,27 @@ class RemoteCompute:
     @asynccontextmanager
     async def evaluation(self, bucket: EvaluationBucket) -> AsyncIterator[EvaluationFacts]:
         """See `Compute`; all its samples go to one device."""
-        holders = self._evaluations[bucket]
-        device = holders[0] if holders else self._least_loaded()
-        async with device.holding(bucket) as facts:
+        device = self._holder(bucket) or self._least_loaded()
+        async with device.holding(bucket) as (facts, lost):
+            holders = self._evaluations[bucket]
             holders.append(device)
             try:
-                yield cast("EvaluationFacts", facts)
+                async with _ended_by(lost):
+                    yield cast("EvaluationFacts", facts)
             finally:
                 holders.remove(device)
                 if not holders:
                     self._evaluations.pop(bucket, None)
 
+    def _holder(self, bucket: EvaluationBucket) -> _Device | None:
+        """A device that holds an evaluation."""
+        return next((device for device in self._evaluations.get(bucket, ()) if not device.link.closed), None)
+
     def _device_for(self, spec: JobSpec, image: Callable[[], int] | None) -> _Device:
-        if isinstance(spec.bucket, EvaluationBucket) and (holders := self._evaluations.get(spec.bucket)):
-            return holders[0]
+        if isinstance(spec.bucket, EvaluationBucket):
+            if (holder := self._holder(spec.bucket)) is None:
+                raise DeviceLostError("nothing can be computed any more")
+            return holder
         if image is None or not self._remembers or len(self._devices) < 2:
             return self._least_loaded()
         key = image()
@@ -251,12 +260,17 @@ class _Device:
         self.ring = RingWriter()
         self.link = Link(self._receive, self._lost, put=self.ring.put)
         self._gone = gone
+        self._welcome = asyncio.Event()
         self._numbers = count()
         self._admissions: dict[int, asyncio.Future[object]] = {}
         self._answers: dict[int, asyncio.Future[object]] = {}
 
     async def connect(self, path: Path) -> None:
-        """Hand the ring over, then talk."""
+        """Hand the ring over, and wait for the welcome.
+
+        Raises:
+            OSError: There is no process, or, as a TimeoutError, none that answers.
+        """
         client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             client.connect(str(path))
@@ -266,6 +280,8 @@ class _Device:
             self.ring.close()
             raise
         await asyncio.get_running_loop().create_unix_connection(lambda: self.link, sock=client)
+        async with asyncio.timeout(GREETING_SECONDS):
+            await self._welcome.wait()
 
     def begin(self) -> tuple[int, asyncio.Future[object]]:
         """A number for messages, and the future of the answer to it.
@@ -293,13 +309,17 @@ class _Device:
         return answer is not None
 
     @asynccontextmanager
-    async def holding(self, what: EvaluationBucket | tuple[Long, str]) -> AsyncIterator[object]:
-        """Have something held as long as the block runs; yields what is told of it."""
-        number, _ = self.begin()
+    async def holding(
+        self, what: EvaluationBucket | tuple[Long, str]
+    ) -> AsyncIterator[tuple[object, asyncio.Future[object]]]:
+        """Have something held as long as the block runs; yields what is told of it, and what fails if it is lost."""
+        number, lost = self.begin()
         self.link.send(Hold(number, what))
         try:
-            yield await self.admission(number)
+            yield await self.admission(number), lost
         finally:
+            if lost.done() and not lost.cancelled():
+                lost.exception()  # nobody need ask for it
             if self.end(number):
                 self.link.send(Release(number))
 
@@ -312,6 +332,8 @@ class _Device:
                     _settle(self._admissions.pop(number, None), facts)
                 case Consumed(total):
                     self.ring.consumed(total)
+                case Welcome():
+                    self._welcome.set()
 
     def _answer(self, number: int, answer: object) -> None:
         admission, future = self._admissions.pop(number, None), self._answers.pop(number, None)
@@ -322,6 +344,22 @@ class _Device:
         self.ring.close()
         for number in list(self._answers):
             self._answer(number, Failed.of(DeviceLostError("nothing can be computed any more")))
+
+
+@asynccontextmanager
+async def _ended_by(lost: asyncio.Future[object]) -> AsyncIterator[None]:
+    """End the block when the future fails, with its exception."""
+    task = asyncio.current_task()
+    assert task is not None
+    lost.add_done_callback(ending := lambda _: task.cancel())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if lost.done() and not lost.cancelled() and not task.uncancel():
+            lost.result()
+        raise
+    finally:
+        lost.remove_done_callback(ending)
 
 
 def _settle(future: asyncio.Future[object] | None, answer: object) -> None:

@@ -22,6 +22,7 @@ from cdam_server.processes.compute_host import ComputeHost
 from cdam_server.processes.ring import RING_BYTES, RingReader
 from cdam_server.processes.wire import (
     GREETING,
+    GREETING_SECONDS,
     Admit,
     Admitted,
     Answered,
@@ -31,10 +32,13 @@ from cdam_server.processes.wire import (
     Link,
     Release,
     Submit,
+    Welcome,
 )
 
 # Front ends that connect at once; there are at most half as many.
 _BACKLOG: Final = 128
+# Seconds until another front end is accepted, after one could not be.
+_ACCEPT_PAUSE_SECONDS: Final = 0.5
 # Bytes. So much of a ring has been read when the front end is told.
 _TOLD_AFTER: Final = RING_BYTES // 8
 # Seconds. What the board says is as old at most while anything happens.
@@ -69,19 +73,25 @@ class ComputeService:
         """Serve front ends as they come, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            client, _ = await loop.sock_accept(server)
+            try:
+                client, _ = await loop.sock_accept(server)
+            except OSError as error:  # too many open files, for example, which may pass
+                _log.error("front ends can't connect", error=str(error))
+                await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
+                continue
             try:
                 await self._connect(client)
-            except OSError:
-                client.close()  # it was killed meanwhile
-                _log.warning("a front end left as it came")
+            except OSError as error:
+                client.close()  # it was killed meanwhile, or is given up
+                _log.warning("a front end did not connect", error=str(error))
 
     async def _connect(self, client: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         loop.add_reader(client, readable.set)
         try:
-            await readable.wait()
+            async with asyncio.timeout(GREETING_SECONDS):
+                await readable.wait()
         finally:
             loop.remove_reader(client)
         greeting, descriptors, _, _ = socket.recv_fds(client, len(GREETING), 1)
@@ -90,6 +100,7 @@ class ComputeService:
         connection = _Connection(self, RingReader(descriptors[0]), self._connections.discard)
         self._connections.add(connection)
         await loop.connect_accepted_socket(lambda: connection.link, client)
+        connection.link.send(Welcome())
 
     def publish(self) -> None:
         """Say on the board how much there is to do, unless that was said a moment ago."""

@@ -21,6 +21,9 @@ from cdam_server.processes.ring import Place
 GREETING: Final = b"cdam"
 """What a front end sends first, with the descriptor of its ring."""
 
+GREETING_SECONDS: Final = 2.0
+"""For it, and for the welcome that answers it."""
+
 Buffer: TypeAlias = bytearray | NDArray[np.uint8]
 
 _LENGTHS: Final = struct.Struct("<II")  # of the messages, and of where their arrays are
@@ -61,6 +64,10 @@ class Release(NamedTuple):
     """From a front end: nobody waits for the job any more, or what was held is not needed."""
 
     number: int
+
+
+class Welcome(NamedTuple):
+    """To a front end: its ring is open; the first message."""
 
 
 class Admitted(NamedTuple):

@@ -144,6 +144,7 @@ class EvaluateUseCase:
         self._check_images(cost.images)
         bucket = EvaluationBucket(model.name, input_size, protocol)
         async with AsyncExitStack() as stack:
+            stack.enter_context(refusals())  # also while it is under way: its device may be lost
             with _unmeasurable(model):
                 facts = await stack.enter_async_context(self._tools.compute.evaluation(bucket))
             passes = math.ceil(model.times_larger(input_size) * facts.passes)

@@ -37,7 +37,7 @@ from cdam_server.store import (
 )
 from cdam_server.usecases.concepts import check_fingerprint, store_errors
 from cdam_server.usecases.identity import Recipe, digest_of_images, digest_of_import, digest_of_vector
-from cdam_server.usecases.images import ImageRequest, Images
+from cdam_server.usecases.images import ImageRequest, Images, refusals
 from cdam_server.usecases.resolve import Resolver, check_vector
 
 _ROUNDING: Final = 0.05  # bfloat16's, in a difference of means
@@ -145,9 +145,10 @@ class RegisterUseCase:
         Raises:
             ServiceError: The request is wrong, or can't be served now.
         """
-        async with self._compute.long_request("registrations", command.caller):
-            with self._memory(command.bytes):
-                return await self._register(command, images)
+        with refusals():
+            async with self._compute.long_request("registrations", command.caller):
+                with self._memory(command.bytes):
+                    return await self._register(command, images)
 
     @contextmanager
     def _memory(self, held: int) -> Iterator[None]:

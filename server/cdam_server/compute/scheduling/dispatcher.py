@@ -91,7 +91,8 @@ class Dispatcher:
         """Its caller has an answer, or has left."""
         with self._changed:
             job.released = True
-            self._queue.release(job)  # which gives a worker nothing to do
+            if self._queue.release(job):  # others may have waited for a batch with it
+                self._changed.notify_all()
 
     def next(self) -> Run | None:
         """The next batch, as soon as there is one; None if there will be none."""

@@ -131,10 +131,11 @@ class Queue:
             self._held[name] += wanted
         self._add_work(caller, job, job.seconds)
 
-    def release(self, job: Job) -> None:
-        """Give the room back, wherever the job is now."""
+    def release(self, job: Job) -> bool:
+        """Give the room back, wherever the job is now; whether it was waiting."""
         caller = self._callers[_key(job.spec)]
-        if job in caller.waiting:
+        waited = job in caller.waiting
+        if waited:
             self._take_out(caller, job)
         elif job.submitted == math.inf:
             self._add_work(caller, job, -job.seconds)
@@ -147,6 +148,7 @@ class Queue:
         if not (self._held["jobs"] or self._held["background"]):
             self._held.clear()
             self._work = 0.0
+        return waited
 
     def push(self, job: Job) -> None:
         """A job that may be computed from now on."""
