@@ -20,7 +20,8 @@ from PIL import Image
 
 import cdam
 from calls import SAMPLES, Stub, contrast, method, output, request, vector
-from cdam.v1 import common_pb2, concept_pb2, target_pb2
+from cdam.v1 import common_pb2, concept_pb2, evaluation_pb2, target_pb2
+from evaluations import metric, protocol, requests, sample
 from faults.callers import noise, raw_request
 from processes import ServerProcess, free_ports, serving
 
@@ -243,6 +244,40 @@ def test_one_of_two_devices_may_die(tmp_path: Path) -> None:
         wait_for(lambda: "cdam_admitted_total" in server.metrics())
         os.kill(second, signal.SIGKILL)  # now the other one must do it all
         wait_for(lambda: _answer(its[0]) == expected)
+
+
+def test_an_evaluation_on_a_device_that_dies_ends_and_stands_in_nobodys_way(tmp_path: Path) -> None:
+    flags = ("--device", "cpu,cpu", "--front-ends", "1", "--data-dir", str(tmp_path))
+    plan = protocol(metric("fidelity"), seed=3)
+    leave = threading.Event()
+
+    def idle() -> Iterator[evaluation_pb2.EvaluateRequest]:
+        yield evaluation_pb2.EvaluateRequest(protocol=plan)
+        leave.wait(60)
+
+    with serving(tmp_path / "log", *flags) as server, stubs(server, 1) as (stub,):
+        before = server.children("compute")
+        held = stub.Evaluate(idle(), timeout=60)
+        assert next(held).HasField("started")
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        for call in (
+            lambda: stub.Explain(request(IMAGE, output(3)), timeout=30),
+            lambda: stub.ConceptRegister(concept_pb2.ConceptRegisterRequest(spec=_ones("lost")), timeout=30),
+            lambda: list(stub.Evaluate(requests(plan, [sample(1)]), timeout=30)),
+            lambda: list(held),
+        ):
+            with pytest.raises(grpc.RpcError) as error:
+                call()
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        wait_for(lambda: _answer(stub) is not None)
+        assert list(stub.Evaluate(requests(plan, [sample(1)]), timeout=60))[-1].HasField("table")
+        leave.set()
+
+
+def _ones(name: str) -> concept_pb2.ConceptSpec:
+    vector_ = common_pb2.FloatTensor(shape=[128], data=np.ones(128, "<f4").tobytes())
+    return concept_pb2.ConceptSpec(name=name, vector=vector_)
 
 
 def test_without_what_all_are_forked_from_it_is_not_ready_until_it_has_started_again(tmp_path: Path) -> None:

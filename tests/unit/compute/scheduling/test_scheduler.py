@@ -143,6 +143,23 @@ async def test_an_idle_worker_waits_for_company_until_the_batch_is_full() -> Non
     await scheduler.close()
 
 
+async def test_nobody_waits_for_the_batch_of_a_caller_who_has_left() -> None:
+    gate = Gate()
+    gate.open.set()
+    scheduler = Calls(gate, max_batch_size=3, max_queue_delay=30.0)
+    scheduler.start()
+    light = asyncio.create_task(scheduler.submit(JobSpec("a"), 0))
+    await asyncio.sleep(0.05)
+    heavy = asyncio.create_task(scheduler.submit(JobSpec("b", cost=50.0), 1))
+    await asyncio.sleep(0.05)
+    assert not gate.batches  # the oldest job's batch may still fill
+    light.cancel()
+    async with asyncio.timeout(10):
+        await heavy
+    assert gate.batches == [("b", [1])]
+    await scheduler.close()
+
+
 async def test_jobs_handed_in_together_share_a_batch_at_once() -> None:
     gate = Gate()
     gate.open.set()
