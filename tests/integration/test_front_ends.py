@@ -259,6 +259,7 @@ def test_an_evaluation_on_a_device_that_dies_ends_and_stands_in_nobodys_way(tmp_
         before = server.children("compute")
         held = stub.Evaluate(idle(), timeout=60)
         assert next(held).HasField("started")
+        server.process.send_signal(signal.SIGSTOP)  # so that they are started again only when all have been told
         for pid in before:
             os.kill(pid, signal.SIGKILL)
         for call in (
@@ -270,6 +271,7 @@ def test_an_evaluation_on_a_device_that_dies_ends_and_stands_in_nobodys_way(tmp_
             with pytest.raises(grpc.RpcError) as error:
                 call()
             assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        server.process.send_signal(signal.SIGCONT)
         wait_for(lambda: _answer(stub) is not None)
         assert list(stub.Evaluate(requests(plan, [sample(1)]), timeout=60))[-1].HasField("table")
         leave.set()
