@@ -87,7 +87,7 @@ def test_an_open_loop_of_a_mixture(server_address: str, tmp_path: Path) -> None:
 
 
 def test_fresh_images_miss_the_token_cache(server_address: str, tmp_path: Path) -> None:
-    flags = ("--server", server_address, "--callers", 2, "--duration", 0.5, "--warm-up", 0.3, "--images", 2)
+    flags = ("--server", server_address, "--callers", 2, "--duration", 2, "--warm-up", 1, "--images", 2)
     assert _measure(tmp_path, *flags)[0]["token_cache_hit_share"] > 0.5
     for _ in range(2):  # nor does the second run send what the first has sent
         told, text = _measure(tmp_path, *flags, "--fresh")
