@@ -349,9 +349,14 @@ class _Device:
 @asynccontextmanager
 async def _ended_by(lost: asyncio.Future[object]) -> AsyncIterator[None]:
     """End the block when the future fails, with its exception."""
-    task = asyncio.current_task()
+    task, inside = asyncio.current_task(), True
     assert task is not None
-    lost.add_done_callback(ending := lambda _: task.cancel())
+
+    def end(_: object) -> None:
+        if inside:  # it may be called when the block has just ended
+            task.cancel()
+
+    lost.add_done_callback(end)
     try:
         yield
     except asyncio.CancelledError:
@@ -359,7 +364,8 @@ async def _ended_by(lost: asyncio.Future[object]) -> AsyncIterator[None]:
             lost.result()
         raise
     finally:
-        lost.remove_done_callback(ending)
+        inside = False
+        lost.remove_done_callback(end)
 
 
 def _settle(future: asyncio.Future[object] | None, answer: object) -> None:
