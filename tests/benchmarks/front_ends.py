@@ -36,7 +36,7 @@ import time
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -343,10 +343,14 @@ async def _echo(port: int) -> None:
 
 def instant(plan: argparse.Namespace, report: Report) -> None:
     """Answers a second."""
-    servers: list[Server] = [Ours(tree) for tree in plan.trees]
+    makers: list[Callable[[], Server]] = [partial(Ours, tree) for tree in plan.trees]
     if plan.hey:
-        servers.append(LitServe())
-    try:
+        makers.append(LitServe)
+    servers: list[Server] = []
+    with ExitStack() as stack:  # one that does not get ready leaves no other behind
+        for make in makers:
+            servers.append(make())
+            stack.callback(servers[-1].stop)
         for server in servers:
             server.load(plan, SIZES["224 x 224"], 2)
             os.killpg(server.process.pid, signal.SIGSTOP)
@@ -366,9 +370,6 @@ def instant(plan: argparse.Namespace, report: Report) -> None:
                 if position:
                     ratio = _median(found[0].rate / found[position].rate for found in rounds)
                     report.add(f"instant, {name}: after / {server.name}", ratio, "", _BARS[server.name])
-    finally:
-        for server in servers:
-            server.stop()
 
 
 def cost(plan: argparse.Namespace, report: Report) -> None:
